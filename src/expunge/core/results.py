@@ -1,0 +1,99 @@
+"""What a measurement is: a value never travels without its direction, range and interval."""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Direction(enum.StrEnum):
+    """Which way is better, and better for whom."""
+
+    FORGET_DOWN = "forget-down"  #: lower means more forgotten; pushed below the retrained model's value it is over-unlearning
+    UTILITY_UP = "utility-up"  #: higher means more useful
+    UTILITY_DOWN = "utility-down"  #: lower means more useful (a loss, a share of broken text)
+    REFERENCE = "reference"  #: best where it equals the retrained model's value
+    ZERO = "zero"  #: best at zero, worse on either side
+
+
+class Number(BaseModel):
+    """One measured number.
+
+    ``value`` is None where it could not be measured, and ``note`` says why. ``low``/``high`` bound the ``level`` confidence
+    interval over ``over`` (examples: the finite probe set, resampled by cluster; seeds: training randomness; they are never
+    mixed). ``flags`` hold warnings such as "outside its range" or "too few": a flagged number is never printed bare.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    level: float = 0.95
+    over: Literal["examples", "seeds", "none"] = "examples"
+    n: int = 0  #: examples measured
+    clusters: int = 0  #: independent groups among them (persons, authors, books)
+    direction: Direction
+    range: tuple[float | None, float | None] = (None, None)  #: values that are possible; None is unbounded
+    note: str = ""
+    flags: tuple[str, ...] = ()
+
+    def checked(self) -> Number:
+        """A copy in which an impossible value (NaN, infinite, outside ``range``) is removed and flagged."""
+        if self.value is None:
+            return self
+        low, high = self.range
+        slack = 1e-9
+        if not math.isfinite(self.value):
+            return self.model_copy(update={"value": None, "low": None, "high": None, "flags": (*self.flags, f"not a finite number ({self.value})")})
+        if (low is not None and self.value < low - slack) or (high is not None and self.value > high + slack):
+            return self.model_copy(update={"flags": (*self.flags, f"impossible value {self.value:g}: outside [{low}, {high}]")})
+        return self
+
+    def text(self, digits: int = 3) -> str:
+        """``0.812 [0.790, 0.834]``; flagged values end in ``!``, missing ones are a dash."""
+        if self.value is None:
+            return "-"
+        shown = f"{self.value:.{digits}f}" if abs(self.value) < 1e4 else f"{self.value:.3g}"
+        if self.low is not None and self.high is not None:
+            shown += f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return shown + ("!" if self.flags else "")
+
+
+class Verdict(enum.StrEnum):
+    """What an audit concludes about a model and a forget set."""
+
+    FORGOTTEN = "forgotten"  #: indistinguishable from retrained models at the stated margins, and it stays so under attack
+    SUPPRESSED = "suppressed"  #: behaves as forgotten but the knowledge comes back under an attack that does not restore it in a retrained model
+    NOT_FORGOTTEN = "not forgotten"  #: still distinguishable from retrained models on the side of knowing
+    DAMAGED = "damaged"  #: utility lost beyond the margin, or pushed beyond the retrained model on the far side
+    NO_GOLD = "no gold standard"  #: no retrained model to compare with: nothing can be said
+    UNDECIDED = "undecided"  #: the evidence is too thin to tell at the stated margins (too few examples or seeds)
+
+
+class Check(BaseModel):
+    """One comparison that a verdict rests on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    outcome: Literal["equivalent", "knows more", "knows less", "worse", "undecided", "not run"]
+    difference: float | None = None  #: unlearned minus retrained, in the metric's own unit
+    low: float | None = None
+    high: float | None = None
+    margin: float | None = None  #: the two-sided equivalence margin in the same unit
+    text: str = ""  #: one sentence for people
+
+
+class Judgement(BaseModel):
+    """A verdict with the checks that led to it, weakest link named."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    verdict: Verdict
+    reason: str
+    checks: tuple[Check, ...] = ()
+    thresholds: dict[str, float] = Field(default_factory=dict)
