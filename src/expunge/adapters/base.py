@@ -1,0 +1,226 @@
+"""What every method may ask of a model, whatever its modality.
+
+The unit of supervision is a *target*: one thing that the model predicts. A language model has one target per supervised
+token, a classifier one per row. All per-target tensors are flat, ``[N]`` or ``[N, V]``, with ``owner[n]`` naming the
+example of target ``n``; so a term written once serves every modality, and no work is spent on padding.
+
+Shapes used throughout: ``B`` examples in a batch, ``N`` targets, ``M`` real (unpadded) input tokens, ``V`` classes or
+vocabulary entries, ``D`` features.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.access import Offer
+from expunge.data.records import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A record in the form that the model eats.
+
+    Attributes:
+        id: the record's id, with a suffix where several examples come from one record (``"r7#alt0"``).
+        cluster: the independent unit of the record.
+        n_targets: supervised targets (tokens of the answer and its end token).
+        size: input length (tokens), the measure of cost by which batches are grouped.
+        data: what the adapter needs to collate it.
+    """
+
+    id: str
+    cluster: str
+    n_targets: int
+    size: int
+    data: Any
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Collated examples.
+
+    Attributes:
+        ids: example ids, in order (B).
+        tensors: inputs of the model.
+        targets: class or token id of each target, int64 ``[N]``; grouped by example, in order.
+        owner: index of the example of each target, int64 ``[N]``, ascending.
+        position: index of the target within its example, int64 ``[N]``; 0 is the first answer token.
+        counts: targets per example (B).
+        token_owner: index of the example of each real input token, int64 ``[M]``, ascending.
+        token_supervised: whether that token is itself a target, bool ``[M]``.
+        token_counts: real input tokens per example (B).
+    """
+
+    ids: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    targets: Tensor
+    owner: Tensor
+    position: Tensor
+    counts: tuple[int, ...]
+    token_owner: Tensor
+    token_supervised: Tensor
+    token_counts: tuple[int, ...]
+
+    @property
+    def n_examples(self) -> int:
+        """B."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        move = {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
+        flat = (t.to(device, non_blocking=True) for t in (self.targets, self.owner, self.position))
+        targets, owner, position = flat
+        return Batch(
+            self.ids, move, targets, owner, position, self.counts,
+            self.token_owner.to(device), self.token_supervised.to(device), self.token_counts,
+        )  # fmt: skip
+
+
+@dataclass
+class Outputs:
+    """What one forward pass of one model says about a batch (or about a run of its examples, see :meth:`narrow`).
+
+    Only what was asked for is there; reading anything else raises ``KeyError`` (a term must declare its needs).
+
+    Attributes:
+        batch_ids: ids of the examples covered (B).
+        targets, owner, position: as in :class:`Batch`, with ``owner`` counted from this view's first example.
+        counts: targets per example.
+        values: ``losses`` float32 ``[N]``; ``logits`` float32 ``[N, V]``; ``features:<layer>`` ``[M, D]``.
+        token_owner, token_supervised, token_counts: as in :class:`Batch`, for features.
+    """
+
+    batch_ids: tuple[str, ...]
+    targets: Tensor
+    owner: Tensor
+    position: Tensor
+    counts: tuple[int, ...]
+    token_owner: Tensor
+    token_supervised: Tensor
+    token_counts: tuple[int, ...]
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Batch, values: dict[str, Tensor]) -> Outputs:
+        """Outputs for a whole batch."""
+        return cls(
+            batch.ids, batch.targets, batch.owner, batch.position, batch.counts,
+            batch.token_owner, batch.token_supervised, batch.token_counts, values,
+        )  # fmt: skip
+
+    @property
+    def n_examples(self) -> int:
+        """B."""
+        return len(self.batch_ids)
+
+    @property
+    def losses(self) -> Tensor:
+        """Negative log-likelihood (or the modality's loss) of each target, float32 ``[N]``."""
+        return self.values["losses"]
+
+    @property
+    def logits(self) -> Tensor:
+        """Scores of each target over all classes, float32 ``[N, V]``."""
+        return self.values["logits"]
+
+    def features(self, layer: str) -> Tensor:
+        """Hidden states after ``layer`` at every real input token, ``[M, D]``."""
+        return self.values[f"features:{layer}"]
+
+    def per_example(self, per_target: Tensor) -> Tensor:
+        """Sum a per-target tensor ``[N]`` by example, ``[B]``; examples without targets get 0."""
+        return per_target.new_zeros(self.n_examples).index_add(0, self.owner, per_target)
+
+    def lengths(self) -> Tensor:
+        """Number of targets of each example, float32 ``[B]``, at least 1 so that it can divide."""
+        return torch.tensor([max(c, 1) for c in self.counts], dtype=torch.float32, device=self.owner.device)
+
+    def narrow(self, start: int, stop: int) -> Outputs:
+        """The view on examples ``start`` to ``stop`` (no copy: targets of an example are contiguous)."""
+        a, b = sum(self.counts[:start]), sum(self.counts[:stop])
+        c, d = sum(self.token_counts[:start]), sum(self.token_counts[:stop])
+        cut = {k: v[c:d] if k.startswith("features:") else v[a:b] for k, v in self.values.items()}
+        return Outputs(
+            self.batch_ids[start:stop], self.targets[a:b], self.owner[a:b] - start, self.position[a:b], self.counts[start:stop],
+            self.token_owner[c:d] - start, self.token_supervised[c:d], self.token_counts[start:stop], cut,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A greedy continuation.
+
+    Attributes:
+        id: id of the example that was continued.
+        tokens: generated ids without the end token.
+        text: decoded without special tokens, leading and trailing white space stripped.
+        ended: whether the end token came before the limit.
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    text: str
+    ended: bool
+
+
+class Adapter(abc.ABC):
+    """One modality's answers to the questions that methods and audits ask.
+
+    An adapter holds a model and what is needed to feed it. Methods call it with ``model`` explicit, because the same
+    adapter serves the current model, the reference and a wrapped (distributed) model.
+    """
+
+    modality: ClassVar[str]
+    offers: ClassVar[frozenset[Offer]]
+    model: nn.Module
+
+    @abc.abstractmethod
+    def encode(self, record: Record, *, answer: str | None = None, suffix: str = "", prompt: str | None = None) -> Example:
+        """Turn a record into an example; ``answer`` replaces its answer, ``prompt`` its prompt, ``suffix`` marks the new id.
+
+        Raises:
+            InputError: it does not fit into the model's context, or leaves no target.
+        """
+
+    @abc.abstractmethod
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Put examples into one batch (right padding)."""
+
+    @abc.abstractmethod
+    def forward(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
+        """One forward pass; ``want`` names the values needed: ``losses``, ``logits``, ``features:<layer>``."""
+
+    @abc.abstractmethod
+    def logit_blocks(self, model: nn.Module, batch: Batch, rows: int = 512) -> Iterator[tuple[int, Tensor]]:
+        """One forward pass without gradients whose logits come in blocks: pairs of first target and float32 ``[<=rows, V]``.
+
+        The full ``[N, V]`` is never held; this is what audits read.
+        """
+
+    @abc.abstractmethod
+    def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
+        """Greedy continuations of the examples' prompts (their targets are ignored), batched by the caller."""
+
+    @abc.abstractmethod
+    def layers(self) -> list[str]:
+        """Names of the blocks whose features can be asked for, from the input to the output."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Content hash of weights, configuration and preprocessing: the identity under which results are cached."""
+
+    @abc.abstractmethod
+    def save(self, folder: Path, model: nn.Module | None = None) -> None:
+        """Write the model (or ``model``) in its library's own layout, safetensors only, into an empty folder."""
+
+    @abc.abstractmethod
+    def copy(self) -> Adapter:
+        """An independent copy: same preprocessing, own weights."""

@@ -1,0 +1,30 @@
+"""What a method may ask for and what an adapter may offer; the method x modality table is derived from these names."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Offer(enum.StrEnum):
+    """A capability of an adapter."""
+
+    LOSSES = "losses"  #: a loss per supervised target
+    LOGITS = "logits"  #: scores over the classes (vocabulary) of each target
+    FEATURES = "features"  #: hidden states at named layers
+    GENERATE = "generate"  #: free generation from a prompt
+    TEXT = "text"  #: prompts and answers are text: alternative answers can be written
+
+
+class Stream(enum.StrEnum):
+    """Which examples a term reads."""
+
+    FORGET = "forget"
+    RETAIN = "retain"
+    ALTERNATIVE = "alternative"  #: the forget prompts with other answers
+
+
+class Of(enum.StrEnum):
+    """Under which model a quantity is computed."""
+
+    CURRENT = "current"  #: the model being changed, with gradients
+    REFERENCE = "reference"  #: the frozen target model

@@ -1,0 +1,195 @@
+"""The parts of which a weight-updating method is composed, and the recipe that joins them.
+
+    forget terms x retain terms x reference x parameters x gradient x balance x schedule x finish
+
+Every part is a :class:`~expunge.core.settings.Settings`: immutable, typed, with declared ranges, usable from Python, YAML
+and the command line alike.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from expunge.adapters.base import Example, Outputs
+from expunge.core.access import Of, Stream
+from expunge.core.settings import Settings
+
+Need = tuple[Stream, Of, str]  #: (which examples, under which model, which value: "losses", "logits" or "features:<layer>")
+
+
+class Views(Mapping[tuple[Stream, Of], Outputs]):
+    """What the terms may read in one step: outputs by stream and model, one forward pass per model for all streams."""
+
+    def __init__(self, outputs: Mapping[tuple[Stream, Of], Outputs]) -> None:
+        self._outputs = dict(outputs)
+
+    def __getitem__(self, key: tuple[Stream, Of]) -> Outputs:
+        return self._outputs[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def current(self, stream: Stream) -> Outputs:
+        """Under the model being changed (with gradients)."""
+        return self._outputs[stream, Of.CURRENT]
+
+    def reference(self, stream: Stream) -> Outputs:
+        """Under the frozen target model (no gradients)."""
+        return self._outputs[stream, Of.REFERENCE]
+
+
+class Term(Settings, abc.ABC):
+    """One summand of the loss, written on per-target quantities.
+
+    A term returns one value per target, example or token; the engine sums and divides by the count over the *whole*
+    optimiser step (all micro-batches, all processes), so accumulation and distribution never change the result.
+    """
+
+    name: ClassVar[str]  #: registered name
+    per: ClassVar[Literal["target", "example", "token"]] = "target"  #: what a value belongs to, and is averaged over
+
+    weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
+
+    @property
+    @abc.abstractmethod
+    def stream(self) -> Stream:
+        """The examples whose count normalises the term, and under whose name its gradient travels (forget or retain)."""
+
+    @abc.abstractmethod
+    def needs(self, layers: Sequence[str]) -> frozenset[Need]:
+        """What the term reads; ``layers`` are the adapter's block names, for terms that name layers by index."""
+
+    @abc.abstractmethod
+    def values(self, views: Views) -> Tensor:
+        """The term's values, float32 ``[N]``, ``[B]`` or ``[M]`` according to ``per``; the engine minimises their mean."""
+
+    def count(self, examples: Sequence[Example]) -> int:
+        """By how much the sum of values is divided, for the examples of one optimiser step (all processes together)."""
+        if self.per == "example":
+            return len(examples)
+        if self.per == "token":
+            return sum(e.size for e in examples)
+        return sum(e.n_targets for e in examples)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published."""
+
+    title: str
+    authors: str
+    year: int
+    url: str
+
+
+class Gradient(Settings, abc.ABC):
+    """What is done to the gradient between accumulation and the optimiser's step."""
+
+    name: ClassVar[str]
+    by_term: ClassVar[bool] = True  #: whether the rule needs forget and retain gradients apart (two backward passes)
+
+    @abc.abstractmethod
+    def combine(self, forget: list[Tensor], retain: list[Tensor], state: dict[str, Any]) -> list[Tensor]:
+        """One gradient per trainable tensor from the (already weighted and normalised) forget and retain gradients.
+
+        ``state`` is the rule's memory between steps (tensors or numbers only: it is saved in checkpoints).
+        """
+
+
+class Balance(Settings, abc.ABC):
+    """The coefficients of the forget and the retain side, which may react to what was measured."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def coefficients(self, state: dict[str, float]) -> tuple[float, float]:
+        """Multipliers of all forget terms and of all retain terms in this step."""
+
+    @abc.abstractmethod
+    def update(self, state: dict[str, float], epoch: float, forget: float, retain: float) -> None:
+        """Take note of the (unweighted) forget and retain values of the whole optimiser step just done; ``epoch`` counts
+        passes over the forget set."""
+
+
+class Parameters(Settings, abc.ABC):
+    """Which parameters move."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def prepare(self, model: Any, layers: Sequence[str]) -> Any:
+        """Freeze, wrap or mark ``model`` (a torch module) and return the module to train; ``layers`` are block names.
+
+        Raises:
+            InputError: nothing matches; the message names some modules that exist.
+        """
+
+
+class Finish(Settings, abc.ABC):
+    """A change of the weights after training, from those before and after it (task-vector negation)."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def weights(self, before: Tensor, after: Tensor, scale: float) -> Tensor:
+        """The final value of one float tensor; integer buffers are left alone by the engine."""
+
+
+class Schedule(Settings, abc.ABC):
+    """How long, how fast and in which portions; see :mod:`expunge.engine.schedule` for the two that exist."""
+
+    name: ClassVar[str]
+
+    batch: int = Field(8, ge=1, description="forget examples per optimiser step, over all processes and micro-batches")
+    retain_batch: int | None = Field(None, ge=1, description="retain examples per step; none: as many as forget examples")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; none: not clipped")
+
+
+class Recipe(Settings):
+    """A weight-updating method: its parts, joined.
+
+    ``loss = c_f * sum_i w_i mean(forget_i) + c_r * sum_j w_j mean(retain_j)`` with the coefficients ``c`` from ``balance``.
+    """
+
+    name: str = Field("custom", description="the method it is, or 'custom'")
+    forget: tuple[Term, ...] = Field((), description="terms normalised over forget examples")
+    retain: tuple[Term, ...] = Field((), description="terms normalised over retain examples")
+    reference: Literal["auto", "cached", "adapter-off", "copy"] = Field(
+        "auto",
+        description="where the frozen target's outputs come from: cached log-probabilities, the model with its LoRA switched off, "
+        "or a second copy; auto takes the first that serves",
+    )
+    parameters: Parameters
+    gradient: Gradient
+    balance: Balance
+    schedule: Schedule
+    finish: Finish | None = Field(None, description="a change of the weights after training")
+    start: Literal["target", "initial"] = Field("target", description="start from the target model, or from its untrained base")
+
+    def terms(self) -> tuple[Term, ...]:
+        """All terms, forget first."""
+        return (*self.forget, *self.retain)
+
+    def needs(self, layers: Sequence[str]) -> frozenset[Need]:
+        """Everything that its terms read."""
+        return frozenset(n for t in self.terms() for n in t.needs(layers))
+
+    def spec(self) -> dict[str, Any]:
+        """A plain mapping from which the recipe can be rebuilt; parts are mappings with a ``name``."""
+        out: dict[str, Any] = {"name": self.name, "reference": self.reference, "start": self.start}
+        for key in ("forget", "retain"):
+            out[key] = [{"name": t.name, **t.model_dump(mode="json")} for t in getattr(self, key)]
+        for key in ("parameters", "gradient", "balance", "schedule", "finish"):
+            part = getattr(self, key)
+            out[key] = None if part is None else {"name": part.name, **part.model_dump(mode="json")}
+        return out
