@@ -1,1 +1,1 @@
-
+"""What measures and attacks a model, and judges it."""

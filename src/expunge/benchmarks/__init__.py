@@ -1,1 +1,1 @@
-
+"""Published protocols: data, target recipe and metrics, declared."""

@@ -48,7 +48,9 @@ class Number(BaseModel):
         low, high = self.range
         slack = 1e-9
         if not math.isfinite(self.value):
-            return self.model_copy(update={"value": None, "low": None, "high": None, "flags": (*self.flags, f"not a finite number ({self.value})")})
+            return self.model_copy(
+                update={"value": None, "low": None, "high": None, "flags": (*self.flags, f"not a finite number ({self.value})")}
+            )
         if (low is not None and self.value < low - slack) or (high is not None and self.value > high + slack):
             return self.model_copy(update={"flags": (*self.flags, f"impossible value {self.value:g}: outside [{low}, {high}]")})
         return self

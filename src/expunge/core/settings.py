@@ -36,7 +36,7 @@ class Settings(BaseModel):
             raise explain(type(self), error) from None
 
     @classmethod
-    def parameters(cls) -> list[Parameter]:
+    def declared(cls) -> list[Parameter]:
         """The declared parameters, in order of declaration."""
         return [describe(name, info) for name, info in cls.model_fields.items()]
 
@@ -71,7 +71,9 @@ def explain(owner: type[BaseModel], error: ValidationError) -> InputError:
     if first["type"] == "value_error" and isinstance(first.get("ctx", {}).get("error"), InputError):
         inner: InputError = first["ctx"]["error"]
         return inner
-    allowed = _allowed(owner.model_fields[str(first["loc"][0])]) if first["loc"] and str(first["loc"][0]) in owner.model_fields else ""
+    allowed = (
+        _allowed(owner.model_fields[str(first["loc"][0])]) if first["loc"] and str(first["loc"][0]) in owner.model_fields else ""
+    )
     allowed = allowed or first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return InputError(f"Parameter {path!r} of {label} must be {allowed}; got {first['input']!r}.")
 

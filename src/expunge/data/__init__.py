@@ -1,1 +1,1 @@
-
+"""Records, sources, checks and the order in which examples are seen."""

@@ -35,7 +35,9 @@ class NamedParameters(Parameters):
     name: ClassVar[str] = "named"
 
     patterns: tuple[str, ...] = Field((r"down_proj|mlp\.c_proj",), description="regular expressions searched in parameter names")
-    layers: tuple[int, ...] | None = Field(None, description="only in these blocks, counted from 0, negative from the end; none: everywhere")
+    layers: tuple[int, ...] | None = Field(
+        None, description="only in these blocks, counted from 0, negative from the end; none: everywhere"
+    )
 
     def prepare(self, model: nn.Module, layers: Sequence[str]) -> nn.Module:
         """Freeze everything else."""
@@ -60,7 +62,10 @@ class NamedParameters(Parameters):
             return list(names)
         for index in self.layers:
             if not -len(layers) <= index < len(layers):
-                raise InputError(f"Layer {index} is out of range: the model has {len(layers)} blocks.", f"Use -{len(layers)} to {len(layers) - 1}.")
+                raise InputError(
+                    f"Layer {index} is out of range: the model has {len(layers)} blocks.",
+                    f"Use -{len(layers)} to {len(layers) - 1}.",
+                )
         blocks = tuple(layers[i] + "." for i in self.layers)
         return [n for n in names if n.startswith(blocks)]
 
@@ -82,12 +87,16 @@ class Lora(Parameters):
         except ImportError:
             raise MissingExtra("LoRA", "llm") from None
         targets: Any = self.modules if self.modules == "all-linear" else list(self.modules)
-        config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets, task_type="CAUSAL_LM")
+        config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]
         if targets != "all-linear":
-            present = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+            present = {
+                n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+            }
             missing = [t for t in self.modules if t.rsplit(".", 1)[-1] not in present]
             if missing:
-                raise InputError(f"The model has no module {missing[0]!r} that LoRA could adapt.", f"It has {', '.join(sorted(present))}.")
+                raise InputError(
+                    f"The model has no module {missing[0]!r} that LoRA could adapt.", f"It has {', '.join(sorted(present))}."
+                )
         wrapped: nn.Module = peft.get_peft_model(model, config)
         return wrapped
 

@@ -1,1 +1,1 @@
-
+"""Evidence for people: HTML, JSON, terminal."""

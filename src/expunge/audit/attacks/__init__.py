@@ -1,1 +1,1 @@
-
+"""Attacks: on scores, or acting on a copy of the model."""

@@ -1,1 +1,1 @@
-
+"""Metrics: each computed from the one pass."""

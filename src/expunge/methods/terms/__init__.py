@@ -1,1 +1,1 @@
-
+"""Loss terms: functions of per-target quantities."""

@@ -1,0 +1,1 @@
+"""Stages joined: train, unlearn, audit, sequences of requests, on run folders."""
