@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from expunge.core.results import Judgement, Number
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION: Literal["1"] = "1"
 
 Role = Literal["target", "unlearned", "retrained", "base"]
 

@@ -69,7 +69,7 @@ class Verdict(enum.StrEnum):
     """What an audit concludes about a model and a forget set."""
 
     FORGOTTEN = "forgotten"  #: indistinguishable from retrained models at the stated margins, and it stays so under attack
-    SUPPRESSED = "suppressed"  #: behaves as forgotten but the knowledge comes back under an attack that does not restore it in a retrained model
+    SUPPRESSED = "suppressed"  #: behaves as forgotten, but an attack brings back what it does not bring back in a retrained model
     NOT_FORGOTTEN = "not forgotten"  #: still distinguishable from retrained models on the side of knowing
     DAMAGED = "damaged"  #: utility lost beyond the margin, or pushed beyond the retrained model on the far side
     NO_GOLD = "no gold standard"  #: no retrained model to compare with: nothing can be said

@@ -28,7 +28,8 @@ class FixedBalance(Balance):
 class PrimalDual(Balance):
     """Minimise the forget side subject to ``retain <= eps`` by dual ascent (PDU, arXiv 2506.05314).
 
-    The Lagrangian is ``F + lambda (R - eps)``; after each optimiser step past the warm-up ``lambda <- max(0, lambda + step (R - eps))``.
+    The Lagrangian is ``F + lambda (R - eps)``; after each optimiser step past the warm-up
+    ``lambda <- max(0, lambda + step (R - eps))``.
     The dual step is taken once per *optimiser* step as in the paper, so it does not scale with gradient accumulation (the
     widely used implementation steps at every micro-batch).
     """

@@ -166,7 +166,7 @@ class Recipe(Settings):
     retain: tuple[Term, ...] = Field((), description="terms normalised over retain examples")
     reference: Literal["auto", "cached", "adapter-off", "copy"] = Field(
         "auto",
-        description="where the frozen target's outputs come from: cached log-probabilities, the model with its LoRA switched off, "
+        description="where the frozen target's outputs come from: cached log-probabilities, the model with its LoRA off, "
         "or a second copy; auto takes the first that serves",
     )
     parameters: Parameters
@@ -174,7 +174,7 @@ class Recipe(Settings):
     balance: Balance
     schedule: Schedule
     finish: Finish | None = Field(None, description="a change of the weights after training")
-    start: Literal["target", "initial"] = Field("target", description="start from the target model, or from its untrained base")
+    start: Literal["target", "initial"] = Field("target", description="start from the target, or from its untrained base")
 
     def terms(self) -> tuple[Term, ...]:
         """All terms, forget first."""
