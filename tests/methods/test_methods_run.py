@@ -65,7 +65,7 @@ def target() -> LanguageAdapter:
     texts = [r.prompt + " " + r.answer for r in facts()] + list(REFUSALS) + ["Question: Answer:"]
     tokenizer = word_tokenizer(texts)
     adapter = LanguageAdapter(preset("llama-tiny", tokenizer, seed=0, num_hidden_layers=4), tokenizer)
-    recipe = build("finetune", {"schedule": {"name": "fixed", "lr": 5e-3, "steps": 80, "batch": 24, "warmup": 0.05}})
+    recipe = build("finetune", {"schedule": {"name": "fixed", "lr": 5e-3, "steps": 160, "batch": 24, "warmup": 0.1}})
     train(adapter, recipe, {Stream.RETAIN: [adapter.encode(r) for r in facts()]}, QUIET)
     assert losses(adapter, facts()) < 0.1
     return adapter
@@ -104,12 +104,15 @@ def test_every_method_runs_through_the_engine_and_moves_the_model(target, name):
     assert all(torch.isfinite(v).all() for v in after.values())
 
 
-@pytest.mark.parametrize("name", ["npo", "simnpo", "graddiff", "satimp", "wga", "idkdpo", "task-vector"])
-def test_a_minute_of_training_forgets_and_with_a_retain_term_keeps(target, name):
+RATES = {"npo": 3e-4, "simnpo": 1e-3, "graddiff": 5e-4, "satimp": 5e-3, "wga": 1e-3, "idkdpo": 3e-4, "pdu": 3e-4, "task-vector": 1e-3}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_some_steps_forget_and_with_a_retain_term_keep(target, name):
     adapter = target.copy()
     overrides = {"finish": {"scale": 4.0}} if name == "task-vector" else {}
-    lr = 3e-3 if name == "satimp" else 1e-3
-    run(adapter, name, schedule={"name": "fixed", "lr": lr, "steps": 25, "batch": 6, "warmup": 0.1}, **overrides)
+    schedule = {"name": "fixed", "lr": RATES[name], "steps": 30, "batch": 6, "warmup": 0.1, "decay": "constant"}
+    run(adapter, name, schedule=schedule, **overrides)
     assert losses(adapter, FORGET) > losses(target, FORGET) + 0.5
     if name != "task-vector":
         assert losses(adapter, RETAIN) < 0.5
@@ -131,26 +134,32 @@ def test_ascent_under_two_names_trains_the_same_weights(target):
 
 
 def test_rmu_moves_its_window_only_and_steers_to_its_vector(target):
-    adapter = target.copy()
-    before = copy.deepcopy(adapter.model.state_dict())
-    layers = adapter.layers()
-    recipe = build("rmu", {"retain.weight": 20, "width": 2})
-    term = recipe.forget[0]
+    layers = target.layers()
+    direction = build("rmu").forget[0].direction(64)
+
+    def states(model, records) -> torch.Tensor:
+        batch = target.collate([target.encode(r) for r in records])
+        with torch.no_grad():
+            return target.forward(model, batch, frozenset({f"features:{layers[1]}"})).features(layers[1])
 
     def cosine(model) -> float:
-        batch = adapter.collate([adapter.encode(r) for r in FORGET])
-        with torch.no_grad():
-            states = adapter.forward(model, batch, frozenset({f"features:{layers[1]}"})).features(layers[1])
-        return torch.cosine_similarity(states, term.direction(states.shape[1])[None], dim=1).mean().item()
+        return torch.cosine_similarity(states(model, FORGET), direction[None], dim=1).mean().item()
 
-    start = cosine(adapter.model)
-    outcome = run(
-        adapter, "rmu", **{"retain.weight": 20, "width": 2, "schedule": {"name": "fixed", "lr": 1e-2, "steps": 40, "batch": 6, "warmup": 0}}
-    )
-    for key, value in outcome.model.state_dict().items():
-        inside = key.startswith((layers[0] + ".", layers[1] + ".")) and "down_proj" in key
-        assert torch.equal(before[key], value) != inside, key
-    assert cosine(outcome.model) > start + 0.2
+    drift = {}
+    schedule = {"name": "fixed", "lr": 4e-3, "steps": 40, "batch": 6, "warmup": 0, "decay": "constant"}
+    for retain in (None, {"weight": 10}):
+        adapter = target.copy()
+        before = copy.deepcopy(adapter.model.state_dict())
+        model = run(adapter, "rmu", retain=retain, width=2, schedule=schedule).model
+        for key, value in model.state_dict().items():
+            inside = key.startswith((layers[0] + ".", layers[1] + ".")) and "down_proj" in key
+            assert torch.equal(before[key], value) != inside, key
+        kept = states(target.model, RETAIN)
+        drift[retain is None] = ((states(model, RETAIN) - kept).norm() / kept.norm()).item()
+        if retain is None:
+            assert cosine(model) > 0.9 > cosine(target.model)
+            assert states(model, FORGET).norm(dim=1).mean().item() == pytest.approx(6.5, rel=0.15)
+    assert drift[False] < 0.3 * drift[True]
 
 
 def test_undial_at_strength_zero_and_kl_alone_leave_the_target_as_it_is(target):
