@@ -5,8 +5,9 @@ Four shapes are recognised by the columns of the first row, in this order:
 ==================================================== ===========================================================
 columns                                              record
 ==================================================== ===========================================================
-``question`` or ``prompt``, and ``answer``,          prompt and answer
-``completion`` or ``response``
+``question`` or ``prompt``, and ``answer``           prompt and answer, put into the template
+or ``response``
+``question`` or ``prompt``, and ``completion``       prompt and answer, joined as they are
 ``messages`` (list of ``{role, content}``)           the last turn, by the assistant, is the answer; the earlier
                                                      turns are its context
 ``text``                                             plain text
@@ -179,6 +180,7 @@ class _RowReader:
             question_paraphrase=self._optional("question_paraphrase"),
             perturbed=self._list("perturbed"),
             alternatives=self._list("alternatives"),
+            verbatim=self.mapping.get("answer") == "completion" and not messages,
         )
 
     def _value(self, role: str) -> Any:

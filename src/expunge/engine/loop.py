@@ -31,7 +31,6 @@ from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import AdapterOffReference, CachedReference, CopyReference, choose
-from expunge.engine.schedule import Adaptive, Fixed
 
 Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged"]
 
