@@ -47,7 +47,7 @@ class Method:
     text: str
     with_paper: Mapping[str, Any] = field(default_factory=dict)
     together: tuple[str, ...] = ()
-    alternatives: str = "given"
+    alternatives: str = "refusals"
     kind: Literal["recipe", "edit", "prepared", "guard"] = "recipe"
     caveats: tuple[str, ...] = ()
 
@@ -87,7 +87,7 @@ def method(
     published: Schedule,
     with_paper: Mapping[str, Any] | None = None,
     together: tuple[str, ...] = (),
-    alternatives: str = "given",
+    alternatives: str = "refusals",
     caveats: tuple[str, ...] = (),
 ) -> Callable[[Callable[[], Recipe]], Method]:
     """Register a function that builds a recipe as a method; its docstring becomes the documentation.
