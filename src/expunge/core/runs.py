@@ -86,7 +86,7 @@ class Run:
                     k for k in {*config, *run.manifest["config"]} if config.get(k) != run.manifest["config"].get(k)
                 )
                 raise InputError(
-                    f"The run folder {str(folder)!r} was started with other settings (they differ in {', '.join(differing) or 'kind'}).",
+                    f"The run folder {str(folder)!r} was started with other settings: {', '.join(differing) or 'kind'}.",
                     "Resume with the same settings, or choose another --out.",
                 )
             return run
@@ -118,13 +118,14 @@ class Run:
         except ValueError as error:
             raise InputError(f"The manifest of {str(folder)!r} cannot be read: {error}.") from None
         if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise InputError(
-                f"The run {str(folder)!r} was written in format {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION!r}."
-            )
+            written = manifest.get("schema_version")
+            raise InputError(f"The run {str(folder)!r} is of format {written!r}; this version reads {SCHEMA_VERSION!r}.")
         return cls(folder, manifest)
 
     def write(self) -> None:
-        """Write the manifest atomically."""
+        """Write the manifest atomically; of several processes only the first does."""
+        if os.environ.get("RANK", "0") != "0":
+            return
         write_json(self.folder / "manifest.json", self.manifest)
 
     def note_inputs(self, **inputs: Mapping[str, Any]) -> None:

@@ -100,13 +100,13 @@ class Watch:
             warm = math.ceil(self.schedule.warmup * per_epoch) if self.schedule.warmup else 0
             warm = min(warm, self.loop.total - 1)
             if step < warm:
-                return self.schedule.lr * (step + 1) / warm
+                return self.lr * (step + 1) / warm
             left = (self.loop.total - step) / max(1, self.loop.total - warm)
             if self.schedule.decay == "linear":
-                return self.schedule.lr * left
+                return self.lr * left
             if self.schedule.decay == "cosine":
-                return self.schedule.lr * 0.5 * (1 - math.cos(math.pi * left))
-            return self.schedule.lr
+                return self.lr * 0.5 * (1 - math.cos(math.pi * left))
+            return self.lr
         return self.lr * min(1.0, (step + 1) / WARMUP_STEPS)
 
     def after(self, row: dict[str, float], done: int) -> Reason | None:

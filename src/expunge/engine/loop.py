@@ -145,7 +145,7 @@ class _Loop:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
         self.plan = self._plan()
-        self.total = self._total_steps()
+        self.total = self.plan.steps
         self.gradient_state: dict[str, Any] = {}
         self.balance_state: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
@@ -191,21 +191,21 @@ class _Loop:
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-6, fused=True)
 
     def _plan(self) -> BatchPlan:
+        """Batches by (seed, step); the anchor (the forget set, or what is trained on) comes first and defines the epoch."""
+        schedule = self.schedule
         anchor = Stream.FORGET if self.recipe.forget else Stream.RETAIN
         sizes = {str(anchor): len(self.examples[anchor])}
-        batches = {str(anchor): min(self.schedule.batch, sizes[str(anchor)])}
+        batch = {str(anchor): min(schedule.batch, sizes[str(anchor)])}
         if anchor is Stream.FORGET and self.recipe.retain:
             sizes[str(Stream.RETAIN)] = len(self.examples[Stream.RETAIN])
-            wanted = self.schedule.retain_batch or self.schedule.batch
-            batches[str(Stream.RETAIN)] = min(wanted, sizes[str(Stream.RETAIN)])
-        return BatchPlan(sizes, batches, anchor=str(anchor), seed=self.engine.seed)
-
-    def _total_steps(self) -> int:
-        if isinstance(self.schedule, Fixed) and self.schedule.steps is not None:
-            return self.schedule.steps
-        epochs = self.schedule.epochs if isinstance(self.schedule, (Fixed, Adaptive)) else 1
-        per_epoch: int = self.plan.steps_per_epoch
-        return max(1, math.ceil((epochs or 1) * per_epoch))
+            batch[str(Stream.RETAIN)] = min(schedule.retain_batch or schedule.batch, sizes[str(Stream.RETAIN)])
+        per_epoch = -(-sizes[str(anchor)] // batch[str(anchor)])
+        if isinstance(schedule, Fixed) and schedule.steps is not None:
+            steps = schedule.steps
+        else:
+            epochs = schedule.epochs if isinstance(schedule, (Fixed, Adaptive)) else None
+            steps = max(1, math.ceil((epochs or 1) * per_epoch))
+        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=steps)
 
     # ---- one step
 
@@ -298,7 +298,7 @@ class _Loop:
         held = checkpoint.load(self.folder / "checkpoint", self.devices.rank) if resume and self.folder else None
         if held is not None:
             done, rates = self._restore(held, watch)
-        elif isinstance(self.schedule, Adaptive) and self.schedule.lr is None:
+        elif isinstance(self.schedule, (Adaptive, Fixed)) and self.schedule.lr is None:
             watch.lr, rates = choose_rate(self, watch)
         if self.observe and done == 0:
             self.observe(0, self.devices.unwrap(self.model))
