@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -61,8 +61,8 @@ def write_csv(path: Path) -> None:
 
 
 def write_parquet(path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped, unused-ignore]
+    import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
 
@@ -287,7 +287,7 @@ def test_bad_columns_and_python_sources() -> None:
     with pytest.raises(InputError, match="belong to different shapes"):
         load(rows, name="x", columns={"prompt": "q", "text": "answer"})
     with pytest.raises(InputError, match=r"the x list item 2 is of type str"):
-        load([{"text": "a"}, "b"], name="x")  # type: ignore[arg-type]
+        load([{"text": "a"}, cast(Any, "b")], name="x")
     with pytest.raises(InputError, match=r"of type int\. Give a file, a named data set"):
         load(3, name="x")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="holds no records"):
