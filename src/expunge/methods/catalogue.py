@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from expunge.core.access import Offer, Of, Stream
+from expunge.core.access import Of, Offer, Stream
 from expunge.core.settings import Parameter, Settings, describe_value
 from expunge.engine.parts import Paper, Recipe
 from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, Method, Want, wants

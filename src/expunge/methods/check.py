@@ -5,6 +5,7 @@ from __future__ import annotations
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.engine.parts import Recipe
+from expunge.engine.reference import choose
 from expunge.methods.registry import PLACEHOLDER_LAYERS
 from expunge.methods.terms.likelihood import ForgetNLL
 
@@ -21,7 +22,7 @@ def check(recipe: Recipe) -> None:
     _check_terms(recipe)
     _check_sides(recipe)
     _check_finish(recipe)
-    _check_reference(recipe)
+    choose(recipe, recipe.needs(PLACEHOLDER_LAYERS))
     _check_start(recipe)
 
 
@@ -57,7 +58,9 @@ def _check_finish(recipe: Recipe) -> None:
     teaching = [t for t in recipe.forget if isinstance(t, ForgetNLL)]
     if recipe.finish is None:
         if teaching:
-            raise InputError("'forget-nll' teaches the forget set.", "Add finish=negate to turn it around, or use forget=gradascent.")
+            raise InputError(
+                "'forget-nll' teaches the forget set.", "Add finish=negate to turn it around, or use forget=gradascent."
+            )
         return
     name = f"finish={recipe.finish.name}"
     if recipe.retain or len(teaching) < len(recipe.forget) or not teaching:
@@ -72,26 +75,13 @@ def _check_finish(recipe: Recipe) -> None:
         raise InputError(f"{name} has no scale, and a fixed schedule does not look for one.", "Give finish.scale, for example 1.")
 
 
-def _check_reference(recipe: Recipe) -> None:
-    read = {value for _, of, value in recipe.needs(PLACEHOLDER_LAYERS) if of is Of.REFERENCE}
-    if recipe.reference == "adapter-off" and recipe.parameters.name != "lora":
-        raise InputError(
-            f"reference=adapter-off needs parameters=lora, but {recipe.name!r} moves parameters={recipe.parameters.name}.",
-            "Add parameters=lora, or use reference=copy.",
-        )
-    if recipe.reference == "cached" and read - {"losses"}:
-        kinds = ", ".join(sorted({v.partition(":")[0] for v in read - {"losses"}}))
-        raise InputError(
-            f"reference=cached holds log-probabilities only, but {recipe.name!r} reads {kinds} of the reference.",
-            "Use reference=copy, or parameters=lora with reference=adapter-off.",
-        )
-
-
 def _check_start(recipe: Recipe) -> None:
     if recipe.start != "initial":
         return
     if recipe.forget:
-        raise InputError("start=initial never saw the forget set, so there is nothing to forget.", "Use forget=none, or start=target.")
+        raise InputError(
+            "start=initial never saw the forget set, so there is nothing to forget.", "Use forget=none, or start=target."
+        )
     if any(of is Of.REFERENCE for _, of, _ in recipe.needs(PLACEHOLDER_LAYERS)):
         raise InputError(
             "start=initial must not learn from the target, which has seen the forget set.", "Use retain=nll, or start=target."

@@ -26,11 +26,14 @@ def _recipe(name: str) -> Recipe:
     ),
     formula=_FORMULA.format(winner="alternative"),
     published=Fixed(),
-    alternatives="given",
+    alternatives="refusals",
     caveats=("The factor 2/beta is not in the paper; it keeps the step comparable with NPO's.",),
 )
 def dpo() -> Recipe:
-    """Prefer answers that you give (the records' alternatives) to the answers to forget; keep the retain set's likelihood."""
+    """Prefer answers that you give (the records' alternatives) to the answers to forget; keep the retain set's likelihood.
+
+    Where none are given, refusals stand in, and this is ``idkdpo``.
+    """
     return _recipe("dpo")
 
 

@@ -33,7 +33,10 @@ def graddiff() -> Recipe:
     paper=TOFU,
     formula="L = -NLL(forget) + KL(p_ref || p)(retain)",
     published=Fixed(),
-    caveats=("The forget side has no lower bound.", "It reads the reference's logits: a second copy in memory, unless on a LoRA."),
+    caveats=(
+        "The forget side has no lower bound.",
+        "It reads the reference's logits: a second copy in memory, unless on a LoRA.",
+    ),
 )
 def graddiff_kl() -> Recipe:
     """Ascent on the forget set while the predictions on the retain set stay those of the target.

@@ -18,7 +18,7 @@ from expunge.methods.terms.likelihood import NLL
         2025,
         "https://arxiv.org/abs/2506.05314",
     ),
-    formula="L = mean_tokens (max_v z - mean_v z)^2 (forget) + lambda (NLL(retain) - eps); lambda <- max(0, lambda + step (NLL - eps))",
+    formula="L = mean_tokens (max z - mean z)^2 (forget) + lambda (NLL(retain) - eps); lambda <- [lambda + step (NLL - eps)]+",
     published=Fixed(),
     caveats=(
         "eps is in nats and belongs to the model: take the retain loss at the start plus a margin.",

@@ -101,7 +101,9 @@ def _publish(spec: Spec, given: Spec, name: str, method: Method | None) -> None:
     if asked != "paper" and not (isinstance(asked, Mapping) and asked.get("name") == "paper"):
         return
     if method is None:
-        raise InputError(f"{name!r} has no published schedule.", "Use schedule=adaptive, or schedule=fixed with schedule.lr=VALUE.")
+        raise InputError(
+            f"{name!r} has no published schedule.", "Use schedule=adaptive, or schedule=fixed with schedule.lr=VALUE."
+        )
     published = method.published
     spec["schedule"] = {"name": published.name, **published.model_dump(mode="json")}
     rest = {k: v for k, v in asked.items() if k != "name"} if isinstance(asked, Mapping) else {}
@@ -147,6 +149,10 @@ def _part(slot: str, held: Spec | None, value: Any) -> Spec | None:
 def _terms(slot: str, held: list[Spec], value: Any) -> list[Spec]:
     if _is_none(value):
         return []
+    if isinstance(value, Mapping) and isinstance(value.get("name"), (list, tuple)):
+        # "retain=[nll,kl] retain.kl.weight=2": the list first, then what is said of its members
+        rest = {k: v for k, v in value.items() if k != "name"}
+        return _change_terms(slot, _terms(slot, held, value["name"]), rest)
     if isinstance(value, str) or (isinstance(value, Mapping) and "name" in value):
         return [_term(slot, held, value)]
     if isinstance(value, Mapping):

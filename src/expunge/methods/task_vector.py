@@ -13,7 +13,8 @@ from expunge.methods.terms.likelihood import ForgetNLL
     title="Task-vector negation",
     paper=Paper(
         "Editing Models with Task Arithmetic",
-        "Gabriel Ilharco, Marco Tulio Ribeiro, Mitchell Wortsman, Suchin Gururangan, Ludwig Schmidt, Hannaneh Hajishirzi, Ali Farhadi",
+        "Gabriel Ilharco, Marco Tulio Ribeiro, Mitchell Wortsman, Suchin Gururangan, Ludwig Schmidt, Hannaneh Hajishirzi, "
+        "Ali Farhadi",
         2022,
         "https://arxiv.org/abs/2212.04089",
     ),

@@ -28,10 +28,15 @@ class Features(Term):
     reads: ClassVar[Stream]
 
     layer: int | None = Field(
-        None, ge=-512, lt=512, description="block, counted from 0, negative from the end; none: 7/32 of the depth, as in the paper"
+        None,
+        ge=-512,
+        lt=512,
+        description="block, counted from 0, negative from the end; none: 7/32 of the depth, as in the paper",
     )
     reduce: Literal["sum", "mean"] = Field("sum", description="over hidden dimensions")
-    tokens: Literal["all", "supervised"] = Field("all", description="which input tokens: also those of the prompt, or targets only")
+    tokens: Literal["all", "supervised"] = Field(
+        "all", description="which input tokens: also those of the prompt, or targets only"
+    )
 
     @property
     def stream(self) -> Stream:
@@ -78,7 +83,8 @@ class RMU(Features):
     def direction(self, size: int) -> Tensor:
         """The unit vector u, ``[size]``, on the CPU."""
         u = torch.rand(size, generator=torch.Generator().manual_seed(self.seed))
-        return u / u.norm()
+        unit: Tensor = u / u.norm()
+        return unit
 
     def values(self, views: Views) -> Tensor:
         """Squared distance of each token's state to the vector, ``[M]``."""
