@@ -17,7 +17,7 @@ class Fixed(Schedule):
 
     name: ClassVar[str] = "fixed"
 
-    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    lr: float | None = Field(1e-5, gt=0, description="peak learning rate; none: found by the range test of the adaptive schedule")
     epochs: float | None = Field(10, gt=0, description="passes over the forget set (over the retain set if nothing is forgotten)")
     steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     warmup: float = Field(1.0, ge=0, description="epochs of linear warm-up (of steps: share of them, if steps are given)")

@@ -1,0 +1,79 @@
+"""What commands print: tables and progress for people, one JSON object for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from expunge.engine.loop import Progress as Callback
+
+
+class Output:
+    """Writes to standard output (results) and standard error (progress, notes, errors).
+
+    Args:
+        machine: print one JSON object instead of text for people; notes and progress are left out.
+    """
+
+    def __init__(self, machine: bool = False) -> None:
+        self.machine = machine
+        self.console = Console(highlight=False)
+        self.aside = Console(stderr=True, highlight=False)
+
+    def note(self, text: str) -> None:
+        """A line beside the result."""
+        if not self.machine:
+            self.aside.print(Text(text))
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The result for machines."""
+        if self.machine:
+            sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def say(self, renderable: Any) -> None:
+        """The result for people: text or any rich renderable."""
+        if not self.machine:
+            self.console.print(Text(renderable) if isinstance(renderable, str) else renderable)
+
+    def error(self, message: str, remedy: str = "") -> None:
+        """An error for the user."""
+        if self.machine:
+            sys.stdout.write(json.dumps({"error": message, "remedy": remedy}, ensure_ascii=False) + "\n")
+        self.aside.print(Text.assemble(("Error: ", "bold red"), message))
+        if remedy:
+            self.aside.print(Text(remedy))
+
+    def unforeseen(self, error: Exception, trace: str) -> int:
+        """An error that nobody foresaw, or one of click's; returns the exit code."""
+        if isinstance(error, click.ClickException):
+            self.error(error.format_message())
+            return 2
+        sys.stderr.write(trace)
+        self.error(f"{type(error).__name__}: {error}", "Nobody foresaw this: please report it with the lines above.")
+        return 1
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callback | None]:
+        """A progress bar on standard error, as the callback that long work takes; none for machines."""
+        if self.machine:
+            yield None
+            return
+        columns = (
+            SpinnerColumn(), TextColumn("{task.fields[what]}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.description}", style="dim"),
+        )  # fmt: skip
+        with Progress(*columns, console=self.aside, transient=True) as bar:
+            task = bar.add_task("", total=None, what=what)
+
+            def tell(done: int, total: int, text: str) -> None:
+                bar.update(task, completed=done, total=total, description=text)
+
+            yield tell

@@ -1,0 +1,311 @@
+"""The default schedule's two questions: how large a step, and when to stop.
+
+The step size comes from a short range test on the model at hand, the stop from comparing the loss on the forget set with
+that of unseen text. Neither looks at anything that an audit judges by: no retrained model, no metric, and of the holdout
+only the part that the goal was estimated on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from expunge.adapters.base import Example
+from expunge.core.access import Stream
+from expunge.data.order import share
+from expunge.engine import checkpoint
+from expunge.engine.goal import Goal
+from expunge.engine.objective import mean_losses
+from expunge.engine.parts import Finish
+from expunge.engine.schedule import Adaptive, Fixed
+
+if TYPE_CHECKING:
+    from expunge.engine.loop import Reason, _Loop
+
+TRIAL_STEPS = 10  #: optimiser steps per try of the range test
+WARMUP_STEPS = 5  #: of the adaptive schedule
+#: tries, as shares of the root mean square of the weight matrices: an Adam step moves every weight by about one rate
+SHARES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+WANTED_STEPS = 120  #: the goal should be reached within so many steps; slower rates are gentler but cost more
+
+
+class Watch:
+    """Looks at both sides every few steps and decides; remembers the last weights that were within all bounds."""
+
+    def __init__(self, loop: _Loop, goal: Goal | None) -> None:
+        self.loop, self.goal = loop, goal
+        self.schedule = loop.schedule
+        self.lr = self.schedule.lr or 0.0 if isinstance(self.schedule, (Adaptive, Fixed)) else 0.0
+        limit = self.schedule.check_examples if isinstance(self.schedule, Adaptive) else 128
+        self.forget = _some(loop.examples.get(Stream.FORGET, ()), limit, loop.engine.seed)
+        self.retain = _some(loop.examples.get(Stream.RETAIN, ()), limit, loop.engine.seed)
+        self.forget_loss: float | None = None
+        self.retain_loss: float | None = None
+        self.base_retain: float | None = None
+        self.base_forget: float | None = None
+        self.good: checkpoint.Tensors = {}
+        self.retries = 0
+        self.finish_scale: float | None = None
+
+    # ---- looking
+
+    def look(self) -> None:
+        """Measure both sides (every process a share)."""
+        self.forget_loss = self._mean(self.forget)
+        self.retain_loss = self._mean(self.retain)
+
+    def _mean(self, examples: Sequence[Example]) -> float | None:
+        if not examples:
+            return None
+        devices = self.loop.devices
+        mine = [examples[i] for i in share(list(range(len(examples))), devices.rank, devices.world)]
+        was = self.loop.model.training
+        self.loop.model.eval()
+        total = math.fsum(mean_losses(self.loop.adapter, self.loop.model, mine, self.loop.engine.max_tokens, devices.device))
+        self.loop.model.train(was)
+        return devices.sum_floats([total])[0] / len(examples)
+
+    def gap(self) -> float | None:
+        """How much the forget loss still has to rise, in nats; None without a goal."""
+        if self.goal is None or self.forget_loss is None or not self.loop.recipe.forget or self.loop.recipe.finish is not None:
+            return None
+        return self.goal.loss - self.forget_loss
+
+    def within_bound(self) -> bool:
+        """Whether the retain loss has risen by no more than the bound (always true without retain examples)."""
+        if not isinstance(self.schedule, Adaptive) or self.retain_loss is None or self.base_retain is None:
+            return self.retain_loss is None or math.isfinite(self.retain_loss)
+        return math.isfinite(self.retain_loss) and self.retain_loss - self.base_retain <= self.schedule.utility_bound
+
+    def first(self, done: int) -> Reason | None:
+        """The look before the first step."""
+        if done == 0:
+            self.look()
+            self.base_retain, self.base_forget = self.retain_loss, self.forget_loss
+            self.good = checkpoint.snapshot(self.loop.model)
+        gap = self.gap()
+        return "goal" if isinstance(self.schedule, Adaptive) and gap is not None and gap <= 0 else None
+
+    # ---- deciding
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (counted from 0)."""
+        if isinstance(self.schedule, Fixed):
+            per_epoch = self.loop.plan.steps_per_epoch if self.schedule.steps is None else self.loop.total
+            warm = math.ceil(self.schedule.warmup * per_epoch) if self.schedule.warmup else 0
+            warm = min(warm, self.loop.total - 1)
+            if step < warm:
+                return self.lr * (step + 1) / warm
+            left = (self.loop.total - step) / max(1, self.loop.total - warm)
+            if self.schedule.decay == "linear":
+                return self.lr * left
+            if self.schedule.decay == "cosine":
+                return self.lr * 0.5 * (1 - math.cos(math.pi * left))
+            return self.lr
+        return self.lr * min(1.0, (step + 1) / WARMUP_STEPS)
+
+    def after(self, row: dict[str, float], done: int) -> Reason | None:
+        """Look when it is time, note it in the log's ``row``, and say whether training ends."""
+        if row.get("finite") == 0.0:
+            checkpoint.restore(self.loop.model, self.good)
+            return "diverged" if not self._slower() else None
+        if not isinstance(self.schedule, Adaptive):
+            return None
+        gap = self.gap()
+        near = (
+            gap is not None
+            and self.goal is not None
+            and self.base_forget is not None
+            and gap < 0.6 * (self.goal.loss - self.base_forget)
+        )
+        if done % self.schedule.check_every and not near:
+            return None
+        self.look()
+        row |= {k: v for k, v in (("forget_loss", self.forget_loss), ("retain_loss", self.retain_loss)) if v is not None}
+        gap = self.gap()
+        if not self.within_bound():
+            # A retain term can win back what a step too large has cost; without one nothing will.
+            broken = self.retain_loss is None or not math.isfinite(self.retain_loss)
+            lost = 0.0 if broken or self.base_retain is None else float(self.retain_loss or 0) - self.base_retain
+            if not broken and self.loop.recipe.retain and lost <= 3 * self.schedule.utility_bound:
+                return None
+            checkpoint.restore(self.loop.model, self.good)
+            if self._slower():
+                return None
+            self.look()
+            return "utility"
+        self.good = checkpoint.snapshot(self.loop.model)
+        return "goal" if gap is not None and gap <= 0 else None
+
+    def _slower(self) -> bool:
+        """After going back to the last good weights: try a third of the rate, at most twice."""
+        self.retries += 1
+        self.loop.optimizer.state.clear()
+        self.lr /= 3
+        return isinstance(self.schedule, Adaptive) and self.retries <= 2
+
+    def ended(self) -> Reason:
+        """Why the loop ran out of steps."""
+        self.look()
+        if isinstance(self.schedule, Fixed):
+            return "schedule"
+        if not self.within_bound():
+            checkpoint.restore(self.loop.model, self.good)
+            self.look()
+            return "utility"
+        return "budget" if self.gap() is not None else "converged"
+
+    def sentence(self, reason: Reason, steps: int) -> str:
+        """Why training ended, for people, with the remedy where the goal was missed."""
+        side = f"forget loss {_n(self.forget_loss)}, retain loss {_n(self.retain_loss)}"
+        if reason == "goal" and self.goal is not None:
+            what = "unseen text" if self.goal.source == "holdout" else "retain text with swapped answers (no holdout was given)"
+            return f"Goal reached after {steps} steps: the forget set looks to the model like {what} ({side}; goal {self.goal.loss:.3f})."
+        if reason == "schedule":
+            return f"The fixed schedule of {steps} steps is done ({side})."
+        if reason == "converged":
+            return f"The budget of {steps} steps is used ({side})."
+        if reason == "utility":
+            return (
+                f"Stopped after {steps} steps: going on would raise the retain loss past its bound; the last weights within it are kept ({side}; "
+                f"goal {_n(self.goal.loss if self.goal else None)} not reached). "
+                "Try a retain term (retain=nll or retain=kl), more retain data, or a wider schedule.utility_bound."
+            )
+        if reason == "diverged":
+            return f"Stopped after {steps} steps: the loss or the gradient was not finite; the last good weights are kept. Try a lower schedule.lr."
+        return (
+            f"Budget of {steps} steps spent before the goal ({side}; goal {_n(self.goal.loss if self.goal else None)}). "
+            "Try a larger schedule.epochs, a larger schedule.lr, or another method."
+        )
+
+    # ---- finishing
+
+    def apply_finish(self, finish: Finish) -> None:
+        """Change the weights from those at the start and now; without a given scale, the smallest that reaches the goal in bounds."""
+        after = checkpoint.snapshot(self.loop.model)
+        before = self.loop.start_weights
+        given = getattr(finish, "scale", None)
+
+        def put(scale: float) -> None:
+            checkpoint.restore(self.loop.model, {n: finish.weights(before[n], after[n], scale) for n in after})
+            self.look()
+
+        if given is not None or self.goal is None:
+            self.finish_scale = float(given if given is not None else 1.0)
+            put(self.finish_scale)
+            return
+        low, high = 0.0, 0.25
+        put(high)
+        while (self.forget_loss or 0.0) < self.goal.loss and self.within_bound() and high < 64:
+            low, high = high, high * 2
+            put(high)
+        for _ in range(8):
+            middle = (low + high) / 2
+            put(middle)
+            if (self.forget_loss or 0.0) < self.goal.loss and self.within_bound():
+                low = middle
+            else:
+                high = middle
+        put(high)
+        if not self.within_bound():
+            high = low
+            put(low)
+        self.finish_scale = high
+
+    # ---- keeping
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on."""
+        names = ("lr", "forget_loss", "retain_loss", "base_retain", "base_forget", "retries")
+        return {n: getattr(self, n) for n in names}
+
+    def load_state(self, state: dict[str, Any], good: checkpoint.Tensors) -> None:
+        """Undo :meth:`state`."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.good = good
+
+
+def choose_rate(loop: _Loop, watch: Watch) -> tuple[float, list[dict[str, float]]]:
+    """The range test: a few steps at each rate from the same start; returns the rate to use and what was seen.
+
+    With something to forget and a goal, the smallest rate that would reach the goal within :data:`WANTED_STEPS` (or the
+    budget), judged by how far the trial went, among those that keep the retain loss within the bound; the fastest of these if none
+    would. With nothing to forget, a third of the rate under which the training loss fell most.
+    """
+    start = checkpoint.snapshot(loop.model)
+    size = _weight_size(loop.model)
+    watch.look()
+    watch.base_retain, watch.base_forget = watch.retain_loss, watch.forget_loss
+    gap, first = watch.gap(), {"forget": watch.forget_loss, "retain": watch.retain_loss}
+    trials: list[dict[str, float]] = []
+    steps = max(2, min(TRIAL_STEPS, loop.total // 4))
+    for at, part in enumerate(SHARES):
+        lr = part * size
+        finite = True
+        for k in range(steps):
+            row = loop.step(k, lr * min(1.0, (k + 1) / WARMUP_STEPS))
+            finite = finite and row.get("finite") != 0.0
+            if loop.progress:
+                loop.progress(at * steps + k + 1, len(SHARES) * steps, f"finding the step size: {lr:.1e}")
+        watch.look()
+        trial = {"lr": lr, "forget": _f(watch.forget_loss), "retain": _f(watch.retain_loss), "finite": float(finite)}
+        trials.append(trial)
+        bounded = finite and watch.within_bound()
+        checkpoint.restore(loop.model, start)
+        loop.optimizer.state.clear()
+        loop.balance_state.clear()
+        loop.gradient_state.clear()
+        moved = trial["forget"] - _f(first["forget"])
+        if not bounded or (gap is not None and gap > 0 and moved >= gap):
+            break
+    loop.tokens = 0
+    watch.forget_loss, watch.retain_loss = first["forget"], first["retain"]
+    return _pick(trials, gap, first, watch, steps), [{k: v for k, v in t.items() if math.isfinite(v)} for t in trials]
+
+
+def _pick(trials: list[dict[str, float]], gap: float | None, first: dict[str, float | None], watch: Watch, steps: int) -> float:
+    bound = watch.schedule.utility_bound if isinstance(watch.schedule, Adaptive) else math.inf
+    fine = [
+        t for t in trials if t["finite"] and (first["retain"] is None or t["retain"] - _f(first["retain"]) <= bound)
+    ] or trials[:1]
+    if gap is None or gap <= 0:
+        key = "retain" if first["forget"] is None or not watch.loop.recipe.forget else "forget"
+        return min(fine, key=lambda t: t[key] if math.isfinite(t[key]) else math.inf)["lr"] / 3
+    wanted = min(WANTED_STEPS, watch.loop.total)
+    for trial in fine:
+        moved = trial["forget"] - _f(first["forget"])
+        if moved > 0 and steps * gap / moved <= wanted:
+            return trial["lr"]
+    return max(fine, key=lambda t: t["forget"])["lr"]
+
+
+def _weight_size(model: nn.Module) -> float:
+    """Root mean square of the entries of the matrices that move (all of them, if every matrix is zero as in a fresh LoRA's B)."""
+    total = count = 0.0
+    for parameter in checkpoint.trainable(model).values():
+        if parameter.ndim > 1:
+            local = checkpoint._local(parameter.detach()).float()
+            total += float(torch.sum(local * local))
+            count += local.numel()
+    return math.sqrt(total / count) if count and total else 0.02
+
+
+def _some(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
+    if len(examples) <= limit:
+        return list(examples)
+    chosen = np.random.default_rng([seed, 9]).permutation(len(examples))[:limit]
+    return [examples[int(i)] for i in sorted(chosen)]
+
+
+def _f(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _n(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,101 @@
+"""Processes, devices and precision, by Hugging Face accelerate; nothing of the distribution is our own."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.engine.options import Engine
+
+
+class Devices:
+    """A thin hold on an ``Accelerator``: one process by default, DDP or FSDP2 under ``accelerate launch``."""
+
+    def __init__(self, engine: Engine) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        # RMU-like losses read an inner layer: later parameters then get no gradient, which DDP must be told to expect.
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+        log_with = list(engine.trackers) or None
+        self.accelerator = Accelerator(cpu=engine.device == "cpu", kwargs_handlers=handlers, log_with=log_with)
+        self.engine = engine
+        self.device: torch.device = self.accelerator.device
+        self.world: int = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.main: bool = self.accelerator.is_main_process
+        self.sharded: bool = self.accelerator.distributed_type.value == "FSDP"
+        if log_with:
+            self.accelerator.init_trackers("expunge", config={"seed": engine.seed})
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Place and, with several processes, wrap the model; the optimiser follows its parameters."""
+        if self.world == 1 and not self.sharded:
+            return model.to(self.device), optimizer
+        prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer)
+        return prepared
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The user's module inside the wrapping."""
+        inner: nn.Module = self.accelerator.unwrap_model(model) if self.world > 1 else model
+        return inner
+
+    @contextlib.contextmanager
+    def accumulate(self, model: nn.Module, last: bool, manual: bool) -> Iterator[None]:
+        """Hold back the exchange of gradients until the last forward pass of a step (altogether, if done by hand)."""
+        if self.world == 1 or (last and not manual):
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bfloat16 matrix products where asked for."""
+        if self.engine.precision == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward; DDP and FSDP average over processes, while our losses are shares of one sum: hence the factor."""
+        torch.autograd.backward(loss * self.world if self.world > 1 else loss)
+
+    def reduce_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Sum each tensor over processes."""
+        if self.world == 1:
+            return list(tensors)
+        return [self.accelerator.reduce(t, reduction="sum") for t in tensors]
+
+    def sum_floats(self, values: Sequence[float]) -> list[float]:
+        """Sum numbers over processes, in float64."""
+        if self.world == 1:
+            return list(values)
+        total = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), reduction="sum")
+        return [float(v) for v in total.tolist()]
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float | None) -> float:
+        """Scale the gradient down to ``limit``; returns its norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit, error_if_nonfinite=False)
+        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return float(full)
+
+    def peak_bytes(self) -> int:
+        """Peak memory of this process: the accelerator's if there is one, else resident memory."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def track(self, row: dict[str, float], step: int) -> None:
+        """Hand a row of the log to the optional trackers."""
+        if self.engine.trackers:
+            self.accelerator.log(row, step=step)
+
+    def end(self) -> None:
+        """Close the trackers."""
+        if self.engine.trackers:
+            self.accelerator.end_training()

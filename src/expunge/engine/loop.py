@@ -1,0 +1,374 @@
+"""The one training loop, on Hugging Face accelerate, for every modality and every recipe.
+
+One optimiser step sees ``schedule.batch`` forget examples and as many retain examples, chosen by (seed, step) alone; they
+are split over processes and, inside a process, over forward passes that fit ``max_tokens``. Every term is divided by its
+count over the whole step, so the result is that of one large batch on one process, up to the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from expunge.adapters.base import Adapter, Example
+from expunge.core.access import Stream
+from expunge.core.errors import InputError
+from expunge.core.files import write_json
+from expunge.data.order import BatchPlan, share
+from expunge.engine import checkpoint
+from expunge.engine.adaptive import Watch, choose_rate
+from expunge.engine.devices import Devices
+from expunge.engine.goal import Goal
+from expunge.engine.objective import Micro, Objective, Sums
+from expunge.engine.options import Engine
+from expunge.engine.parts import Recipe
+from expunge.engine.reference import AdapterOffReference, CachedReference, CopyReference, choose
+from expunge.engine.schedule import Adaptive, Fixed
+
+Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged"]
+
+
+class Progress(Protocol):
+    """Called as the loop goes on."""
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        """``done`` of ``total`` steps; ``text`` says what matters now."""
+
+
+@dataclass
+class Outcome:
+    """How training ended.
+
+    Attributes:
+        model: the trained module (unwrapped; a peft model if LoRA was trained).
+        reason: why it stopped; ``sentence`` says it for people, with the remedy where the goal was missed.
+        steps: optimiser steps done (range test and abandoned attempts not counted).
+        lr: the peak learning rate used.
+        rate_test: what the range test saw: learning rate, forget loss, retain loss per try.
+        forget_loss, retain_loss: at the last check, mean over checked examples, or None where not measured.
+        tokens: input tokens that went through the model in training steps.
+        seconds, peak_bytes: wall time of the loop, and the process's peak memory (of the accelerator's, if there is one).
+        history: the log, one mapping per step.
+    """
+
+    model: nn.Module
+    reason: Reason
+    sentence: str
+    steps: int
+    lr: float
+    rate_test: list[dict[str, float]] = field(default_factory=list)
+    forget_loss: float | None = None
+    retain_loss: float | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def reached(self) -> bool:
+        """Whether what was asked for was reached."""
+        return self.reason in ("goal", "schedule", "converged")
+
+
+def train(
+    adapter: Adapter,
+    recipe: Recipe,
+    examples: Mapping[Stream, Sequence[Example]],
+    engine: Engine,
+    *,
+    goal: Goal | None = None,
+    folder: Path | None = None,
+    cache: Path | None = None,
+    resume: bool = False,
+    observe: Callable[[int, nn.Module], None] | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train ``adapter.model`` by ``recipe``; the adapter's model is changed in place (or wrapped, with LoRA).
+
+    Args:
+        adapter: holds the target model.
+        recipe: what to do.
+        examples: by stream; alternatives aligned with the forget examples.
+        engine: how to use the machine.
+        goal: where the adaptive schedule may stop; without one it runs its budget.
+        folder: for ``checkpoint/`` and ``log.jsonl``; none keeps nothing.
+        cache: for reference log-probabilities.
+        resume: go on from ``folder``'s checkpoint if there is one.
+        observe: called with the step and the model before the first and after every optimiser step.
+        progress: called after every step and during the range test.
+
+    Raises:
+        InputError: the recipe does not fit the data or the model.
+    """
+    loop = _Loop(adapter, recipe, examples, engine, goal=goal, folder=folder, cache=cache, observe=observe, progress=progress)
+    return loop.run(resume)
+
+
+class _Loop:
+    def __init__(
+        self,
+        adapter: Adapter,
+        recipe: Recipe,
+        examples: Mapping[Stream, Sequence[Example]],
+        engine: Engine,
+        *,
+        goal: Goal | None,
+        folder: Path | None,
+        cache: Path | None,
+        observe: Callable[[int, nn.Module], None] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.adapter, self.recipe, self.examples, self.engine = adapter, recipe, examples, engine
+        self.goal, self.folder, self.observe, self.progress = goal, folder, observe, progress
+        self.schedule = recipe.schedule
+        self.devices = Devices(engine)
+        if recipe.gradient.by_term and self.devices.sharded:
+            raise InputError(
+                f"gradient={recipe.gradient.name} needs forget and retain gradients apart, which a sharded (FSDP) model lacks.",
+                "Use gradient=plain, or run on one process or with data parallelism.",
+            )
+        torch.manual_seed(engine.seed)
+        reference = self._reference(cache)
+        self.objective = Objective(adapter, recipe, examples, reference)
+        model = recipe.parameters.prepare(adapter.model, adapter.layers())
+        self._mode(model)
+        self.model, self.optimizer = self.devices.prepare(model, self._optimizer(model))
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
+        self.plan = self._plan()
+        self.total = self.plan.steps
+        self.gradient_state: dict[str, Any] = {}
+        self.balance_state: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
+        self.tokens = 0
+
+    # ---- setting up
+
+    def _reference(self, cache: Path | None) -> CachedReference | CopyReference | AdapterOffReference | None:
+        kind = choose(self.recipe, self.recipe.needs(self.adapter.layers()))
+        model = self.adapter.model.eval().to(self.devices.device)
+        if kind == "none":
+            return None
+        if kind == "copy":
+            return CopyReference(self.adapter, self.devices.device)
+        if kind == "adapter-off":
+            return AdapterOffReference(self.adapter)
+        cached = CachedReference(self.adapter, cache)
+        streams = {s for s, of, _ in self.recipe.needs(self.adapter.layers()) if of == "reference"}
+        for stream in sorted(streams):
+            cached.fill(model, self.examples.get(stream, ()), self.engine.max_tokens, self.devices.device)
+        return cached
+
+    def _mode(self, model: nn.Module) -> None:
+        if self.engine.gradient_checkpointing:
+            enable = getattr(model, "gradient_checkpointing_enable", None)
+            if enable is None:
+                raise InputError("This model does not support gradient checkpointing.", "Leave gradient_checkpointing off.")
+            enable({"use_reentrant": False})
+        model.train(self.engine.dropout or self.engine.gradient_checkpointing)
+        if not self.engine.dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+                for name in ("attention_dropout", "dropout"):
+                    if isinstance(getattr(module, name, None), float):
+                        setattr(module, name, 0.0)
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        moving = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in moving if p.ndim > 1]
+        vectors = [p for p in moving if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": self.schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-6, fused=True)
+
+    def _plan(self) -> BatchPlan:
+        """Batches by (seed, step); the anchor (the forget set, or what is trained on) comes first and defines the epoch."""
+        schedule = self.schedule
+        anchor = Stream.FORGET if self.recipe.forget else Stream.RETAIN
+        sizes = {str(anchor): len(self.examples[anchor])}
+        batch = {str(anchor): min(schedule.batch, sizes[str(anchor)])}
+        if anchor is Stream.FORGET and self.recipe.retain:
+            sizes[str(Stream.RETAIN)] = len(self.examples[Stream.RETAIN])
+            batch[str(Stream.RETAIN)] = min(schedule.retain_batch or schedule.batch, sizes[str(Stream.RETAIN)])
+        per_epoch = -(-sizes[str(anchor)] // batch[str(anchor)])
+        if isinstance(schedule, Fixed) and schedule.steps is not None:
+            steps = schedule.steps
+        else:
+            epochs = schedule.epochs if isinstance(schedule, (Fixed, Adaptive)) else None
+            steps = max(1, math.ceil((epochs or 1) * per_epoch))
+        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=steps)
+
+    # ---- one step
+
+    def step(self, step: int, lr: float) -> dict[str, float]:
+        """One optimiser step on the examples of ``step``; returns what it saw (not finite means the weights were left alone)."""
+        plan = {Stream(s): ix for s, ix in self.plan.plan(step).items()}
+        counts = self.objective.counts(plan)
+        coefficients = self.recipe.balance.coefficients(self.balance_state)
+        micros = self._micros(plan)
+        sums = Sums()
+        split = self.recipe.gradient.by_term and bool(self.recipe.forget) and bool(self.recipe.retain)
+        sides: list[list[Tensor]] = [[], []]
+        for at, micro in enumerate(micros):
+            with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split), self.devices.autocast():
+                views = self.objective.views(self.model, micro, self.devices.device)
+                losses = self.objective.losses(views, micro, counts, coefficients, sums)
+            with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split):
+                if split:
+                    self._backward_by_side(losses, sides)
+                else:
+                    present = [x for x in losses if x is not None]
+                    self.devices.backward(sum(present[1:], present[0]))
+            self.tokens += int(micro.weight) * sum(e.size for s in micro.examples.values() for e in s)
+        if split:
+            forget, retain = (self.devices.reduce_all(s) for s in sides)
+            for parameter, g in zip(
+                self.parameters, self.recipe.gradient.combine(forget, retain, self.gradient_state), strict=True
+            ):
+                parameter.grad = g
+        return self._update(step, lr, sums, coefficients)
+
+    def _micros(self, plan: Mapping[Stream, Sequence[int]]) -> list[Micro]:
+        """This process's forward passes, padded with fillers to the largest number that any process has."""
+        per_process = [
+            self.objective.micro_batches(
+                {s: share(ix, rank, self.devices.world) for s, ix in plan.items()}, self.engine.max_tokens
+            )
+            for rank in range(self.devices.world)
+        ]
+        mine = per_process[self.devices.rank]
+        return mine + [self.objective.filler()] * (max(map(len, per_process)) - len(mine))
+
+    def _backward_by_side(self, losses: tuple[Tensor | None, Tensor | None], sides: list[list[Tensor]]) -> None:
+        for index, loss in enumerate(losses):
+            if not sides[index]:
+                sides[index] = [torch.zeros_like(p) for p in self.parameters]
+            if loss is None:
+                continue
+            keep = index == 0 and losses[1] is not None
+            gradients = torch.autograd.grad(loss, self.parameters, retain_graph=keep, allow_unused=True)
+            for total, g in zip(sides[index], gradients, strict=True):
+                if g is not None:
+                    total.add_(g)
+
+    def _update(self, step: int, lr: float, sums: Sums, coefficients: tuple[float, float]) -> dict[str, float]:
+        terms = self.recipe.terms()
+        values = self.devices.sum_floats([sums.values.get(i, 0.0) for i in range(len(terms))])
+        row: dict[str, float] = {"step": step, "epoch": (step + 1) / self.plan.steps_per_epoch, "lr": lr}
+        row |= {
+            f"{'forget' if i < len(self.recipe.forget) else 'retain'}.{t.name}": v
+            for i, (t, v) in enumerate(zip(terms, values, strict=True))
+        }
+        norm = self.devices.clip(self.parameters, self.schedule.clip)
+        row["gradient_norm"] = norm
+        row["loss"] = sum(
+            t.weight * coefficients[0 if i < len(self.recipe.forget) else 1] * v
+            for i, (t, v) in enumerate(zip(terms, values, strict=True))
+        )
+        if math.isfinite(norm) and math.isfinite(row["loss"]):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            n = len(self.recipe.forget)
+            forget = sum(t.weight * v for t, v in zip(terms[:n], values[:n], strict=True))
+            retain = sum(t.weight * v for t, v in zip(terms[n:], values[n:], strict=True))
+            self.recipe.balance.update(self.balance_state, row["epoch"], forget, retain)
+            row |= {f"balance.{k}": v for k, v in self.balance_state.items()}
+        else:
+            row["finite"] = 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        return row
+
+    # ---- the whole run
+
+    def run(self, resume: bool) -> Outcome:
+        """Range test (adaptive schedule without a rate), then steps until something ends them."""
+        watch = Watch(self, self.goal)
+        done = 0
+        rates: list[dict[str, float]] = []
+        held = checkpoint.load(self.folder / "checkpoint", self.devices.rank) if resume and self.folder else None
+        if held is not None:
+            done, rates = self._restore(held, watch)
+        elif isinstance(self.schedule, (Adaptive, Fixed)) and self.schedule.lr is None:
+            watch.lr, rates = choose_rate(self, watch)
+        if self.observe and done == 0:
+            self.observe(0, self.devices.unwrap(self.model))
+        reason: Reason | None = watch.first(done)
+        while reason is None and done < self.total:
+            row = self.step(done, watch.rate(done))
+            done += 1
+            reason = watch.after(row, done)
+            self.history.append(row)
+            self._report(row, done)
+            if self.observe:
+                self.observe(done, self.devices.unwrap(self.model))
+            if self.folder and self.engine.checkpoint_every and done % self.engine.checkpoint_every == 0 and reason is None:
+                self._save(done, watch, rates)
+        reason = reason or watch.ended()
+        self._finish(watch)
+        return self._outcome(reason, done, watch, rates)
+
+    def _finish(self, watch: Watch) -> None:
+        if self.recipe.finish is not None:
+            watch.apply_finish(self.recipe.finish)
+
+    def _outcome(self, reason: Reason, done: int, watch: Watch, rates: list[dict[str, float]]) -> Outcome:
+        if self.folder and self.devices.main:
+            lines = "".join(json.dumps(row) + "\n" for row in self.history)
+            (self.folder / "log.jsonl").write_text(lines)
+        self.devices.end()
+        return Outcome(
+            self.devices.unwrap(self.model), reason, watch.sentence(reason, done), done, watch.lr, rates,
+            watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
+            self.devices.peak_bytes(), self.history,
+        )  # fmt: skip
+
+    def _report(self, row: dict[str, float], done: int) -> None:
+        self.devices.track(row, done)
+        if self.progress:
+            shown = [f"loss {row['loss']:.3f}"]
+            shown += [f"{k.split('_')[0]} {row[k]:.2f}" for k in ("forget_loss", "retain_loss") if k in row]
+            self.progress(done, self.total, "  ".join(shown))
+
+    def _save(self, done: int, watch: Watch, rates: list[dict[str, float]]) -> None:
+        if not (self.devices.main or self.devices.sharded) or self.folder is None:
+            return
+        state = {
+            "step": done, "watch": watch.state(), "balance": self.balance_state, "rates": rates, "history": self.history,
+            "tokens": self.tokens, "gradient": {k: v for k, v in self.gradient_state.items() if not isinstance(v, Tensor)},
+        }  # fmt: skip
+        where = self.folder / "checkpoint"
+        weights, optimizer = checkpoint.snapshot(self.model), self.optimizer.state_dict()
+        checkpoint.save(where, self.devices.rank, weights=weights, good=watch.good, optimizer=optimizer, state=state)
+
+    def _restore(self, held: checkpoint.Held, watch: Watch) -> tuple[int, list[dict[str, float]]]:
+        checkpoint.restore(self.model, held.weights)
+        self.optimizer.load_state_dict(held.optimizer)
+        state = held.state
+        self.balance_state = state["balance"]
+        self.gradient_state = state["gradient"]
+        self.history = state["history"]
+        self.tokens = state["tokens"]
+        watch.load_state(state["watch"], held.good)
+        return int(state["step"]), state["rates"]
+
+
+def write_log_summary(folder: Path, outcome: Outcome) -> None:
+    """Write how training ended to ``training.json``."""
+    write_json(
+        folder / "training.json",
+        {
+            "reason": outcome.reason, "sentence": outcome.sentence, "reached": outcome.reached, "steps": outcome.steps,
+            "lr": outcome.lr, "rate_test": outcome.rate_test, "forget_loss": outcome.forget_loss, "retain_loss": outcome.retain_loss,
+            "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
+        },
+    )  # fmt: skip

@@ -1,0 +1,209 @@
+"""The loss of one optimiser step: which examples go through which model together, and what the terms make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from expunge.adapters.base import Adapter, Batch, Example, Outputs
+from expunge.core.access import Of, Stream
+from expunge.core.errors import InputError
+from expunge.engine.parts import Recipe, Term, Views
+
+Examples = Mapping[Stream, Sequence[Example]]
+Indices = Mapping[Stream, Sequence[int]]
+
+_ORDER = (Stream.FORGET, Stream.ALTERNATIVE, Stream.RETAIN)
+
+
+class ReferenceSource(Protocol):
+    """Where the frozen target's outputs come from."""
+
+    def outputs(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
+        """Outputs of the frozen target on ``batch``, without gradients; ``model`` is the current one."""
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Examples that share one forward pass, by stream; ``weight`` 0 marks a filler that only keeps processes in step."""
+
+    examples: Mapping[Stream, tuple[Example, ...]]
+    weight: float = 1.0
+
+    def padded_tokens(self) -> int:
+        """Input tokens after padding."""
+        everything = [e.size for s in self.examples.values() for e in s]
+        return max(everything) * len(everything)
+
+
+@dataclass
+class Sums:
+    """Sums of term values over an optimiser step, for the log and the balance: by index of the term."""
+
+    values: dict[int, float] = field(default_factory=dict)
+
+    def add(self, index: int, value: float) -> None:
+        """Add to one term's sum."""
+        self.values[index] = self.values.get(index, 0.0) + value
+
+
+class Objective:
+    """Evaluates a recipe's terms on micro-batches.
+
+    Args:
+        adapter: the modality.
+        recipe: whose terms.
+        examples: by stream; ``alternative`` is aligned with ``forget`` (same index, same record).
+        reference: needed if a term reads the reference.
+
+    Raises:
+        InputError: a term reads a stream or a value that is not there.
+    """
+
+    def __init__(self, adapter: Adapter, recipe: Recipe, examples: Examples, reference: ReferenceSource | None) -> None:
+        self.adapter, self.recipe, self.examples, self.reference = adapter, recipe, examples, reference
+        self.needs = recipe.needs(adapter.layers())
+        self._current_want = frozenset(value for _, of, value in self.needs if of is Of.CURRENT)
+        self._reference_want = {
+            stream: frozenset(v for s, of, v in self.needs if of is Of.REFERENCE and s is stream) for stream in Stream
+        }
+        for stream in {s for s, _, _ in self.needs} | {t.stream for t in recipe.terms()}:
+            if not examples.get(stream):
+                raise InputError(f"The method {recipe.name!r} reads {stream} examples, but there are none.", _REMEDY[stream])
+        if any(of is Of.REFERENCE for _, of, _ in self.needs) and reference is None:
+            raise InputError(f"The method {recipe.name!r} compares with the frozen target model, but no reference was given.")
+        alternative = examples.get(Stream.ALTERNATIVE)
+        if alternative and len(alternative) != len(examples.get(Stream.FORGET, ())):
+            raise InputError("There must be one alternative answer per forget example.")
+
+    def counts(self, indices: Indices) -> list[int]:
+        """By how much each term's sum is divided in the step whose (global) ``indices`` are given; at least 1."""
+        chosen = {s: [self.examples[s][i] for i in ix] for s, ix in self._with_alternatives(indices).items()}
+        return [max(1, t.count(chosen.get(t.stream, []))) for t in self.recipe.terms()]
+
+    def micro_batches(self, indices: Indices, max_tokens: int) -> list[Micro]:
+        """Split one process's share of a step into forward passes of at most ``max_tokens`` padded input tokens.
+
+        An alternative stays with its forget example. Examples of like length go together, so little is padded; the split
+        never changes the result because terms are normalised over the whole step.
+        """
+        full = self._with_alternatives(indices)
+        items: list[dict[Stream, Example]] = [
+            {Stream.RETAIN: self.examples[Stream.RETAIN][i]} for i in full.get(Stream.RETAIN, ())
+        ]
+        for i in full.get(Stream.FORGET, ()):
+            item = {Stream.FORGET: self.examples[Stream.FORGET][i]}
+            if Stream.ALTERNATIVE in full:
+                item[Stream.ALTERNATIVE] = self.examples[Stream.ALTERNATIVE][i]
+            items.append(item)
+        items.sort(key=lambda item: max(e.size for e in item.values()))
+        groups: list[list[dict[Stream, Example]]] = []
+        widest = held = 0
+        for item in items:
+            width = max(widest, max(e.size for e in item.values()))
+            if groups and width * (held + len(item)) <= max_tokens:
+                groups[-1].append(item)
+                widest, held = width, held + len(item)
+            else:
+                groups.append([item])
+                widest, held = max(e.size for e in item.values()), len(item)
+        return [Micro({s: tuple(i[s] for i in g if s in i) for s in _ORDER if any(s in i for i in g)}) for g in groups]
+
+    def filler(self) -> Micro:
+        """The smallest micro-batch there is, with weight 0: for a process that has run out of work before the others."""
+        streams = {t.stream for t in self.recipe.terms()} | {s for s, _, _ in self.needs}
+        if Stream.ALTERNATIVE in streams:
+            streams.add(Stream.FORGET)
+        shortest = {s: min(range(len(self.examples[s])), key=lambda i, s=s: self.examples[s][i].size) for s in streams}  # type: ignore[misc]
+        if Stream.ALTERNATIVE in shortest:
+            shortest[Stream.ALTERNATIVE] = shortest[Stream.FORGET]
+        return Micro({s: (self.examples[s][shortest[s]],) for s in _ORDER if s in streams}, weight=0.0)
+
+    def views(self, model: nn.Module, micro: Micro, device: torch.device) -> Views:
+        """Run the forward passes of one micro-batch: one under the current model for all streams, at most one for the reference."""
+        streams = [s for s in _ORDER if s in micro.examples]
+        batch = self.adapter.collate([e for s in streams for e in micro.examples[s]]).to(device)
+        outputs: dict[tuple[Stream, Of], Outputs] = {}
+        if self._current_want:
+            current = self.adapter.forward(model, batch, self._current_want)
+            outputs |= _split(current, streams, micro, Of.CURRENT)
+        asked = [s for s in streams if self._reference_want[s]]
+        if asked and self.reference is not None:
+            want = frozenset().union(*(self._reference_want[s] for s in asked))
+            part = batch if asked == streams else self.adapter.collate([e for s in asked for e in micro.examples[s]]).to(device)
+            frozen = self.reference.outputs(model, part, want)
+            outputs |= _split(frozen, asked, micro, Of.REFERENCE)
+        return Views(outputs)
+
+    def losses(
+        self, views: Views, micro: Micro, counts: Sequence[int], coefficients: tuple[float, float], sums: Sums
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The forget and the retain part of the step's loss that this micro-batch contributes; notes the term sums."""
+        sides: list[Tensor | None] = [None, None]
+        for index, term in enumerate(self.recipe.terms()):
+            if term.stream not in micro.examples:
+                continue
+            side = 0 if index < len(self.recipe.forget) else 1
+            total = self._sum(term, views)
+            if micro.weight:
+                sums.add(index, float(total.detach()) / counts[index])
+            part = total * (term.weight * coefficients[side] * micro.weight / counts[index])
+            held = sides[side]
+            sides[side] = part if held is None else held + part
+        return sides[0], sides[1]
+
+    def _sum(self, term: Term, views: Views) -> Tensor:
+        return term.values(views).float().sum()
+
+    def _with_alternatives(self, indices: Indices) -> dict[Stream, Sequence[int]]:
+        full = dict(indices)
+        reads = {s for s, _, _ in self.needs} | {t.stream for t in self.recipe.terms()}
+        if Stream.ALTERNATIVE in reads and Stream.FORGET in full:
+            full[Stream.ALTERNATIVE] = full[Stream.FORGET]
+        return full
+
+
+_REMEDY = {
+    Stream.FORGET: "Give a forget set.",
+    Stream.RETAIN: "Give --retain DATA, or drop the retain term: retain=none.",
+    Stream.ALTERNATIVE: "Give answers to put in their place: --alternatives refusals, or a column 'alternatives' in the forget data.",
+}
+
+
+def _split(outputs: Outputs, streams: Sequence[Stream], micro: Micro, of: Of) -> dict[tuple[Stream, Of], Outputs]:
+    parts: dict[tuple[Stream, Of], Outputs] = {}
+    start = 0
+    for stream in streams:
+        stop = start + len(micro.examples[stream])
+        parts[stream, of] = outputs.narrow(start, stop)
+        start = stop
+    return parts
+
+
+def mean_losses(
+    adapter: Adapter, model: nn.Module, examples: Sequence[Example], max_tokens: int, device: torch.device | None = None
+) -> list[float]:
+    """Mean loss per target of each example, in order, without gradients (an example without targets gets 0)."""
+    order = sorted(range(len(examples)), key=lambda i: examples[i].size)
+    out = [0.0] * len(examples)
+    where = device or next(model.parameters()).device
+    at = 0
+    guard: AbstractContextManager[object] = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+    with guard:
+        while at < len(order):
+            stop = at + 1
+            while stop < len(order) and examples[order[stop]].size * (stop + 1 - at) <= max_tokens:
+                stop += 1
+            chosen = order[at:stop]
+            batch = adapter.collate([examples[i] for i in chosen]).to(where)
+            result = adapter.forward(model, batch, frozenset({"losses"}))
+            means = result.per_example(result.losses) / result.lengths()
+            for i, value in zip(chosen, means.tolist(), strict=True):
+                out[i] = value
+            at = stop
+    return out

@@ -1,0 +1,141 @@
+"""The frozen target model, as cheaply as the recipe allows.
+
+* ``cached``: the terms read only losses of the reference: they are computed once per example and stored by content;
+  no second model, no second forward pass.
+* ``adapter-off``: LoRA is trained: the same weights with the adapter switched off are the target; one more forward pass.
+* ``copy``: the terms read logits or features of the reference and all weights move: a second copy in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from expunge.adapters.base import Adapter, Batch, Example, Outputs
+from expunge.core.access import Of
+from expunge.core.errors import InputError
+from expunge.core.files import atomic_path, digest_json
+from expunge.engine.parts import Need, Recipe
+
+Kind = Literal["none", "cached", "adapter-off", "copy"]
+
+
+def choose(recipe: Recipe, needs: frozenset[Need]) -> Kind:
+    """The kind of reference that serves ``recipe``.
+
+    Raises:
+        InputError: the kind asked for cannot serve.
+    """
+    wanted = {value for _, of, value in needs if of is Of.REFERENCE}
+    lora = recipe.parameters.name == "lora"
+    if not wanted:
+        return "none"
+    if recipe.reference == "cached" and wanted != {"losses"}:
+        raise InputError(
+            f"reference=cached holds log-probabilities only; {recipe.name!r} reads {', '.join(sorted(wanted - {'losses'}))}.",
+            "Use reference=copy, or parameters=lora with reference=adapter-off.",
+        )
+    if recipe.reference == "adapter-off" and not lora:
+        raise InputError("reference=adapter-off needs parameters=lora.", "Add parameters=lora or use reference=copy.")
+    if recipe.reference != "auto":
+        return cast(Kind, recipe.reference)
+    if wanted == {"losses"}:
+        return "cached"
+    return "adapter-off" if lora else "copy"
+
+
+class CachedReference:
+    """Per-target losses of the target model, computed once per example and kept by content hash.
+
+    Args:
+        adapter: with the target's weights in place when :meth:`fill` is called.
+        store: folder of the cache; none keeps it in memory only.
+    """
+
+    def __init__(self, adapter: Adapter, store: Path | None = None) -> None:
+        self.adapter, self.store = adapter, store
+        self._losses: dict[str, np.ndarray] = {}
+
+    def fill(self, model: nn.Module, examples: Sequence[Example], max_tokens: int, device: torch.device) -> bool:
+        """Compute the losses of ``examples`` under ``model``, or read them; returns whether they were stored already."""
+        path = None
+        if self.store is not None:
+            keys = [[e.id, e.n_targets, e.size] for e in examples]
+            name = digest_json(["reference-losses-1", self.adapter.fingerprint(), keys, _content(self.adapter, examples)])
+            path = self.store / f"reference-{name[:32]}.npz"
+            if path.is_file():
+                with np.load(path, allow_pickle=False) as data:
+                    flat, ends = data["losses"], np.cumsum(data["counts"])
+                parts = np.split(flat, ends[:-1])
+                self._losses |= {e.id: p for e, p in zip(examples, parts, strict=True)}
+                return True
+        order = sorted(range(len(examples)), key=lambda i: examples[i].size)
+        at = 0
+        with torch.no_grad():
+            while at < len(order):
+                stop = at + 1
+                while stop < len(order) and examples[order[stop]].size * (stop + 1 - at) <= max_tokens:
+                    stop += 1
+                chosen = [examples[i] for i in order[at:stop]]
+                batch = self.adapter.collate(chosen).to(device)
+                losses = self.adapter.forward(model, batch, frozenset({"losses"})).losses.float().cpu().numpy()
+                ends = np.cumsum([e.n_targets for e in chosen])
+                self._losses |= {e.id: p.copy() for e, p in zip(chosen, np.split(losses, ends[:-1]), strict=True)}
+                at = stop
+        if path is not None:
+            with atomic_path(path) as temporary, temporary.open("wb") as handle:
+                counts = np.array([e.n_targets for e in examples])
+                np.savez(handle, losses=np.concatenate([self._losses[e.id] for e in examples]), counts=counts)
+        return False
+
+    def outputs(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
+        """Read the cached losses of a batch."""
+        flat = np.concatenate([self._losses[i] for i in batch.ids])
+        return Outputs.of(batch, {"losses": torch.from_numpy(flat).to(batch.targets.device)})
+
+
+class CopyReference:
+    """A frozen second copy of the model."""
+
+    def __init__(self, adapter: Adapter, device: torch.device) -> None:
+        self.adapter = adapter.copy()
+        self.adapter.model.eval().requires_grad_(False).to(device)
+
+    def outputs(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
+        """Forward through the copy."""
+        with torch.no_grad():
+            return self.adapter.forward(self.adapter.model, batch, want)
+
+
+class AdapterOffReference:
+    """The current model with its LoRA switched off."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def outputs(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
+        """Forward with the adapter disabled."""
+        inner = getattr(model, "module", model)
+        off: AbstractContextManager[object] = cast(Any, inner).disable_adapter()
+        with torch.no_grad(), off:
+            return self.adapter.forward(inner, batch, want)
+
+
+def _content(adapter: Adapter, examples: Sequence[Example]) -> str:
+    """Hash of what the examples hold, through the adapter's own collation (ids alone do not identify content)."""
+    import hashlib
+
+    state = hashlib.sha256()
+    for example in examples:
+        batch = adapter.collate([example])
+        for name in sorted(batch.tensors):
+            state.update(name.encode())
+            state.update(batch.tensors[name].numpy().tobytes())
+        state.update(batch.targets.numpy().tobytes())
+    return state.hexdigest()

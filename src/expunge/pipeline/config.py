@@ -1,0 +1,82 @@
+"""Typed configurations of the stages: the same object from Python, a YAML file and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from expunge.core.errors import InputError
+from expunge.core.settings import Settings, load_yaml
+from expunge.engine.options import Engine
+
+
+class TextConfig(Settings):
+    """How text becomes tokens."""
+
+    columns: dict[str, str] = Field(default_factory=dict, description="names of your columns, e.g. prompt=question_text")
+    template: str | None = Field(None, description="prompt template where the tokenizer has no chat template, with {prompt} and {answer}")
+    max_length: int | None = Field(None, ge=8, description="longest input in tokens; none: the model's context")
+    truncate: bool = Field(False, description="cut longer texts instead of refusing them")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the weights; auto keeps the file's")
+
+
+class UnlearnConfig(Settings):
+    """Everything that an unlearning run depends on."""
+
+    model: str = Field(description="hub id, local folder, or a run folder of `expunge train`: the target model")
+    forget: str = Field(description="what to forget: a file or a named data set")
+    retain: str | None = Field(None, description="what to keep: a file or a named data set")
+    holdout: str | None = Field(None, description="records that the model was never trained on")
+    method: str = Field("npo", description="a method's name, or 'custom' with all parts given")
+    parts: dict[str, Any] = Field(default_factory=dict, description="parts and parameters that differ from the method's own")
+    alternatives: Literal["auto", "refusals", "given", "others"] = Field(
+        "auto", description="answers put in the place of forgotten ones; auto: given ones if all have one, else what the method publishes"
+    )
+    base: str | None = Field(None, description="the untrained base of the model, for methods that start from it")
+    allow_overlap: bool = Field(False, description="go on although forget and retain share records")
+    drop_overlap: bool = Field(False, description="leave shared records out of the retain set")
+    text: TextConfig = Field(default_factory=TextConfig, description="how text becomes tokens")
+    engine: Engine = Field(default_factory=Engine, description="how the machine is used")
+
+
+class TrainConfig(Settings):
+    """Everything that a training run depends on."""
+
+    model: str = Field(description="hub id or local folder of the base model; with scratch: a preset such as llama-tiny")
+    data: tuple[str, ...] = Field(min_length=1, description="files or named data sets to train on")
+    scratch: bool = Field(False, description="start from random weights of the preset, with a tokenizer made from the data")
+    exclude: tuple[str, ...] = Field((), description="content keys of records to leave out (used for retrained models)")
+    parts: dict[str, Any] = Field(default_factory=dict, description="schedule and parameters, e.g. schedule.epochs=10")
+    text: TextConfig = Field(default_factory=TextConfig, description="how text becomes tokens")
+    engine: Engine = Field(default_factory=Engine, description="how the machine is used")
+
+
+def from_file(path: Path) -> dict[str, Any]:
+    """Read a YAML (or JSON) configuration file as a mapping.
+
+    Raises:
+        InputError: it is missing, not YAML, or no mapping.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no configuration file {str(path)!r}.")
+    try:
+        held = load_yaml(path.read_text(encoding="utf-8"))
+    except Exception as error:  # PyYAML and the decoder raise many kinds; all mean that the file is unreadable
+        raise InputError(f"The configuration {str(path)!r} cannot be read: {str(error).splitlines()[0]}.") from None
+    if not isinstance(held, dict):
+        raise InputError(f"The configuration {str(path)!r} must be a mapping of settings, not {type(held).__name__}.")
+    return held
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Join mappings, later ones win; mappings inside are joined, everything else is replaced. None never overrides."""
+    out: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, dict) and isinstance(out.get(key), dict):
+                out[key] = merge(out[key], value)
+            elif value is not None:
+                out[key] = value
+    return out

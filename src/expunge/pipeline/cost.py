@@ -1,0 +1,63 @@
+"""What a stage will cost, said before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from expunge.adapters.base import Example
+from expunge.core.access import Stream
+from expunge.core.files import size
+from expunge.engine.adaptive import SHARES, TRIAL_STEPS
+from expunge.engine.parts import Recipe
+from expunge.engine.schedule import Adaptive, Fixed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An estimate: at most ``steps`` optimiser steps over ``tokens`` input tokens, ``memory`` bytes, ``disk`` bytes."""
+
+    steps: int
+    tokens: int
+    memory: int
+    disk: int
+    parameters: int
+
+    def text(self) -> str:
+        """One line for people."""
+        return (
+            f"at most {self.steps:,} steps, {self.tokens:,} tokens, about {size(self.memory)} of memory "
+            f"and {size(self.disk)} of disk ({self.parameters:,} parameters)"
+        )
+
+    def json(self) -> dict[str, Any]:
+        """A plain mapping."""
+        return asdict(self)
+
+
+def estimate(recipe: Recipe, examples: Mapping[Stream, Sequence[Example]], parameters: int, memory: int, disk: int) -> Cost:
+    """Upper bounds for one training stage, the range test included."""
+    schedule = recipe.schedule
+    anchor = Stream.FORGET if recipe.forget else Stream.RETAIN
+    n = len(examples[anchor])
+    batch = min(schedule.batch, n)
+    per_epoch = math.ceil(n / batch)
+    steps = per_epoch
+    if isinstance(schedule, Fixed) and schedule.steps is not None:
+        steps = schedule.steps
+    elif isinstance(schedule, (Fixed, Adaptive)):
+        steps = max(1, math.ceil((schedule.epochs or 1) * per_epoch))
+    if isinstance(schedule, (Adaptive, Fixed)) and schedule.lr is None:
+        steps += len(SHARES) * max(2, min(TRIAL_STEPS, steps // 4))
+
+    def mean(stream: Stream) -> float:
+        held = examples.get(stream, ())
+        return sum(e.size for e in held) / len(held) if held else 0.0
+
+    per_step = batch * mean(anchor)
+    if recipe.forget:
+        per_step += batch * mean(Stream.ALTERNATIVE)
+        per_step += (schedule.retain_batch or schedule.batch) * mean(Stream.RETAIN) if recipe.retain else 0
+    return Cost(steps, int(steps * per_step), memory, disk, parameters)

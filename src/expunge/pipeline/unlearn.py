@@ -1,0 +1,242 @@
+"""Unlearn: check a request, say what it costs, change the model, leave the evidence in a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expunge.adapters.base import Adapter, Example
+from expunge.core.access import Stream
+from expunge.core.errors import Destroyed, InputError
+from expunge.core.files import check_room
+from expunge.core.runs import Run, cache_folder
+from expunge.data.checks import OverlapReport, check_request, drop_overlap
+from expunge.data.records import Record, RecordSet
+from expunge.data.sources import load as load_records
+from expunge.engine.goal import Goal, estimate as estimate_goal
+from expunge.engine.loop import Outcome, Progress, train
+from expunge.engine.objective import mean_losses
+from expunge.engine.options import Engine
+from expunge.engine.parts import Recipe
+from expunge.engine.reference import choose
+from expunge.engine.schedule import Adaptive
+from expunge.methods.alternatives import alternatives
+from expunge.methods.recipe import build as build_recipe
+from expunge.methods.registry import METHODS
+from expunge.pipeline.config import UnlearnConfig
+from expunge.pipeline.cost import Cost, estimate
+from expunge.pipeline.models import check_memory, describe_data, open_adapter
+from expunge.pipeline.processes import first_process
+from expunge.pipeline.train import save_outcome
+
+
+@dataclass
+class Request:
+    """What is to be forgotten and kept, as records; ``holdout`` were never trained on."""
+
+    forget: RecordSet
+    retain: RecordSet | None = None
+    holdout: RecordSet | None = None
+    overlap: OverlapReport = field(default_factory=OverlapReport)
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Refuse a folder in use before anything is loaded.
+
+    Raises:
+        InputError: it exists and is not empty, and ``resume`` was not given; or it cannot be written.
+    """
+    if out.is_file():
+        raise InputError(f"{str(out)!r} is a file.", "Choose another --out.")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise InputError(f"The folder {str(out)!r} exists and is not empty.", "Go on with it by --resume, or choose another --out.")
+
+
+@dataclass
+class UnlearnPlan:
+    """An unlearning run that has passed every check and has not begun."""
+
+    recipe: Recipe
+    adapter: Adapter
+    request: Request
+    examples: dict[Stream, list[Example]]
+    goal_records: tuple[Sequence[Record], Sequence[Record]]
+    engine: Engine
+    cost: Cost
+    notes: list[str]
+
+
+def split_holdout(holdout: RecordSet, seed: int = 0) -> tuple[RecordSet, RecordSet]:
+    """Divide held-out records by cluster: one half sets the goal of training, the other is left to the audit.
+
+    An audit must not judge by what training was stopped by. With a single cluster the records themselves are divided.
+    """
+    clusters = sorted(set(holdout.clusters()))
+    by_cluster = len(clusters) > 1
+    names = clusters if by_cluster else [r.id for r in holdout]
+    order = np.random.default_rng([seed, 11]).permutation(len(names))
+    first = {names[int(i)] for i in order[: len(names) // 2]}
+
+    def of(record: Record) -> str:
+        return record.cluster if by_cluster else record.id
+
+    goal = tuple(r for r in holdout if of(r) in first)
+    audit = tuple(r for r in holdout if of(r) not in first)
+    return RecordSet("holdout for the goal", goal, holdout.source), RecordSet("holdout", audit, holdout.source)
+
+
+def load_request(config: UnlearnConfig) -> Request:
+    """Read and check the data of a request.
+
+    Raises:
+        InputError: a source cannot be read, a set is empty, sets overlap, or there is more to forget than to keep.
+    """
+    columns = config.text.columns or None
+    forget = load_records(config.forget, name="forget", columns=columns)
+    retain = load_records(config.retain, name="retain", columns=columns) if config.retain else None
+    holdout = load_records(config.holdout, name="holdout", columns=columns) if config.holdout else None
+    return check(Request(forget, retain, holdout), allow=config.allow_overlap, drop=config.drop_overlap)
+
+
+def check(request: Request, *, allow: bool = False, drop: bool = False) -> Request:
+    """Check sets against each other; with ``drop`` leave duplicates out of retain and holdout."""
+    report = check_request(request.forget, request.retain, request.holdout, allow_overlap=allow or drop)
+    retain, holdout = request.retain, request.holdout
+    if drop and report.found:
+        retain = drop_overlap(retain, report) if retain is not None else None
+        holdout = drop_overlap(holdout, report, "holdout") if holdout is not None else None
+    return Request(request.forget, retain, holdout, report)
+
+
+def plan(
+    adapter: Adapter,
+    request: Request,
+    method: str,
+    parts: Mapping[str, Any],
+    engine: Engine,
+    *,
+    how: str = "auto",
+    base: Adapter | None = None,
+) -> UnlearnPlan:
+    """Put a run together and check that everything fits; nothing is trained or written.
+
+    Args:
+        adapter: holds the target model.
+        request: checked data.
+        method: name of a method, or ``custom``.
+        parts: what differs from the method's own parts.
+        engine: how to use the machine.
+        how: where alternative answers come from.
+        base: the untrained base, for methods that start from it.
+    """
+    recipe = build_recipe(method, parts)
+    notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
+    if recipe.start == "initial":
+        if base is None:
+            raise InputError(f"The method {method!r} starts from the untrained base model.", "Give it: --base MODEL.")
+        adapter = base
+    if request.retain is None and recipe.retain:
+        raise InputError(f"The method {method!r} keeps the retain set, and none was given.", "Give --retain DATA, or choose retain=none.")
+    needs = recipe.needs(adapter.layers())
+    examples: dict[Stream, list[Example]] = {Stream.FORGET: [adapter.encode(r) for r in request.forget]}
+    if request.retain is not None:
+        examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
+    if any(s is Stream.ALTERNATIVE for s, _, _ in needs):
+        answers = alternatives(request.forget, _how(how, method, request), engine.seed)
+        examples[Stream.ALTERNATIVE] = [
+            adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(request.forget, answers, strict=True)
+        ]
+    if isinstance(recipe.schedule, Adaptive) and recipe.forget and request.holdout is None:
+        notes.append("No holdout was given: the goal is estimated on retain records with swapped answers, an upper estimate.")
+    goal_records = split_holdout(request.holdout, engine.seed)[0].records if request.holdout is not None else ()
+    kind = choose(recipe, needs)
+    parameters = sum(p.numel() for p in adapter.model.parameters())
+    lora = recipe.parameters.name == "lora"
+    weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
+    memory = adapter.training_memory(engine.max_tokens, lora=lora) + (weights if kind == "copy" else 0)
+    check_memory(memory, "Unlearning")
+    cost = estimate(recipe, examples, parameters, memory, disk=weights * 5)
+    kept = request.retain.records if request.retain is not None else ()
+    return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes)
+
+
+def _how(how: str, method: str, request: Request) -> str:
+    if how != "auto":
+        return how
+    if all(r.alternatives for r in request.forget):
+        return "given"
+    return "others" if method == "altpo" else "refusals"
+
+
+def goal_of(made: UnlearnPlan) -> Goal | None:
+    """What the forget set should look like, measured on the target model; None where the schedule does not ask."""
+    if not isinstance(made.recipe.schedule, Adaptive) or not made.recipe.forget:
+        return None
+    holdout, retain = made.goal_records
+    if not holdout and len(retain) < 2:
+        return None
+
+    def losses(records: Sequence[Record]) -> list[float]:
+        examples = [made.adapter.encode(r) for r in records]
+        return mean_losses(made.adapter, made.adapter.model, examples, made.engine.max_tokens)
+
+    return estimate_goal(losses, holdout, retain, made.engine.seed)
+
+
+def run_in_memory(made: UnlearnPlan, *, folder: Path | None = None, resume: bool = False, progress: Progress | None = None) -> tuple[Outcome, Goal | None]:
+    """Change the model that the plan holds."""
+    goal = goal_of(made)
+    outcome = train(
+        made.adapter, made.recipe, made.examples, made.engine, goal=goal, folder=folder,
+        cache=cache_folder() / "references" if folder else None, resume=resume, progress=progress,
+    )  # fmt: skip
+    return outcome, goal
+
+
+def execute(
+    made: UnlearnPlan, config: UnlearnConfig, out: Path, *, resume: bool = False, progress: Progress | None = None, command: Sequence[str] | None = None
+) -> Run:
+    """Unlearn and leave a run folder with ``model/``.
+
+    Raises:
+        Destroyed: the loss became NaN or infinite; the last good weights are in ``model/``.
+    """
+    check_room(out, made.cost.disk, "Unlearning")
+    dump = config.model_dump(mode="json")
+    run = first_process(lambda: Run.start(out, "unlearn", dump, resume=resume, command=command), lambda: Run.open(out))
+    sets = {"forget": made.request.forget, "retain": made.request.retain, "holdout": made.request.holdout}
+    run.note_inputs(**{k: describe_data(v) for k, v in sets.items() if v is not None})
+    run.note_inputs(target={"source": config.model, "digest": made.adapter.fingerprint()}, overlap=made.request.overlap.to_json())
+    inputs = {
+        "target": made.adapter.fingerprint(), "recipe": made.recipe.spec(), "engine": config.engine.model_dump(mode="json"),
+        "data": {k: v.digest for k, v in sets.items() if v is not None},
+    }  # fmt: skip
+
+    def work() -> dict[str, Any]:
+        outcome, goal = run_in_memory(made, folder=out, resume=resume, progress=progress)
+        result = save_outcome(made.adapter, outcome, out)
+        return result | {"recipe": made.recipe.spec(), "goal": goal.model_dump() if goal else None}
+
+    result = run.stage("unlearn", inputs, work, ["model", "training.json", "log.jsonl"])
+    if result["reason"] == "diverged":
+        raise Destroyed(result["sentence"])
+    return run
+
+
+def from_config(config: UnlearnConfig) -> UnlearnPlan:
+    """Load everything that a configuration names and plan the run.
+
+    Raises:
+        InputError: anything does not fit; nothing was started.
+    """
+    if config.method != "custom":
+        METHODS.get(config.method)
+    build_recipe(config.method, config.parts)  # wrong parameters are said before a large model is loaded
+    request = load_request(config)
+    adapter = open_adapter(config.model, config.text)
+    base = open_adapter(config.base, config.text) if config.base else None
+    return plan(adapter, request, config.method, config.parts, config.engine, how=config.alternatives, base=base)
