@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter, Example
 from expunge.audit.scores import Floats, Progress, evaluating
@@ -79,7 +79,16 @@ def _norm(adapter: Adapter, example: Example) -> float:
     model = adapter.model
     batch = adapter.collate([example]).to(device_of(model))
     loss = adapter.forward(model, batch, frozenset({"losses"})).losses.float().mean()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    squares = [g.float().square().sum(dtype=torch.float64) for g in gradients if g is not None]
-    return float(torch.stack(squares).sum().sqrt())
+    return gradient_norm(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+def gradient_norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> float:
+    """Euclidean norm over all parameters of the gradient of a scalar loss, ``sqrt(sum_p ||dL/dp||^2)``.
+
+    Args:
+        loss: a scalar with its graph.
+        parameters: with respect to which it is differentiated; those that it does not reach count 0.
+    """
+    found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+    squares = [g.float().square().sum(dtype=torch.float64) for g in found if g is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

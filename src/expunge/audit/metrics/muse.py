@@ -82,29 +82,29 @@ class VerbatimMemorisation(RecordMetric):
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
         """VerbMem of each record; absent for a text of fewer than two words."""
-        parts = [self._split(r) for r in evidence.records(name)]
+        records = evidence.records(name)
+        parts = [self._split(r) for r in records]
+        asked = [i for i, p in enumerate(parts) if p is not None]
+        chosen = [p for p in parts if p is not None]
         adapter = evidence.adapter(label)
-        asked = [i for i, p in enumerate(parts) if p.answer]
         values = np.full(len(parts), np.nan)
-        if any(evidence.records(name)[i].is_text for i in asked):
-            chosen = [parts[i] for i in asked]
+        if any(r.is_text for r in records):
             style = f"verbatim {self.share}"
-            evidence.generations(label, name, style, lambda a: [a.encode(r, suffix="#verbatim") for r in chosen])
-            made = answers(evidence, label, name, self.max_new_tokens, style=style)
+            made = answers(
+                evidence, label, name, self.max_new_tokens, (), style, lambda a: [a.encode(r, suffix="#verbatim") for r in chosen]
+            )
         else:
             made = answers(evidence, label, name, self.max_new_tokens)
-        golds = [_shortened(adapter, adapter.encode(parts[i]), parts[i].answer, self.max_new_tokens) for i in asked]
-        found = rouge_values(made, golds, lambda p, g: verbatim_memorisation(p, g, self.tokeniser))
-        values[asked] = found.values
+        golds = [_shortened(adapter, adapter.encode(r), r.answer, self.max_new_tokens) for r in chosen]
+        values[asked] = rouge_values(made, golds, lambda p, g: verbatim_memorisation(p, g, self.tokeniser)).values
         return Values(values, ~np.isnan(values))
 
-    def _split(self, record: Record) -> Record:
+    def _split(self, record: Record) -> Record | None:
+        """What is asked of a record: itself, or the first part of a text; None if it is too short to be cut."""
         if not record.is_text:
             return record
         head, tail = halves(record.answer, self.share)
-        return Record(id=record.id, prompt=head, answer=tail or " ", subject=record.subject, verbatim=True) if tail else Record(
-            id=record.id, prompt=head, answer="", subject=record.subject, verbatim=True
-        )
+        return Record(id=record.id, prompt=head, answer=tail, subject=record.subject, verbatim=True) if tail else None
 
 
 def _shortened(adapter: Adapter, example: Example, text: str, limit: int) -> str:
@@ -145,10 +145,11 @@ class KnowledgeMemorisation(RecordMetric):
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
         """KnowMem of each record."""
-        style = f"shots {self.shots}" if self.shots else "answer"
         if self.shots:
-            evidence.generations(label, name, style, lambda a: self._prompted(a, evidence, name))
-        made = answers(evidence, label, name, self.max_new_tokens, STOPS, style)
+            style = f"shots {self.shots}"
+            made = answers(evidence, label, name, self.max_new_tokens, STOPS, style, lambda a: self._prompted(a, evidence, name))
+        else:
+            made = answers(evidence, label, name, self.max_new_tokens, STOPS)
         golds = [r.answer for r in evidence.records(name)]
         return rouge_values(made, golds, lambda p, g: knowledge_memorisation(p, g, self.tokeniser))
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from expunge.adapters.base import Adapter, Example
 from expunge.audit.evidence import Evidence, Values, is_question
 from expunge.audit.generations import cut, shorten
 from expunge.audit.metrics.papers import TOFU
@@ -59,11 +60,17 @@ def rouge_values(predictions: Sequence[str], golds: Sequence[str], score: Callab
 
 
 def answers(
-    evidence: Evidence, label: str, name: str, max_new_tokens: int, stops: Sequence[str] = (), style: str = "answer"
+    evidence: Evidence,
+    label: str,
+    name: str,
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    style: str = "answer",
+    examples: Callable[[Adapter], Sequence[Example]] | None = None,
 ) -> list[str]:
-    """A model's greedy answers to the records of a set, at most so long, up to the first stop string."""
+    """A model's greedy answers to a set, at most so long, up to the first stop string; see :meth:`Evidence.generations`."""
     adapter = evidence.adapter(label)
-    made = evidence.generations(label, name, style)
+    made = evidence.generations(label, name, style, examples)
     return [cut(shorten(adapter, g, max_new_tokens).text, stops) for g in made]
 
 
