@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from expunge.adapters.registry import ADAPTERS
-
 from docgen.text import cite, code, inline, page, parameters, summary, table
+from expunge.adapters.registry import ADAPTERS
 from expunge.core.access import Of, Stream
 from expunge.core.settings import Settings, describe_value
 from expunge.engine.parts import Recipe

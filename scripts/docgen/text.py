@@ -17,7 +17,7 @@ _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields|Example|Examples
 
 def page(title: str, *blocks: str) -> str:
     """A page: heading, mark, blocks separated by blank lines."""
-    return "\n\n".join([f"# {title}", MARK, *(b.strip("\n") for b in blocks if b.strip())]) + "\n"
+    return "\n\n".join([f"# {title}", MARK, *(b.strip() for b in blocks if b.strip())]) + "\n"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
