@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from expunge.audit.metrics.registry import METRICS, Metric
-
+import expunge
 from docgen.text import cite, code, markdown, page, parameters, table
+from expunge.audit.metrics.registry import METRICS, Metric, evaluate_metric
 from expunge.core.results import Direction
 
 _DIRECTION = {
@@ -18,6 +18,8 @@ _DIRECTION = {
     Direction.REFERENCE: "best where it equals the value of the retrained model",
     Direction.ZERO: "best at zero; either side is a trace",
 }
+
+_HOME = "expunge" if "evaluate_metric" in getattr(expunge, "__all__", ()) else evaluate_metric.__module__
 
 
 def built_in() -> list[type[Metric]]:
@@ -78,15 +80,28 @@ def _page(m: type[Metric]) -> str:
 def _evaluate(m: type[Metric]) -> Iterator[str]:
     function: Callable[..., Any] = m.evaluate
     given = ", ".join(f"{p.name}=..." for p in inspect.signature(function).parameters.values() if p.default is p.empty)
-    yield code(f"from expunge import evaluate_metric\n\nevaluate_metric({m.name!r}, {given})", "python")
+    yield code(f"from {_HOME} import evaluate_metric\n\nevaluate_metric({m.name!r}, {given})", "python")
     yield code(f"{function.__name__}{signature(function)}", "python")
     yield markdown(inspect.cleandoc(function.__doc__ or ""))
 
 
 def signature(function: Callable[..., Any]) -> str:
-    """The signature as written, without module paths."""
-    try:
-        shown = str(inspect.signature(function))
-    except (TypeError, ValueError):
-        return "(...)"
-    return shown.replace("'", "").replace("typing.", "").replace("collections.abc.", "")
+    """The signature as it is written, without the module paths of evaluated annotations."""
+    held = inspect.signature(function)
+    shown = [_argument(p) for p in held.parameters.values()]
+    keyword = next((i for i, p in enumerate(held.parameters.values()) if p.kind is p.KEYWORD_ONLY), None)
+    if keyword is not None and not any(p.kind is p.VAR_POSITIONAL for p in held.parameters.values()):
+        shown.insert(keyword, "*")
+    result = "" if held.return_annotation is held.empty else f" -> {_annotation(held.return_annotation)}"
+    flat = f"({', '.join(shown)}){result}"
+    return flat if len(flat) < 110 else "(\n    " + ",\n    ".join(shown) + f",\n){result}"
+
+
+def _argument(p: inspect.Parameter) -> str:
+    star = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+    text = star + p.name + ("" if p.annotation is p.empty else f": {_annotation(p.annotation)}")
+    return text if p.default is p.empty else f"{text} = {p.default!r}"
+
+
+def _annotation(annotation: Any) -> str:
+    return annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
