@@ -121,6 +121,15 @@ def test_just_below_the_threshold_is_no_duplicate() -> None:
         assert len(list(duplicates([Record("a", " ".join(text))], [Record("b", " ".join(changed))]))) == expected
 
 
+def test_exactly_at_the_threshold_by_inclusion() -> None:
+    # 8 of 10 shingles: the two that are not shared come first in the order, so the last place of the prefix decides.
+    whole, part = " ".join(LONG.split()[:12]), " ".join(LONG.split()[:10])
+    for a, b in ((whole, part), (part, whole)):
+        (match,) = duplicates([Record("a", a)], [Record("b", b)])
+        assert match.similarity == pytest.approx(0.8)
+        assert [m.second for m in duplicates_of_larger([Record("a", a)], [Record("b", b)])] == ["b"]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_generated_people_are_no_false_alarm(seed: int) -> None:
     split = split_people(300, 60, 60, seed=seed, facts=14)

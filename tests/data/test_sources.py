@@ -16,6 +16,7 @@ from expunge.data import readers
 from expunge.data.named import DATASETS, companions, open_named, parse
 from expunge.data.readers import rows_of
 from expunge.data.records import Record
+from expunge.data.shapes import content_id
 from expunge.data.sources import load
 
 ROWS: list[dict[str, Any]] = [
@@ -141,7 +142,11 @@ def test_ids_are_stable_and_unique() -> None:
     assert a.id != b.id
     # The id is of what is learnt: other columns and other rows do not change it.
     assert load([{"text": "same", "author": "me"}], name="y")[0].id == a.id
-    assert [r.id for r in load([{"id": "k1", "text": "same"}, {"id": 2, "text": "same"}], name="x")] == ["k1", "2"]
+    given: list[dict[str, Any]] = [{"id": "k1", "text": "same"}, {"id": 2, "text": "same"}]
+    assert [r.id for r in load(given, name="x")] == ["k1", "2"]
+    # Caches and ledgers of older runs name records by these.
+    assert content_id("q", (), "a") == "b24f042ac622"
+    assert content_id("", (("user", "ü"),), "a") == "087d0541fbba"
 
 
 def test_records_pass_through() -> None:

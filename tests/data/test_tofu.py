@@ -12,6 +12,7 @@ import pytest
 
 from expunge.core.errors import InputError
 from expunge.data.checks import find_overlap
+from expunge.data.hub import hub_rows
 from expunge.data.named import companions, open_named
 from expunge.data.records import RecordSet
 from expunge.data.sets.tofu import PARTS
@@ -129,6 +130,17 @@ def test_companions_keep_the_folder() -> None:
     assert companions("tofu:retain95") is None
     for reference in (*with_it.audit.values(), *with_it.train):
         open_named(reference)
+
+
+def test_rows_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call as for the hub, on a folder in the hub's layout."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    _write(tmp_path / "repository" / "train.jsonl", 3)
+    rows = list(hub_rows(str(tmp_path / "repository"), None, "train", "none"))
+    assert rows[2] == ("row 3", {"question": "q2", "answer": "a2"})
+    with pytest.raises(InputError, match=r"cannot be had from the hub: .* Do this\.$"):
+        hub_rows(str(tmp_path / "repository"), None, "tain", "Do this.")
 
 
 def test_unreachable_hub(tmp_path: Path) -> None:
