@@ -89,10 +89,23 @@ def test_the_check_notices_stale_missing_and_left_over_pages(tmp_path: Path) -> 
 
 
 def test_docstrings_become_markdown() -> None:
-    doc = "Do :func:`~a.b.go` with ``x``.\n\nArgs:\n    x: the first,\n        and more.\n    y: the second.\n\nRaises:\n    InputError: bad."
-    assert text.markdown(doc) == (
-        "Do `go` with `x`.\n\n**Parameters**\n\n- `x`: the first, and more.\n- `y`: the second.\n\n**Raises**\n\n- `InputError`: bad."
-    )
+    doc = """Do :func:`~a.b.go` with ``x``.
+
+Args:
+    x: the first,
+        and more.
+    y: the second.
+
+Raises:
+    InputError: bad."""
+    shown = [
+        "Do `go` with `x`.",
+        "**Parameters**",
+        "- `x`: the first, and more.\n- `y`: the second.",
+        "**Raises**",
+        "- `InputError`: bad.",
+    ]
+    assert text.markdown(doc) == "\n\n".join(shown)
     assert "| a | b |" in text.markdown("==== ====\na    b\n==== ====\n1    2\n==== ====")
     assert text.table(["a"], [["x | y"]]).endswith("| x \\| y |")
 
