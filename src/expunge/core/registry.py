@@ -110,7 +110,9 @@ class Registry(Generic[T]):
         before = set(self._objects)
         try:
             loaded = point.load()
-            if point.name not in self._objects:
+            held = self._objects.get(point.name)
+            # One that its own decorator has registered on import gets its origin here; one of another definition is a clash.
+            if held is None or type(held) is type(loaded):
                 self.add(point.name, loaded, origin)
         except Exception as error:  # a plug-in is foreign code: whatever it raises must not take Expunge down
             self._broken[point.name] = f"{origin}: {type(error).__name__}: {error}"
