@@ -84,6 +84,13 @@ class Devices:
         full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return float(full)
 
+    def gather(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """The whole state of a sharded model, in main memory (empty on all processes but the first); None if it is not sharded."""
+        if not self.sharded:
+            return None
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(model)
+        return state
+
     def peak_bytes(self) -> int:
         """Peak memory of this process: the accelerator's if there is one, else resident memory."""
         if self.device.type == "cuda":

@@ -56,6 +56,7 @@ class Outcome:
         tokens: input tokens that went through the model in training steps.
         seconds, peak_bytes: wall time of the loop, and the process's peak memory (of the accelerator's, if there is one).
         history: the log, one mapping per step.
+        gathered: the whole state of a sharded model; None otherwise.
     """
 
     model: nn.Module
@@ -70,6 +71,11 @@ class Outcome:
     seconds: float = 0.0
     peak_bytes: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    gathered: dict[str, Tensor] | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """All parameters by name, whole even if the model was sharded."""
+        return self.gathered if self.gathered is not None else dict(self.model.named_parameters())
 
     @property
     def reached(self) -> bool:
@@ -325,7 +331,7 @@ class _Loop:
         return Outcome(
             self.devices.unwrap(self.model), reason, watch.sentence(reason, done), done, watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
-            self.devices.peak_bytes(), self.history,
+            self.devices.peak_bytes(), self.history, self.devices.gather(self.model),
         )  # fmt: skip
 
     def _report(self, row: dict[str, float], done: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from expunge.core.access import Stream
-from expunge.core.registry import Registry
+from expunge.core.registry import Registry, origin_of
 from expunge.engine.parts import Paper, Recipe, Schedule, Term
 
 T = TypeVar("T", bound=Term)
@@ -100,12 +100,12 @@ def method(
         made = Method(
             name, title, paper, formula, build, published, text, dict(with_paper or {}), together, alternatives, caveats=caveats
         )
-        return METHODS.add(name, made)
+        return METHODS.add(name, made, origin_of(build.__module__))
 
     return wrap
 
 
 def term(cls: type[T]) -> type[T]:
     """Class decorator: register a loss term under its ``name``."""
-    TERMS.add(cls.name, cls)
+    TERMS.add(cls.name, cls, origin_of(cls.__module__))
     return cls
