@@ -54,7 +54,7 @@ class Parameter:
 
 def describe(name: str, info: FieldInfo) -> Parameter:
     """Render one field's type, range and default for people."""
-    default = "required" if info.is_required() else _plain(info.get_default(call_default_factory=True, validated_data={}))
+    default = "required" if info.is_required() else describe_value(info.get_default(call_default_factory=True, validated_data={}))
     return Parameter(name, _type_name(info.annotation), _allowed(info), default, info.description or "")
 
 
@@ -102,13 +102,13 @@ def _allowed(info: FieldInfo) -> str:
     low, high, left, right = "", "", "(", ")"
     for constraint in info.metadata:
         if getattr(constraint, "gt", None) is not None:
-            low, left = _plain(constraint.gt), "("
+            low, left = describe_value(constraint.gt), "("
         if getattr(constraint, "ge", None) is not None:
-            low, left = _plain(constraint.ge), "["
+            low, left = describe_value(constraint.ge), "["
         if getattr(constraint, "lt", None) is not None:
-            high, right = _plain(constraint.lt), ")"
+            high, right = describe_value(constraint.lt), ")"
         if getattr(constraint, "le", None) is not None:
-            high, right = _plain(constraint.le), "]"
+            high, right = describe_value(constraint.le), "]"
     kind = _type_name(info.annotation)
     optional = kind.endswith(" or none")
     kind = kind.removesuffix(" or none")
@@ -131,7 +131,8 @@ def _choices(annotation: Any) -> list[str]:
     return []
 
 
-def _plain(value: Any) -> str:
+def describe_value(value: Any) -> str:
+    """A parameter's value in print: numbers without padding, nothing as 'none'."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)) and not value:

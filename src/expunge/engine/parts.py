@@ -24,10 +24,16 @@ Need = tuple[Stream, Of, str]  #: (which examples, under which model, which valu
 
 
 class Views(Mapping[tuple[Stream, Of], Outputs]):
-    """What the terms may read in one step: outputs by stream and model, one forward pass per model for all streams."""
+    """What the terms may read in one step: outputs by stream and model, one forward pass per model for all streams.
 
-    def __init__(self, outputs: Mapping[tuple[Stream, Of], Outputs]) -> None:
+    Args:
+        outputs: by stream and model.
+        layers: the adapter's block names, for terms that name a layer by its index.
+    """
+
+    def __init__(self, outputs: Mapping[tuple[Stream, Of], Outputs], layers: Sequence[str] = ()) -> None:
         self._outputs = dict(outputs)
+        self.layers = tuple(layers)
 
     def __getitem__(self, key: tuple[Stream, Of]) -> Outputs:
         return self._outputs[key]

@@ -1,0 +1,89 @@
+"""Greedy generation of several prompts at once, by transformers' own ``generate``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from expunge.adapters.extra import need
+
+
+def greedy(
+    inner: Any,
+    model: Any,
+    prompts: Sequence[NDArray[np.int32]],
+    *,
+    limit: int,
+    context: int | None,
+    ends: frozenset[int],
+    pad: int,
+) -> list[tuple[list[int], bool]]:
+    """Continue each prompt with the most likely token until an end token or ``limit`` tokens.
+
+    Args:
+        inner: the transformers model (whose generation settings are set aside meanwhile).
+        model: the same model, perhaps in peft's wrapper.
+        prompts: token ids.
+        limit: new tokens at most.
+        context: longest sequence the model can hold; prompts without room for ``limit`` more are
+            continued alone, as far as it goes.
+        ends: end tokens.
+        pad: any token id, to pad with on the left.
+
+    Returns:
+        New ids without the end token, and whether it came.
+    """
+    room = [limit if context is None else min(limit, context - len(p)) for p in prompts]
+    # Left padding shifts nothing for positions that follow the mask, so only an example's own length bounds it.
+    groups = [[i for i in range(len(prompts)) if room[i] == limit]] + [[i] for i in range(len(prompts)) if room[i] < limit]
+    out: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
+    for group in groups:
+        if group and room[group[0]] > 0:
+            found = _batch(inner, model, [prompts[i] for i in group], limit=room[group[0]], ends=ends, pad=pad)
+            for i, ids in zip(group, found, strict=True):
+                out[i] = _cut(ids, ends, room[i])
+    return out
+
+
+def _batch(
+    inner: Any, model: Any, prompts: list[NDArray[np.int32]], *, limit: int, ends: frozenset[int], pad: int
+) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    ids = np.full((len(prompts), longest), pad, dtype=np.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[longest - len(prompt) :] = prompt
+    mask = np.arange(longest) >= longest - np.array([len(p) for p in prompts])[:, None]
+    device = next(inner.parameters()).device
+    with _settings(inner, limit, ends, pad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokens = model.generate(
+            input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device)
+        )
+    found: list[list[int]] = tokens[:, longest:].tolist()
+    return found
+
+
+@contextmanager
+def _settings(inner: Any, limit: int, ends: frozenset[int], pad: int) -> Iterator[None]:
+    """Plain greedy search, whatever sampling, penalties or beams the model's own settings ask for."""
+    held = inner.generation_config
+    inner.generation_config = need("transformers", "Generation").GenerationConfig(
+        max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=pad, use_cache=True
+    )
+    try:
+        yield
+    finally:
+        inner.generation_config = held
+
+
+def _cut(ids: list[int], ends: frozenset[int], limit: int) -> tuple[list[int], bool]:
+    for i, token in enumerate(ids[:limit]):
+        if token in ends:
+            return ids[:i], True
+    return ids[:limit], False

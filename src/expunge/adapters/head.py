@@ -1,0 +1,196 @@
+"""The last step of a language model, done only where it is needed: logits and losses at the positions that predict a target.
+
+A vocabulary is large, so scores over it are most of the memory, and often of the time, of a training step. Three things
+keep them small. Hidden states are gathered before the head, so no score is computed for a prompt or for padding. Where only
+the loss is asked for, softmax and loss are computed in place, row block by row block. And where even one such matrix is too
+large, its blocks are computed again in the backward pass instead of being kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+KEEP_BYTES = 192 * 2**20  #: softmax matrices up to this size are kept for the backward pass, larger ones computed again
+BLOCK_BYTES = 32 * 2**20  #: size of one block of scores
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """``-log softmax(h W' + b)[target]`` per row; holds one block of scores, or one ``[N, V]`` of exponentials if kept."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917  (autograd passes by position)
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, keep: bool
+    ) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        kept = hidden.new_empty((len(targets), len(weight)), dtype=exact) if keep else None
+        losses = hidden.new_empty(len(targets), dtype=exact)
+        tops, sums = torch.empty_like(losses), torch.empty_like(losses)
+        for a in range(0, len(targets), rows):
+            b = min(a + rows, len(targets))
+            scores = _scores(hidden[a:b], weight, bias, None if kept is None else kept[a:b])
+            top = scores.amax(1, keepdim=True)
+            losses[a:b] = scores.gather(1, targets[a:b, None]).squeeze(1)
+            scores.sub_(top).exp_()
+            tops[a:b], sums[a:b] = top.squeeze(1), scores.sum(1)
+        losses.neg_().add_(tops).add_(sums.log())
+        ctx.rows = rows
+        ctx.save_for_backward(hidden, weight, bias, targets, tops, sums, kept)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, bias, targets, tops, sums, kept = ctx.saved_tensors
+        upstream = grads[0].contiguous()
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        # Rows without gradient (the other half of a forget + retain batch, say) cost nothing.
+        live = upstream.nonzero().squeeze(1)
+        everything = len(live) == len(upstream)
+        exact = sums.dtype
+        d_hidden = torch.zeros_like(hidden) if want_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
+        d_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
+        scratch = hidden.new_empty((min(ctx.rows, max(len(live), 1)), len(weight)), dtype=exact)
+        for a in range(0, len(live), ctx.rows):
+            at: Any = slice(a, min(a + ctx.rows, len(live))) if everything else live[a : a + ctx.rows]
+            rows, grad = hidden[at], upstream[at]
+            factor = (grad / sums[at])[:, None]
+            block = scratch[: len(rows)]
+            if kept is None:
+                block = _scores(rows, weight, bias, block).sub_(tops[at][:, None]).exp_().mul_(factor)
+            else:
+                torch.mul(kept[at], factor, out=block)
+            block.scatter_add_(1, targets[at][:, None], -grad[:, None])
+            if d_bias is not None:
+                d_bias += block.sum(0)
+            low = block.to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[at] = low @ weight
+            if d_weight is not None:
+                if low.dtype == exact:
+                    d_weight.addmm_(low.t(), rows)
+                else:
+                    d_weight += low.t() @ rows
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(bias.dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """``h W' + b`` in at least float32, written to ``out`` where no conversion is needed."""
+    if out is not None and out.dtype == hidden.dtype:
+        return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
+    low = functional.linear(hidden, weight, bias)
+    if out is None:
+        return low.to(torch.promote_types(low.dtype, torch.float32))
+    return out.copy_(low)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rows: int | None = None,
+    keep: bool | None = None,
+) -> Tensor:
+    """Cross-entropy of a linear head, per row, without a graph over its scores.
+
+    Equal to ``cross_entropy((hidden @ weight.T + bias).float(), targets, reduction="none")`` in value and gradient (once
+    differentiable). Gradients of the weight are summed in float32.
+
+    Args:
+        hidden: states before the head, ``[N, D]``.
+        weight: head, ``[V, D]``, of the same type as ``hidden``.
+        targets: classes, int64 ``[N]`` in ``[0, V)``.
+        bias: ``[V]`` or none.
+        rows: rows per block; none: as many as fit into :data:`BLOCK_BYTES`.
+        keep: keep the exponentials ``[N, V]`` for the backward pass (faster), or compute them again (smaller); none: keep them
+            up to :data:`KEEP_BYTES`.
+
+    Returns:
+        Losses ``[N]``, float32 (float64 for float64 input).
+    """
+    width = len(weight) * (8 if hidden.dtype == torch.float64 else 4)
+    rows = rows or max(16, BLOCK_BYTES // width)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    keep = needed and (len(targets) * width <= KEEP_BYTES if keep is None else keep)
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, keep)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of distribution and compilation (a peft model stays as it is)."""
+    while not hasattr(model, "get_output_embeddings"):
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def base(model: nn.Module) -> nn.Module:
+    """The transformers model itself, inside peft too."""
+    inner = bare(model)
+    get = getattr(inner, "get_base_model", None)
+    return get() if callable(get) else inner
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into scores."""
+    get = getattr(base(model), "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether a head is a linear map whose weight may be read directly (not adapted, sharded, offloaded or quantised)."""
+    if type(head) is not nn.Linear or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return False
+    return type(head.weight) is nn.Parameter and head.weight.device.type != "meta" and head.weight.is_floating_point()
+
+
+@contextmanager
+def replaced_head(head: nn.Module, compute: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]) -> Iterator[None]:
+    """While open, ``head(states)`` is ``compute(states, head)``: inside the model's own forward pass, so that wrappers which
+    watch it (data parallelism, sharding) see the head's weights used where they expect it."""
+    own = vars(head).get("forward")
+    original = head.forward
+    head.forward = lambda states, *_, **__: compute(states, original)
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+
+def pick(states: Tensor, owner: Tensor, column: Tensor, width: int) -> Tensor:
+    """Rows ``[N, D]`` of states ``[B, T, D]`` at (owner, column); virtual tokens put before the ``width`` others shift them."""
+    length = states.shape[-2]
+    flat = owner * length + column + (length - width)
+    return states.reshape(-1, states.shape[-1]).index_select(0, flat)
+
+
+def linear_losses(head: nn.Linear, rows: Tensor, targets: Tensor) -> Tensor:
+    """Fused losses of a plain head, in the type that autocast asks for, if it is on."""
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    kind = rows.device.type
+    if torch.is_autocast_enabled(kind):
+        low = torch.get_autocast_dtype(kind)
+        rows, weight, bias = rows.to(low), weight.to(low), None if bias is None else bias.to(low)
+    elif rows.dtype != weight.dtype:
+        rows = rows.to(weight.dtype)
+    with torch.autocast(kind, enabled=False):
+        return linear_cross_entropy(rows, weight, targets, bias)

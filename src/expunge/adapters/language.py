@@ -1,0 +1,370 @@
+"""Causal language models: every decoder that transformers loads, with full weights or with a peft adapter."""
+
+from __future__ import annotations
+
+import copy as copying
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from expunge.adapters import generation, identity, storage
+from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
+from expunge.adapters.head import bare, base, head_of, is_plain, linear_losses, pick, replaced_head
+from expunge.adapters.registry import adapter
+from expunge.adapters.tokenise import Encoder, Tokens
+from expunge.core.access import Offer
+from expunge.core.errors import InputError, unknown
+from expunge.data.records import Record
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class _Enough(Exception):
+    """Raised inside a forward pass once everything that was asked for is there."""
+
+
+@adapter
+class LanguageAdapter(Adapter):
+    """A causal language model and its tokenizer.
+
+    Dropout of the given model is switched off in place (its configuration is left alone): unlearning compares
+    probabilities of the same tokens before and after, and noise in them is noise in the loss. LoRA dropout, which a recipe
+    asks for by name, stays.
+
+    Args:
+        model: a transformers model with a language-modelling head, or a peft model around one.
+        tokenizer: its tokenizer; padding is not needed, an end token is (for records with a prompt).
+        template: text with ``{prompt}`` and ``{answer}``; none: the tokenizer's chat template, or a question-answer template.
+        max_length: longest sequence in tokens; none: the model's context.
+        truncate: cut longer records instead of refusing them.
+        dropout: leave the model's dropout as it is.
+        fused: allow losses to be computed without a graph over the scores; to be switched off where the head's weight is sharded.
+
+    Attributes:
+        end_ids: tokens that end a generation.
+        context: longest sequence in tokens, or none.
+
+    Raises:
+        InputError: no causal language model, a bad template, or a tokenizer with more tokens than the model.
+    """
+
+    modality: ClassVar[str] = "language"
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.GENERATE, Offer.TEXT})
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        template: str | None = None,
+        max_length: int | None = None,
+        truncate: bool = False,
+        dropout: bool = False,
+        fused: bool = True,
+    ) -> None:
+        storage.check_model(model, tokenizer)
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.fused = fused
+        limit = storage.context_of(base(model))
+        if max_length is not None and (max_length < 2 or (limit is not None and max_length > limit)):
+            raise InputError(
+                f"max_length must be an int in [2, {limit or 'inf'}] (the model's context); got {max_length}.",
+                "Leave it out to use the whole context.",
+            )
+        self.context = max_length or limit
+        self._encoder = Encoder(tokenizer, template, self.context, truncate)
+        self.end_ids = frozenset(self._encoder.end_ids() + storage.generation_ends(base(model)))
+        self._plain: bool | None = None
+        if not dropout:
+            storage.silence_dropout(model)
+
+    @property
+    def boundary_repairs(self) -> int:
+        """How many encoded records had a token across the boundary of prompt and answer, and got their answer's own ids."""
+        return self._encoder.repairs
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    def encode(self, record: Record, *, answer: str | None = None, suffix: str = "", prompt: str | None = None) -> Example:
+        """Turn a record into token ids; see :class:`~expunge.adapters.tokenise.Encoder`.
+
+        Raises:
+            InputError: too long for the context, nothing to supervise, no end token, or a chat that cannot be rendered.
+        """
+        tokens = self._encoder.encode(record, answer, prompt)
+        return Example(record.id + suffix, record.cluster, len(tokens.ids) - tokens.start, len(tokens.ids), tokens)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Right-padded batch; ``tensors["predict"]`` and ``tensors["real"]`` are the columns of predicting and real tokens."""
+        if not examples:
+            raise InputError("A batch needs at least one example.")
+        data: list[Tokens] = [e.data for e in examples]
+        sizes = np.array([len(d.ids) for d in data])
+        starts = np.array([d.start for d in data])
+        counts = sizes - starts
+        ids = np.full((len(data), int(sizes.max())), self._pad(), dtype=np.int64)
+        columns = np.arange(ids.shape[1])
+        real = columns < sizes[:, None]
+        ids[real] = np.concatenate([d.ids for d in data])
+        supervised = real & (columns >= starts[:, None])
+        owner, column = np.nonzero(supervised)
+        token_owner, token_column = np.nonzero(real)
+        tensors = {
+            "input_ids": ids,
+            "attention_mask": real.astype(np.int64),
+            "position_ids": np.broadcast_to(columns, ids.shape).copy(),
+            "predict": column - 1,
+            "real": token_column,
+        }
+        return Batch(
+            ids=tuple(e.id for e in examples),
+            tensors={k: torch.from_numpy(v) for k, v in tensors.items()},
+            targets=torch.from_numpy(ids[supervised]),
+            owner=torch.from_numpy(owner),
+            position=torch.from_numpy(column - starts[owner]),
+            counts=tuple(counts.tolist()),
+            token_owner=torch.from_numpy(token_owner),
+            token_supervised=torch.from_numpy(supervised[real]),
+            token_counts=tuple(sizes.tolist()),
+        )
+
+    def _pad(self) -> int:
+        # Masks rule, so any id will do where the tokenizer has none for padding.
+        return int(next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None))
+
+    # ---- the model -------------------------------------------------------------------------------------------------
+
+    def forward(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
+        """One forward pass; scores only at the positions that predict a target.
+
+        Without gradients the model runs in evaluation mode, whatever mode it is in.
+
+        Args:
+            model: this adapter's model, a copy of it, or either one wrapped.
+            batch: on the model's device.
+            want: ``losses`` (float32 ``[N]``), ``logits`` (float32 ``[N, V]``), ``features:<layer>`` (``[M, D]``, the residual
+                stream after that block, in the model's own type).
+
+        Raises:
+            InputError: a layer that the model does not have.
+        """
+        layers = sorted(w.removeprefix("features:") for w in want if w.startswith("features:"))
+        for layer in set(layers) - set(self.layers()):
+            raise unknown("layer", layer, self.layers())
+        for name in want - {"losses", "logits"} - {f"features:{layer}" for layer in layers}:
+            raise unknown("output", name, ["losses", "logits", "features:<layer>"])
+        scores = "logits" if "logits" in want else "losses" if "losses" in want else None
+        values = self._run(model, batch, scores, layers)
+        if scores == "logits" and "losses" in want:
+            values["losses"] = functional.cross_entropy(values["logits"], batch.targets, reduction="none")
+        return Outputs.of(batch, {name: values[name] for name in want})
+
+    def _run(self, model: nn.Module, batch: Batch, scores: str | None, layers: Sequence[str]) -> dict[str, Tensor]:
+        head = self._head(model)
+        fuse = scores == "losses" and self._fuses(model, head)
+        # The last column predicts nothing; only features are read there.
+        width = batch.tensors["input_ids"].shape[1] - (0 if layers else 1)
+
+        def compute(states: Tensor, original: Any) -> Tensor:
+            if scores is None:
+                return states[..., :1, :1]
+            rows = pick(states, batch.owner, batch.tensors["predict"], width)
+            if fuse:
+                return linear_losses(head, rows, batch.targets)[None, :, None]  # type: ignore[arg-type]
+            out: Tensor = original(rows[None])
+            return out
+
+        inner, found = base(model), dict[str, Tensor]()
+        early = scores is None and _may_stop(model)
+        with self._mode(model), replaced_head(head, compute), _capture(inner, layers, found, early):
+            try:
+                out = model(**self._inputs(model, batch, max(width, 1)))
+            except _Enough:
+                out = found
+        values = {}
+        for layer in layers:
+            values[f"features:{layer}"] = pick(out[f"features:{layer}"], batch.token_owner, batch.tensors["real"], width)
+        if scores is not None:
+            got = out["logits"]
+            got = got.reshape(-1) if fuse else got.reshape(-1, got.shape[-1])
+            got = got.to(torch.promote_types(got.dtype, torch.float32))
+            if scores == "losses" and not fuse:
+                got = functional.cross_entropy(got, batch.targets, reduction="none")
+            values[scores] = got
+        return values
+
+    def logit_blocks(self, model: nn.Module, batch: Batch, rows: int = 512) -> Iterator[tuple[int, Tensor]]:
+        """One forward pass without gradients; logits in blocks of at most ``rows`` targets.
+
+        A head that the model post-processes (soft-capped scores, say) is computed for all targets at once and then cut.
+        """
+        head = self._head(model)
+        width = max(batch.tensors["input_ids"].shape[1] - 1, 1)
+        caught: list[Tensor] = []
+
+        def compute(states: Tensor, _: Any) -> Tensor:
+            caught.append(pick(states, batch.owner, batch.tensors["predict"], width))
+            return states[..., :1, :1]
+
+        with torch.no_grad():
+            if not self._fuses(model, head):
+                logits = self._run(model, batch, "logits", ())["logits"]
+                for a in range(0, len(logits), rows):
+                    yield a, logits[a : a + rows]
+                return
+            with self._mode(model), replaced_head(head, compute):
+                model(**self._inputs(model, batch, width))
+            for a in range(0, len(batch.targets), rows):
+                block = head(caught[0][a : a + rows])
+                yield a, block.to(torch.promote_types(block.dtype, torch.float32))
+
+    def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
+        """Greedy continuations of the examples' prompts, as one left-padded batch; for plain text, of the first token.
+
+        An example whose context is too short for ``max_new_tokens`` is continued alone, as far as its context goes.
+        """
+        prompts = [e.data.ids[: e.data.start] for e in examples]
+        options: dict[str, Any] = {"limit": max_new_tokens, "context": self.context, "ends": self.end_ids, "pad": self._pad()}
+        with torch.no_grad(), self._mode(model):
+            tokens = generation.greedy(base(model), bare(model), prompts, **options)
+        out = []
+        for example, (ids, ended) in zip(examples, tokens, strict=True):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            out.append(Generation(example.id, tuple(ids), text.strip(), ended))
+        return out
+
+    def layers(self) -> list[str]:
+        """Names of the transformer blocks, from the input to the output, within the model (without peft's wrapper)."""
+        return storage.block_names(base(self.model))
+
+    # ---- identity and storage ----------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """SHA-256 over weights (base and adapter), configuration, tokenizer and template."""
+        return identity.fingerprint(bare(self.model), self.tokenizer, self._encoder)
+
+    def save(
+        self, folder: Path, model: nn.Module | None = None, *, merge: bool = False, state: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write model and tokenizer in the layout of transformers (or of peft, for an adapter), safetensors only.
+
+        Args:
+            folder: must not exist, or be empty; appears complete or not at all.
+            model: another model to write instead.
+            merge: write a peft model as a plain one, with its adapter added to the weights.
+            state: weights gathered from a sharded model, to be written instead of the model's own.
+
+        Raises:
+            InputError: the folder holds something, or the disk has no room.
+        """
+        storage.save(Path(folder), bare(self.model if model is None else model), self.tokenizer, merge, state)
+
+    def copy(self) -> LanguageAdapter:
+        """An independent copy: same tokenizer and template, own weights."""
+        other = copying.copy(self)
+        other.model = copying.deepcopy(self.model)
+        other._encoder = copying.copy(self._encoder)
+        return other
+
+    # ---- within ------------------------------------------------------------------------------------------------------
+
+    def _head(self, model: nn.Module) -> nn.Module:
+        head = head_of(model)
+        if head is None:
+            raise InputError("The model has no language-modelling head.", "Load it with AutoModelForCausalLM.")
+        return head
+
+    def _fuses(self, model: nn.Module, head: nn.Module) -> bool:
+        if not self.fused or not is_plain(head):
+            return False
+        if self._plain is None:
+            self._plain = self._nothing_after(model, head)
+        return self._plain
+
+    def _nothing_after(self, model: nn.Module, head: nn.Module) -> bool:
+        """Whether the model returns its head's output as it is (some cap or scale it): looked at once, on a few tokens."""
+        caught: list[Tensor] = []
+
+        def compute(states: Tensor, original: Any) -> Tensor:
+            caught.append(original(states))
+            return caught[-1]
+
+        ids = torch.arange(2, device=next(head.parameters()).device)[None]
+        inner = bare(model)
+        with torch.no_grad(), self._mode(inner), replaced_head(head, compute):
+            logits = inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)["logits"]
+        return len(caught) == 1 and torch.equal(logits.float(), caught[0].float())
+
+    def _inputs(self, model: nn.Module, batch: Batch, width: int) -> dict[str, Any]:
+        accepted = storage.forward_parameters(base(model))
+        inputs: dict[str, Any] = {k: batch.tensors[k][:, :width] for k in _INPUTS if k in accepted}
+        if "use_cache" in accepted:
+            inputs["use_cache"] = False
+        return inputs
+
+    @contextmanager
+    def _mode(self, model: nn.Module) -> Iterator[None]:
+        training = [] if torch.is_grad_enabled() else [m for m in model.modules() if m.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextmanager
+def reference_off(model: nn.Module) -> Iterator[None]:
+    """While open, a peft model answers as its base does: the reference without a second copy.
+
+    Raises:
+        InputError: the model has no adapter.
+    """
+    disable = getattr(bare(model), "disable_adapter", None)
+    if not callable(disable) or not hasattr(bare(model), "peft_config"):
+        message = "The reference 'adapter-off' needs a model with a LoRA adapter."
+        raise InputError(message, "Choose parameters=lora, or reference=cached.")
+    with disable():
+        yield
+
+
+def _may_stop(model: nn.Module) -> bool:
+    """Whether a forward pass may be left in the middle: not under a wrapper that counts on its end."""
+    inner = bare(model)
+    checkpointing = torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    return inner is model and not checkpointing and not any("FSDP" in type(m).__name__ for m in (model, inner, base(model)))
+
+
+@contextmanager
+def _capture(inner: nn.Module, layers: Sequence[str], found: dict[str, Tensor], early: bool) -> Iterator[None]:
+    """Collect the outputs of the named blocks in ``found`` and add them to what the model returns, so that wrappers see them."""
+    handles: list[Any] = []
+
+    def after_block(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found[f"features:{name}"] = output if isinstance(output, Tensor) else output[0]
+            if early and len(found) == len(layers):
+                raise _Enough
+
+        return hook
+
+    def after_model(_module: nn.Module, _inputs: Any, output: Any) -> dict[str, Tensor]:
+        return {"logits": output["logits"], **found}
+
+    try:
+        handles += [inner.get_submodule(layer).register_forward_hook(after_block(layer)) for layer in layers]
+        if layers:
+            handles.append(inner.register_forward_hook(after_model))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

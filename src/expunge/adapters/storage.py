@@ -1,0 +1,140 @@
+"""What must hold of a model, what its configuration says, and how it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from expunge.adapters.extra import quiet
+from expunge.core.errors import InputError
+from expunge.core.files import atomic_path, check_room
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+
+
+def check_model(model: Any, tokenizer: Any) -> None:
+    """Refuse what is no causal language model, and a tokenizer that does not fit it.
+
+    Raises:
+        InputError: no head, an encoder-decoder, or more tokens than embeddings.
+    """
+    name = type(model).__name__
+    remedy = "Load it with transformers.AutoModelForCausalLM."
+    head = getattr(model, "get_output_embeddings", None)
+    if not callable(head) or not hasattr(model, "config"):
+        raise InputError(f"{name} is no causal language model of transformers.", remedy)
+    if not isinstance(head(), nn.Module) or not callable(getattr(model, "generate", None)):
+        raise InputError(f"{name} has no language-modelling head, so it is no causal language model.", remedy)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is an encoder-decoder, no causal language model.", "Use a decoder-only model.")
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise InputError(
+            f"The tokenizer has token ids up to {largest}, but the model has only {rows} embeddings.",
+            "Use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)).",
+        )
+
+
+def context_of(model: Any) -> int | None:
+    """The longest sequence that the model holds, as its configuration says it; none if it says nothing."""
+    config = _text_config(model)
+    found = [getattr(config, name, None) for name in _LENGTHS]
+    known = [int(n) for n in found if isinstance(n, int) and n > 0]
+    return min(known) if known else None
+
+
+def _text_config(model: Any) -> Any:
+    get = getattr(model.config, "get_text_config", None)
+    return get(decoder=True) if callable(get) else model.config
+
+
+def generation_ends(model: Any) -> list[int]:
+    """End tokens of the model's own generation settings (a chat model may have several)."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ends is None:
+        return []
+    return [int(e) for e in ends] if isinstance(ends, (list, tuple)) else [int(ends)]
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The names of the transformer blocks: the outermost list of modules as long as the configuration says.
+
+    Raises:
+        InputError: there is none.
+    """
+    config = _text_config(model)
+    depth = next((d for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if (d := getattr(config, n, None))), None)
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == (depth or len(m)) > 0]
+    if not lists:
+        raise InputError(
+            f"No list of {depth or 'any'} blocks was found in {type(model).__name__}.",
+            "Methods that read features cannot be used with it.",
+        )
+    name, blocks = min(lists, key=lambda item: item[0].count("."))
+    return [f"{name}.{i}" for i in range(len(blocks))]
+
+
+def forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments that a model's forward pass takes."""
+    kind: Any = type(model)
+    return _parameters_of(kind)
+
+
+@lru_cache(maxsize=32)
+def _parameters_of(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of the modules to 0, in place; the configuration keeps its own."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def save(folder: Path, model: Any, tokenizer: Any, merge: bool, state: dict[str, Tensor] | None) -> None:
+    """Write model and tokenizer into ``folder``, which appears complete or not at all.
+
+    Raises:
+        InputError: the folder holds something, or the disk has no room.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{str(folder)!r} exists and is not empty.", "Choose another folder, or remove it.")
+    peft = hasattr(model, "peft_config")
+    if peft and merge:
+        # Merged in a copy: taking an adapter out again leaves rounding errors in the weights.
+        model = copy.deepcopy(model).merge_and_unload()
+    tensors = model.parameters() if not (peft and not merge) else (p for n, p in model.named_parameters() if "lora_" in n)
+    check_room(folder.parent, sum(p.numel() * p.element_size() for p in tensors), "Saving the model")
+    with atomic_path(folder) as temporary, _savable(model), quiet():
+        temporary.mkdir()
+        model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
+        tokenizer.save_pretrained(temporary)
+
+
+@contextlib.contextmanager
+def _savable(model: Any) -> Iterator[None]:
+    """Generation settings with sampling parameters but no sampling are refused by transformers; write them as sampling."""
+    config = getattr(model, "generation_config", None)
+    held = None if config is None else config.do_sample
+    if config is not None:
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            config.do_sample = True
+    try:
+        yield
+    finally:
+        if config is not None:
+            config.do_sample = held
