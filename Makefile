@@ -50,7 +50,7 @@ docs-generate: $(VENV)/.installed ## rewrite the generated pages of the document
 	$(BIN)/python scripts/generate_docs.py
 
 docs: $(VENV)/.docs docs-generate ## build the documentation site into site/
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(VENV)/.installed ## measure speed and memory against textbook implementations, print the ratios
 	@found=0; for file in benchmarks/*.py; do \

@@ -1,4 +1,4 @@
-"""What documents say about the code is true: pages are fresh, commands and options exist, examples build, links lead somewhere."""
+"""What documents say about the code is true: pages are fresh, commands and options exist, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -98,13 +98,8 @@ Args:
 
 Raises:
     InputError: bad."""
-    shown = [
-        "Do `go` with `x`.",
-        "**Parameters**",
-        "- `x`: the first, and more.\n- `y`: the second.",
-        "**Raises**",
-        "- `InputError`: bad.",
-    ]
+    arguments = "- `x`: the first, and more.\n- `y`: the second."
+    shown = ["Do `go` with `x`.", "**Parameters**", arguments, "**Raises**", "- `InputError`: bad."]
     assert text.markdown(doc) == "\n\n".join(shown)
     assert "| a | b |" in text.markdown("==== ====\na    b\n==== ====\n1    2\n==== ====")
     assert text.table(["a"], [["x | y"]]).endswith("| x \\| y |")
@@ -126,13 +121,15 @@ def test_commands_in_documents_exist(document: str, words: list[str]) -> None:
     assert words[0] in tree.commands, f"{document}: there is no command {words[0]!r}"
     options = {o: p for p in tree.commands[words[0]].params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}
     given: dict[str, str] = {}
+    values: set[str] = set()
     rest = iter(words[1:])
     for word in rest:
         if word.startswith("--"):
             option, eq, value = word.partition("=")
             assert option in options, f"{document}: {words[0]} has no option {option}"
             given[option] = value if eq or options[option].is_flag else next(rest)
-    parts = [w for w in words[1:] if re.match(r"[a-z_.]+=", w) and w not in given.values()]
+            values.add(given[option])
+    parts = [w for w in words[1:] if re.match(r"[a-z_.]+=", w) and w not in values]
     if words[0] == "unlearn" and given.get("--method", "npo") != "NAME":
         overrides = parse_overrides(parts)
         build(given.get("--method", "npo"), {k: v for k, v in overrides.items() if k not in ("engine", "text")})
@@ -238,5 +235,11 @@ def test_every_public_name_has_a_docstring() -> None:
     ruff = Path(sys.executable).parent / "ruff"
     if not ruff.exists():
         pytest.skip("ruff is not installed beside this Python")
-    done = subprocess.run([str(ruff), "check", "--select", "D1", "src"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(ruff), "check", "--select", "D1", "--ignore", "D105,D107", "src"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout

@@ -114,7 +114,7 @@ def _prose(text: str) -> str:
             blocks.append(line)
         if literal:
             blocks.append(code("\n".join(literal), "sh"))
-        out.append("\n".join(blocks).replace("\n```sh", "\n\n```sh"))
+        out.append(re.sub(r"\n```\n(?=\S)", "\n```\n\n", "\n".join(blocks).replace("\n```sh", "\n\n```sh")))
     return "\n\n".join(p for p in out if p.strip())
 
 

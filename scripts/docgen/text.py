@@ -71,7 +71,7 @@ def markdown(doc: str) -> str:
         elif found and body:
             out += [f"**{_TITLES.get(found[1], found[1])}**", "", *_items(body, found[1]), ""]
             at = stop
-        elif lines[at].startswith("====") and "====" in lines[at].strip("= "):
+        elif re.match(r"=+( +=+)+$", lines[at]):
             block, at = _rst_table(lines, at)
             out += ["", block, ""]
         elif lines[at].startswith("    ") and (not out or not out[-1].strip()):
@@ -136,6 +136,9 @@ def parameters(owner: type[Settings], values: Mapping[str, Any] | None = None, p
         return "No parameters."
     head = ["parameter", "allowed", "default", "meaning"]
     rows = [_parameter(p, prefix) for p in declared]
+    for row, field in zip(rows, owner.model_fields.values(), strict=True):
+        if isinstance(field.get_default(call_default_factory=True, validated_data={}), Settings):
+            row[2] = "its own defaults"
     if values is not None:
         head.insert(2, "here")
         for row, p in zip(rows, declared, strict=True):
