@@ -22,7 +22,7 @@ from expunge.audit.metrics.words import lcs_length, words
 from expunge.core.errors import InputError
 from expunge.core.statistics import harmonic_mean, ks
 
-WORDS = st.lists(st.sampled_from("born in the city of writers and a running painter's houses paints".split()), max_size=12)
+WORDS = st.lists(st.sampled_from(["born", "in", "the", "city", "and", "running", "painter's", "houses", "paints"]), max_size=12)
 
 
 # ---- probability -----------------------------------------------------------------------------------------------------
@@ -116,7 +116,15 @@ def test_distance_is_that_of_the_test(a, b):
 
 @pytest.mark.parametrize(
     ("hits", "strength", "exact"),
-    [([0, 0, 0], 0, 0), ([1, 0, 1], 1 / 3, 2 / 3), ([1, 1, 1], 1, 1), ([0], 0, 0), ([1], 1, 1), ([0, 1, 1, 1], 0.75, 0.75), ([1, 1, 0], 0, 2 / 3)],
+    [
+        ([0, 0, 0], 0, 0),
+        ([1, 0, 1], 1 / 3, 2 / 3),
+        ([1, 1, 1], 1, 1),
+        ([0], 0, 0),
+        ([1], 1, 1),
+        ([0, 1, 1, 1], 0.75, 0.75),
+        ([1, 1, 0], 0, 2 / 3),
+    ],
 )
 def test_extraction_strength_and_exact_memorisation(hits, strength, exact):
     assert extraction_strength(hits) == pytest.approx(strength)
@@ -243,7 +251,8 @@ def test_evaluate_from_logits_equals_evaluate_from_arrays():
     p = logp.exp()
     mean = (p * logp).sum(1)
     z = (own - mean) / ((p * logp**2).sum(1) - mean**2).sqrt()
-    assert evaluate_metric("min-k-plus-plus", logits=logits, labels=labels, k=0.5) == pytest.approx(-float(z.sort()[0][:3].mean()), rel=1e-4)
+    found = evaluate_metric("min-k-plus-plus", logits=logits, labels=labels, k=0.5)
+    assert found == pytest.approx(-float(z.sort()[0][:3].mean()), rel=1e-4)
 
 
 def test_evaluate_on_strings_and_numbers():

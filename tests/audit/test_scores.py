@@ -11,12 +11,12 @@ import pytest
 import torch
 from audit_models import Counter
 
+from expunge.adapters.language import LanguageAdapter
 from expunge.audit.generations import cut, generate, shorten
 from expunge.audit.metrics.memorisation import extraction_strength
 from expunge.audit.probes import probes, take_clusters
 from expunge.audit.scores import by_length, end_targets, score, token_statistics
 from expunge.audit.store import ScoreStore, compute_signature
-from expunge.adapters.language import LanguageAdapter
 
 
 def direct(adapter, example) -> dict[str, np.ndarray]:

@@ -143,8 +143,8 @@ class Evidence:
 
         A model is never its own gold standard: a retrained model is compared with the *other* retrained ones.
         """
-        own = self.subjects[but].fingerprint if but in self.subjects else None
-        return [s.label for s in self.subjects.values() if s.role == role and s.label != but and (s.fingerprint != own or not own)]
+        own = self.subjects[but].fingerprint if but in self.subjects else ""
+        return [s.label for s in self.subjects.values() if s.role == role and s.label != but and s.fingerprint != own]
 
     def miss(self, sentence: str) -> None:
         """Note, once, that something could not be measured."""
@@ -193,12 +193,12 @@ class Evidence:
             examples: makes the examples of any other style.
         """
         subject = self.subject(label)
-        at = self.protocol
+        at, adapter = self.protocol, self.adapter(label)
         make = examples or (lambda adapter: probes(adapter, self.records(name), "answer"))
         return self.memo(
             ("generations", subject.fingerprint, name, style),
             lambda: generate(
-                self.adapter(label), make(self.adapter(label)), at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
+                adapter, make(adapter), at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
                 batch_tokens=at.batch_tokens, progress=self.progress, what=f"{label}: generating {name} ({style})",
             ),
         )  # fmt: skip

@@ -84,7 +84,7 @@ class Fluency(Metric):
 
     name: ClassVar[str] = "fluency"
     title: ClassVar[str] = "Fluency"
-    formula: ClassVar[str] = "share of degenerate texts; 1 - distinct/all word 4-grams; (2/3 H_2 + 4/3 H_3)/2; share without an end"
+    formula: ClassVar[str] = "share of broken texts; 1 - distinct/all word 4-grams; (2/3 H_2 + 4/3 H_3)/2; share without an end"
     direction: ClassVar[Direction] = Direction.UTILITY_DOWN
     range: ClassVar[Range] = (0.0, 1.0)
     needs: ClassVar[tuple[Need, ...]] = (Need.GENERATION,)
