@@ -39,7 +39,7 @@ class Registry(Generic[T]):
         self._lock = threading.RLock()
 
     def add(self, name: str, obj: T, origin: str = "expunge") -> T:
-        """Register ``obj`` as ``name``.
+        """Register ``obj`` as ``name``; ``origin`` is the distribution that brings it.
 
         Raises:
             InputError: the name is not lower-case words joined by ``-`` or ``_``, or another object holds it.
@@ -129,6 +129,14 @@ class Registry(Generic[T]):
             self._broken[point.name] = f"{origin}: {type(error).__name__}: {error}"
         for name in set(self._objects) - before:
             self._origins[name] = origin
+
+
+def origin_of(module: str) -> str:
+    """The distribution that a module belongs to; its top-level package where it is not installed."""
+    package = module.partition(".")[0]
+    if package == "expunge":
+        return package
+    return importlib.metadata.packages_distributions().get(package, [package])[0]
 
 
 def _definition(obj: object) -> str:

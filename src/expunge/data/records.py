@@ -28,6 +28,7 @@ class Record:
         perturbed: wrong answers of the same form (TOFU: ``perturbed_answer``).
         question_paraphrase: the prompt in other words.
         alternatives: answers that the user wants instead (AltPO, DPO); none by default.
+        verbatim: prompt and answer are parts of one text (prompt + completion) and joined as they are, without a template.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Record:
     perturbed: tuple[str, ...] = ()
     question_paraphrase: str = ""
     alternatives: tuple[str, ...] = ()
+    verbatim: bool = False
 
     @property
     def cluster(self) -> str:
@@ -61,6 +63,7 @@ class Record:
             "question_paraphrase": self.question_paraphrase,
             "alternatives": list(self.alternatives),
             "subject": self.subject,
+            **({"verbatim": True} if self.verbatim else {}),
         }
 
 

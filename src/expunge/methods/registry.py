@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from expunge.core.access import Stream
-from expunge.core.registry import Registry
+from expunge.core.registry import Registry, origin_of
 from expunge.engine.parts import Paper, Recipe, Schedule, Term
 
 T = TypeVar("T", bound=Term)
@@ -47,7 +47,7 @@ class Method:
     text: str
     with_paper: Mapping[str, Any] = field(default_factory=dict)
     together: tuple[str, ...] = ()
-    alternatives: str = "given"
+    alternatives: str = "refusals"
     kind: Literal["recipe", "edit", "prepared", "guard"] = "recipe"
     caveats: tuple[str, ...] = ()
 
@@ -87,7 +87,7 @@ def method(
     published: Schedule,
     with_paper: Mapping[str, Any] | None = None,
     together: tuple[str, ...] = (),
-    alternatives: str = "given",
+    alternatives: str = "refusals",
     caveats: tuple[str, ...] = (),
 ) -> Callable[[Callable[[], Recipe]], Method]:
     """Register a function that builds a recipe as a method; its docstring becomes the documentation.
@@ -100,12 +100,12 @@ def method(
         made = Method(
             name, title, paper, formula, build, published, text, dict(with_paper or {}), together, alternatives, caveats=caveats
         )
-        return METHODS.add(name, made)
+        return METHODS.add(name, made, origin_of(build.__module__))
 
     return wrap
 
 
 def term(cls: type[T]) -> type[T]:
     """Class decorator: register a loss term under its ``name``."""
-    TERMS.add(cls.name, cls)
+    TERMS.add(cls.name, cls, origin_of(cls.__module__))
     return cls

@@ -21,7 +21,8 @@ from expunge.methods.terms.features import RMU, FeatureMatch
     published=Fixed(lr=5e-5, steps=150, epochs=None, batch=4, warmup=0.0, decay="constant", clip=None),
     together=("layer", "reduce", "tokens"),
     caveats=(
-        "The coefficient 6.5 was chosen for the norm of the states of a 7B model: on others, set it to a few times that norm.",
+        "The coefficient 6.5 was chosen for the norm of the states of a 7B model: on others, compare it with that norm.",
+        "On small models the published weight 1200 holds the forget states in place too: try retain.weight=10.",
         "It confuses the model on the forget set and does not erase what the weights hold: audit with relearning.",
     ),
 )

@@ -1,0 +1,99 @@
+"""One greedy generation per (model, prompt), cached by content; shorter limits and stop strings are views of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from expunge.adapters.base import Adapter, Example, Generation
+from expunge.audit.scores import Progress, by_length, evaluating
+from expunge.audit.store import ScoreStore, compute_signature, examples_digest
+
+
+def generate(
+    adapter: Adapter,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    *,
+    store: ScoreStore | None = None,
+    fingerprint: str | None = None,
+    batch_tokens: int = 8192,
+    shard_examples: int = 256,
+    progress: Progress | None = None,
+    what: str = "generating",
+) -> list[Generation]:
+    """Continue the examples' prompts greedily, or read the continuations from the store.
+
+    Under greedy decoding a shorter generation is a prefix of a longer one. So the limit is no part of the key: what is
+    stored is used where it is at least as long as asked for, and replaced by a longer generation where it is not.
+
+    Args:
+        adapter: holds the model.
+        examples: whose prompts are continued; their targets are ignored.
+        max_new_tokens: limit per continuation, the end token not counted.
+        store: where generations are kept; None keeps none.
+        fingerprint: the adapter's fingerprint, if it is known already.
+        batch_tokens: prompt and new tokens per batch, padding included.
+        shard_examples: examples per file.
+        progress: called after each file.
+        what: its first argument.
+
+    Returns:
+        One generation per example, in order, each of at most ``max_new_tokens`` tokens.
+    """
+    signature = compute_signature(adapter, batch_tokens)
+    identity = fingerprint or (adapter.fingerprint() if store is not None else "")
+    out: list[Generation] = []
+    for start in range(0, len(examples), shard_examples):
+        block = [examples[i] for i in range(start, min(start + shard_examples, len(examples)))]
+        key = store.key("generations", identity, signature, examples_digest(adapter, block)) if store is not None else ""
+        done = _load(store, key, block, max_new_tokens)
+        if done is None:
+            done = _generate_block(adapter, block, max_new_tokens, batch_tokens)
+            if store is not None:
+                store.save_lines(key, [{"limit": max_new_tokens, **_line(g)} for g in done])
+        out += [shorten(adapter, g, max_new_tokens) for g in done]
+        if progress is not None:
+            progress(what, len(out), len(examples))
+    return out
+
+
+def shorten(adapter: Adapter, generation: Generation, limit: int) -> Generation:
+    """What generating with the smaller ``limit`` would have given."""
+    if len(generation.tokens) <= limit and (not generation.ended or len(generation.tokens) < limit):
+        return generation
+    tokens = generation.tokens[:limit]
+    text = generation.text if len(tokens) == len(generation.tokens) else adapter.decode(tokens)
+    return replace(generation, tokens=tokens, text=text, ended=generation.ended and len(generation.tokens) < limit)
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """``text`` up to the first occurrence of any of ``stops``, white space at both ends removed."""
+    found = [at for at in (text.find(s) for s in stops) if at >= 0]
+    return text[: min(found)].strip() if found else text.strip()
+
+
+@torch.no_grad()
+def _generate_block(adapter: Adapter, block: Sequence[Example], limit: int, batch_tokens: int) -> list[Generation]:
+    out: list[Generation | None] = [None] * len(block)
+    lengths = [max(e.size - e.n_targets, 1) + limit for e in block]
+    with evaluating(adapter.model):
+        for chosen in by_length(lengths, batch_tokens):
+            for i, made in zip(chosen, adapter.generate(adapter.model, [block[i] for i in chosen], limit), strict=True):
+                out[i] = made
+    return [g for g in out if g is not None]
+
+
+def _line(generation: Generation) -> dict[str, object]:
+    return {"id": generation.id, "tokens": list(generation.tokens), "text": generation.text, "ended": generation.ended}
+
+
+def _load(store: ScoreStore | None, key: str, block: Sequence[Example], limit: int) -> list[Generation] | None:
+    lines = store.load_lines(key) if store is not None else None
+    if lines is None or [line.get("id") for line in lines] != [e.id for e in block]:
+        return None
+    if any(line["limit"] < limit and not line["ended"] for line in lines):
+        return None
+    return [Generation(line["id"], tuple(line["tokens"]), line["text"], line["ended"]) for line in lines]

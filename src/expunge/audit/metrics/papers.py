@@ -1,0 +1,55 @@
+"""Where the metrics and attacks come from."""
+
+from __future__ import annotations
+
+from expunge.engine.parts import Paper
+
+TOFU = Paper(
+    "TOFU: A Task of Fictitious Unlearning for LLMs", "Maini, Feng, Schwarzschild, Lipton and Kolter", 2024,
+    "https://arxiv.org/abs/2401.06121",
+)  # fmt: skip
+MUSE = Paper(
+    "MUSE: Machine Unlearning Six-Way Evaluation for Language Models", "Shi, Lee, Huang et al.", 2024,
+    "https://arxiv.org/abs/2407.06460",
+)  # fmt: skip
+EXTRACTION = Paper(
+    "Quantifying Memorization Across Neural Language Models", "Carlini, Ippolito, Jagielski et al.", 2022,
+    "https://arxiv.org/abs/2202.07646",
+)  # fmt: skip
+OPEN_UNLEARNING = Paper(
+    "OpenUnlearning: Accelerating LLM Unlearning via Unified Benchmarking of Methods and Metrics", "Dorna, Mekala, Zhao et al.",
+    2025, "https://arxiv.org/abs/2506.12618",
+)  # fmt: skip
+EXACT = Paper(
+    "Memorization Without Overfitting: Analyzing the Training Dynamics of Large Language Models", "Tirumala et al.", 2022,
+    "https://arxiv.org/abs/2205.10770",
+)  # fmt: skip
+LOSS = Paper(
+    "Privacy Risk in Machine Learning: Analyzing the Connection to Overfitting", "Yeom, Giacomelli, Fredrikson and Jha", 2018,
+    "https://arxiv.org/abs/1709.01604",
+)  # fmt: skip
+CARLINI = Paper(
+    "Extracting Training Data from Large Language Models", "Carlini, Tramer, Wallace et al.", 2021,
+    "https://arxiv.org/abs/2012.07805",
+)  # fmt: skip
+MIN_K = Paper(
+    "Detecting Pretraining Data from Large Language Models", "Shi, Ajith, Xia et al.", 2023, "https://arxiv.org/abs/2310.16789"
+)
+MIN_K_PLUS_PLUS = Paper(
+    "Min-K%++: Improved Baseline for Detecting Pre-Training Data from Large Language Models", "Zhang, Sun, Yeats et al.", 2024,
+    "https://arxiv.org/abs/2404.02936",
+)  # fmt: skip
+GRADIENT = Paper(
+    "White-box vs Black-box: Bayes Optimal Strategies for Membership Inference", "Sablayrolles, Douze, Ollivier et al.", 2019,
+    "https://arxiv.org/abs/1908.11229",
+)  # fmt: skip
+DEGENERATION = Paper(
+    "The Curious Case of Neural Text Degeneration",
+    "Holtzman, Buys, Du, Forbes and Choi",
+    2019,
+    "https://arxiv.org/abs/1904.09751",
+)
+RWKU = Paper(
+    "RWKU: Benchmarking Real-World Knowledge Unlearning for Large Language Models", "Jin, Cao, Wang et al.", 2024,
+    "https://arxiv.org/abs/2406.10890",
+)  # fmt: skip
