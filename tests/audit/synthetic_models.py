@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+
 from expunge.audit.arrays import Arrays, Sample
 from expunge.audit.attacks.relearn import RelearnPoint
 
@@ -15,8 +16,8 @@ STEPS = (0, 1, 5, 20)
 class World:
     """A forget set and the law by which models answer it.
 
-    The numbers are those of small models trained from scratch on generated people: NLL of a retrained model 3.4 with a spread over
-    answers of 0.7, over seeds of 0.15 as a whole and 0.3 per answer; of the target 0.2.
+    The numbers are those of small models trained from scratch on generated people: NLL of a retrained model 3.4 with a spread
+    over answers of 0.7, over seeds of 0.15 as a whole and 0.3 per answer; of the target 0.2.
     """
 
     seed: int = 0

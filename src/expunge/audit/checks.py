@@ -234,6 +234,10 @@ def _rounding(bits: int, case: Case) -> Check:
         return Check(name=name, outcome="not run", text=f"Rounding to {bits} bits was not tried on all models.")
     after = [c.quantised[bits] for c in controls]
     losses = Losses(case.subject.quantised[bits], after, case.target.quantised[bits], after, case.subject.clusters)
+    before = gap_of(case.target.nll, [c.nll for c in controls], toward=-1)
+    if gap_of(losses.target, after, toward=-1) < case.limits.margin * before:
+        text = f"Rounding to {bits} bits breaks the target too: what it knew is gone, so nothing could come back."
+        return Check(name=name, outcome="not run", text=text)
     return _attack(name, _both(f"at {bits} bits", losses, case.limits), case.limits)
 
 
