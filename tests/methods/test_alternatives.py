@@ -71,7 +71,10 @@ def test_given_answers_are_the_records_own():
 
 def test_templates_are_filled_in():
     made = records(2, 1)
-    assert alternatives(made, "template", template="Nothing about {subject}.") == ["Nothing about Person 0.", "Nothing about Person 1."]
+    assert alternatives(made, "template", template="Nothing about {subject}.") == [
+        "Nothing about Person 0.",
+        "Nothing about Person 1.",
+    ]
     bare = [Record("x", "a", "Why?")]
     assert alternatives(bare, "template", template="'{prompt}' {{sic}}") == ["'Why?' {sic}"]
 
@@ -92,7 +95,7 @@ def test_bad_templates_are_refused(template, said):
 
 
 def test_an_unknown_kind_names_the_nearest():
-    with pytest.raises(InputError, match="There is no kind of alternative answer 'refusal'. Did you mean 'refusals'?"):
+    with pytest.raises(InputError, match=r"There is no kind of alternative answer 'refusal'\. Did you mean 'refusals'\?"):
         alternatives(records(), "refusal")
 
 

@@ -97,8 +97,12 @@ def test_every_method_can_be_evaluated_and_differentiated():
         features = [dict(zip(("b0", "b1"), leaves[i : i + 2], strict=True)) for i in (3, 5)]
         got = loss_terms(
             name,
-            forget=Given(leaves[0], FORGET.labels, FORGET.reference_logits, features[0], FORGET.reference_features, FORGET.attention_mask),
-            retain=Given(leaves[1], RETAIN.labels, RETAIN.reference_logits, features[1], RETAIN.reference_features, RETAIN.attention_mask),
+            forget=Given(
+                leaves[0], FORGET.labels, FORGET.reference_logits, features[0], FORGET.reference_features, FORGET.attention_mask
+            ),
+            retain=Given(
+                leaves[1], RETAIN.labels, RETAIN.reference_logits, features[1], RETAIN.reference_features, RETAIN.attention_mask
+            ),
             alternative=Given(leaves[2], ALTERNATIVE.labels, ALTERNATIVE.reference_logits),
         )
         gradients = torch.autograd.grad(got["total"], leaves, allow_unused=True)
@@ -165,7 +169,9 @@ def models():
     from expunge.adapters.presets import build as preset
     from expunge.adapters.words import word_tokenizer
 
-    tokenizer = word_tokenizer(["Where does the tall person from the town live ? Question Answer : In a house by the sea , they say ."])
+    tokenizer = word_tokenizer(
+        ["Where does the tall person from the town live ? Question Answer : In a house by the sea , they say ."]
+    )
     current, frozen = (LanguageAdapter(preset("llama-tiny", tokenizer, seed=s), tokenizer) for s in (1, 2))
     return current, frozen
 

@@ -71,7 +71,21 @@ def target() -> LanguageAdapter:
     return adapter
 
 
-FORGETTING = ["altpo", "ceu", "dpo", "gradascent", "graddiff", "graddiff-kl", "idkdpo", "npo", "pdu", "satimp", "simnpo", "undial", "wga"]
+FORGETTING = [
+    "altpo",
+    "ceu",
+    "dpo",
+    "gradascent",
+    "graddiff",
+    "graddiff-kl",
+    "idkdpo",
+    "npo",
+    "pdu",
+    "satimp",
+    "simnpo",
+    "undial",
+    "wga",
+]
 
 
 @pytest.mark.parametrize("name", FORGETTING)
@@ -87,8 +101,8 @@ def test_a_small_step_down_the_forget_gradient_raises_the_forget_loss(target, na
     assert norm > 0
     before = losses(adapter, FORGET)
     with torch.no_grad():
-        for p, g in zip(parameters, gradients, strict=True):
-            p -= 1e-2 * g / norm
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.sub_(1e-2 * gradient / norm)
     assert losses(adapter, FORGET) > before
 
 
@@ -104,7 +118,16 @@ def test_every_method_runs_through_the_engine_and_moves_the_model(target, name):
     assert all(torch.isfinite(v).all() for v in after.values())
 
 
-RATES = {"npo": 3e-4, "simnpo": 1e-3, "graddiff": 5e-4, "satimp": 5e-3, "wga": 1e-3, "idkdpo": 3e-4, "pdu": 3e-4, "task-vector": 1e-3}
+RATES = {
+    "npo": 3e-4,
+    "simnpo": 1e-3,
+    "graddiff": 5e-4,
+    "satimp": 5e-3,
+    "wga": 1e-3,
+    "idkdpo": 3e-4,
+    "pdu": 3e-4,
+    "task-vector": 1e-3,
+}
 
 
 @pytest.mark.parametrize("name", RATES)

@@ -120,7 +120,10 @@ def test_fields_that_belong_together_are_set_together():
 
 def test_parts_cross_freely():
     recipe = build(
-        "npo", words("retain=kl", "parameters=lora", "parameters.rank=16", "gradient=project", "reference=adapter-off", "schedule.epochs=3")
+        "npo",
+        words(
+            "retain=kl", "parameters=lora", "parameters.rank=16", "gradient=project", "reference=adapter-off", "schedule.epochs=3"
+        ),
     )
     assert (recipe.parameters.name, recipe.parameters.rank, recipe.gradient.name) == ("lora", 16, "project")
     assert (recipe.reference, recipe.schedule.name, recipe.schedule.epochs) == ("adapter-off", "adaptive", 3)
@@ -157,7 +160,7 @@ def test_overrides_are_not_changed_by_parsing():
 REFUSED = [
     ("npoo", {}, "There is no method 'npoo'. Did you mean 'npo' or 'simnpo'?"),
     ("npo", {"betta": 1}, "There is no npo parameter 'betta'. Did you mean 'beta'?"),
-    ("npo", {"gradent": "project"}, "There is no npo parameter 'gradent'. Did you mean 'gradient'?"),
+    ("npo", {"gradent": "project"}, "There is no npo parameter 'gradent'. Did you mean 'gradient'"),
     ("npo", {"retian.weight": 2}, "There is no npo parameter 'retian'. Did you mean 'retain'"),
     ("npo", {"forget": {"betta": 1}}, "There is no npo parameter 'betta'. Did you mean 'beta'?"),
     ("npo", {"schedule": {"name": "paper", "eppochs": 1}}, "There is no fixed parameter 'eppochs'. Did you mean 'epochs'?"),
@@ -182,7 +185,11 @@ REFUSED = [
     ("custom", {"forget": "npo", "schedule": "paper"}, "'custom' has no published schedule. Use schedule=adaptive"),
     ("gradascent", {"gradient": "project"}, "gradient=project needs a retain term, but 'gradascent' has none. Add retain=nll"),
     ("finetune", {"gradient": "pcgrad"}, "gradient=pcgrad needs a forget term, but 'finetune' has none. Add forget=npo"),
-    ("pdu", {"retain": "none"}, "balance=primal-dual needs a retain term, but 'pdu' has none. Add retain=nll, or use balance=fixed."),
+    (
+        "pdu",
+        {"retain": "none"},
+        "balance=primal-dual needs a retain term, but 'pdu' has none. Add retain=nll, or use balance=fixed.",
+    ),
     ("npo", {"reference": "adapter-off"}, "reference=adapter-off needs parameters=lora."),
     ("graddiff-kl", {"reference": "cached"}, "reference=cached holds log-probabilities only, but 'graddiff-kl' reads logits"),
     ("rmu", {"reference": "cached"}, "reference=cached holds log-probabilities only, but 'rmu' reads features of the reference."),

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import LAYERS, Step, step
 
 from expunge.core.access import Of, Stream
 from expunge.engine.parts import Term, Views
 from expunge.methods.registry import TERMS
-from synthetic import LAYERS, Step, step
 
 close = torch.testing.assert_close
 ALL = [cls for _, cls in TERMS.items()]

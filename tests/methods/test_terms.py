@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from synthetic import CLASSES, LAYERS, at_reference, step
 
 from expunge.core.access import Of, Stream
 from expunge.methods.terms.distribution import CEU, KL, FlatLogits, Undial
@@ -14,7 +15,6 @@ from expunge.methods.terms.functions import power_weight, preference_link
 from expunge.methods.terms.likelihood import NLL, AlternativeNLL, ForgetNLL, GradientAscent
 from expunge.methods.terms.preference import DPO, NPO, TNPO, SimNPO
 from expunge.methods.terms.weighted import WGA, SatImp
-from synthetic import CLASSES, LAYERS, at_reference, step
 
 close = torch.testing.assert_close
 BETAS = (0.01, 0.1, 1.0, 4.5)
@@ -22,7 +22,9 @@ BETAS = (0.01, 0.1, 1.0, 4.5)
 
 def nll(item) -> list[float]:
     """Losses of one example by the definition, with a plain loop."""
-    return [-math.log(math.exp(z[y]) / sum(math.exp(v) for v in z)) for z, y in zip(item.logits.tolist(), item.targets, strict=True)]
+    return [
+        -math.log(math.exp(z[y]) / sum(math.exp(v) for v in z)) for z, y in zip(item.logits.tolist(), item.targets, strict=True)
+    ]
 
 
 def nll_reference(item) -> list[float]:
@@ -121,7 +123,7 @@ def test_simnpo_tends_to_length_normalised_ascent_and_weighs_answers_alike():
     made = step((2, 8), scale=0.5)
     gradient = made.gradient(SimNPO(beta=1e-7))
     close(gradient, made.gradient(GradientAscent(reduction="sequence")), rtol=1e-4, atol=1e-7)
-    # With uniform predictions every token has the same gradient norm: the total weight of an answer does not depend on its length.
+    # With uniform predictions every token has the same gradient norm: an answer's total weight does not depend on its length.
     for item in made.items[Stream.FORGET]:
         item.logits = torch.zeros_like(item.logits)
     gradient = type(made)(made.items).gradient(SimNPO())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.access import Offer
+from expunge.core.errors import InputError
 from expunge.data.records import Record
 
 
@@ -208,6 +209,14 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
         """Greedy continuations of the examples' prompts (their targets are ignored), batched by the caller."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of generated ids, as :attr:`Generation.text` has it.
+
+        Raises:
+            InputError: what this adapter generates is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use metrics that need no generated text.")
 
     @abc.abstractmethod
     def layers(self) -> list[str]:

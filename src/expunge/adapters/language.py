@@ -237,9 +237,13 @@ class LanguageAdapter(Adapter):
             tokens = generation.greedy(base(model), bare(model), prompts, **options)
         out = []
         for example, (ids, ended) in zip(examples, tokens, strict=True):
-            text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            out.append(Generation(example.id, tuple(ids), text.strip(), ended))
+            out.append(Generation(example.id, tuple(ids), self.decode(ids), ended))
         return out
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ids without special tokens, white space stripped at both ends."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.strip()
 
     def layers(self) -> list[str]:
         """Names of the transformer blocks, from the input to the output, within the model (without peft's wrapper)."""

@@ -44,13 +44,14 @@ class Subject:
         label: unique name.
         role: target, unlearned, retrained or base.
         fingerprint: content hash, computed once.
-        adapter: holds the model.
+        source: the adapter that holds the model, or a function that loads it. Of the models that are loaded by a function
+            only the one in use is in memory.
     """
 
     label: str
     role: Role
     fingerprint: str
-    adapter: Adapter
+    source: Adapter | Callable[[], Adapter]
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,13 @@ class Evidence:
         missing: what could not be measured and why, one sentence each, in order.
     """
 
-    subjects: Mapping[str, Subject]
+    subjects: dict[str, Subject]
     sets: Mapping[str, RecordSet]
     protocol: Protocol = field(default_factory=Protocol)
     store: ScoreStore | None = None
     progress: Progress | None = None
     missing: dict[str, None] = field(default_factory=dict)
+    _open: tuple[str, Adapter] | None = field(default=None, repr=False)
     _held: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def records(self, name: str) -> RecordSet:
@@ -127,16 +129,22 @@ class Evidence:
         return self.subjects[label]
 
     def adapter(self, label: str) -> Adapter:
-        """The adapter that holds a model."""
-        return self.subject(label).adapter
+        """The adapter that holds a model; loads it, and lets go of the one loaded before."""
+        source = self.subject(label).source
+        if isinstance(source, Adapter):
+            return source
+        if self._open is None or self._open[0] != label:
+            self._open = None  # before loading, so that two models are never held
+            self._open = (label, source())
+        return self._open[1]
 
     def labels(self, role: Role, but: str = "") -> list[str]:
         """Labels of the models of a role, without the model ``but`` and without models of its very weights.
 
         A model is never its own gold standard: a retrained model is compared with the *other* retrained ones.
         """
-        own = self.subjects[but].fingerprint if but in self.subjects else None
-        return [s.label for s in self.subjects.values() if s.role == role and s.label != but and (s.fingerprint != own or not own)]
+        own = self.subjects[but].fingerprint if but in self.subjects else ""
+        return [s.label for s in self.subjects.values() if s.role == role and s.label != but and s.fingerprint != own]
 
     def miss(self, sentence: str) -> None:
         """Note, once, that something could not be measured."""
@@ -155,7 +163,7 @@ class Evidence:
         return self.memo(
             ("scores", subject.fingerprint, name, kind),
             lambda: score(
-                subject.adapter, self.probes(label, name, kind), store=self.store, fingerprint=subject.fingerprint,
+                self.adapter(label), self.probes(label, name, kind), store=self.store, fingerprint=subject.fingerprint,
                 batch_tokens=at.batch_tokens, shard_examples=at.shard_examples, progress=self.progress,
                 what=f"{label}: scoring {name} ({kind})",
             ),
@@ -185,12 +193,12 @@ class Evidence:
             examples: makes the examples of any other style.
         """
         subject = self.subject(label)
-        at = self.protocol
+        at, adapter = self.protocol, self.adapter(label)
         make = examples or (lambda adapter: probes(adapter, self.records(name), "answer"))
         return self.memo(
             ("generations", subject.fingerprint, name, style),
             lambda: generate(
-                subject.adapter, make(subject.adapter), at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
+                adapter, make(adapter), at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
                 batch_tokens=at.batch_tokens, progress=self.progress, what=f"{label}: generating {name} ({style})",
             ),
         )  # fmt: skip
@@ -202,9 +210,10 @@ class Evidence:
         chosen = take_clusters(self.clusters(name), budget, self.protocol.seed)
 
         def make() -> Values:
-            examples = [subject.adapter.encode(records[int(i)]) for i in chosen]
+            adapter = self.adapter(label)
+            examples = [adapter.encode(records[int(i)]) for i in chosen]
             norms = gradient_norms(
-                subject.adapter, examples, store=self.store, fingerprint=subject.fingerprint,
+                adapter, examples, store=self.store, fingerprint=subject.fingerprint,
                 progress=self.progress, what=f"{label}: gradient norms of {name}",
             )  # fmt: skip
             values = np.full(len(records), np.nan)

@@ -86,11 +86,11 @@ class ScoreStore:
         """Write arrays (uncompressed, so that one column can be read without the others)."""
         path = self.arrays_path(key)
         with atomic_path(path) as temporary:
-            np.savez(temporary, **{k: np.asarray(v) for k, v in arrays.items()})
+            np.savez(temporary, allow_pickle=False, **{k: np.asarray(v) for k, v in arrays.items()})
         return path
 
     def load_arrays(self, key: str, names: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]] | None:
-        """Read the arrays of ``key``, or only ``names``; None if they are not there or cannot be read (then they are made anew)."""
+        """Read the arrays of ``key``, or only ``names``; None if they are not there or damaged (then they are made anew)."""
         path = self.arrays_path(key)
         if not path.is_file():
             return None

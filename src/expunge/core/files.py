@@ -16,11 +16,6 @@ from typing import Any
 
 from expunge.core.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: leftovers of killed writers are then left to the user
-    fcntl = None  # type: ignore[assignment]
-
 _PARTIAL = ".partial"  #: suffix of the scratch folders of unfinished writes; never part of a folder's content
 
 
@@ -83,7 +78,9 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def _lock(folder: Path) -> int | None:
     """Hold ``folder`` until the returned handle is closed or this process dies; None if another holds it or locks do not work."""
-    if fcntl is None:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: leftovers of killed writers are then left to the user
         return None
     handle = None
     try:

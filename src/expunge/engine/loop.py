@@ -146,7 +146,7 @@ class _Loop:
         self.objective = Objective(adapter, recipe, examples, reference)
         model = recipe.parameters.prepare(adapter.model, adapter.layers())
         self._mode(model)
-        self.model, self.optimizer = self.devices.prepare(model, self._optimizer(model))
+        self.model, self.optimizer = self.devices.prepare(model, self._optimizer, adapter.layers())
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
         self.plan = self._plan()

@@ -144,12 +144,12 @@ def execute(made: TrainPlan, out: Path, *, resume: bool = False, progress: Progr
     return run
 
 
-def save_outcome(adapter: Adapter, outcome: Outcome, out: Path) -> dict[str, Any]:
+def save_outcome(adapter: LanguageAdapter, outcome: Outcome, out: Path) -> dict[str, Any]:
     """Write the model and how training ended; on the first process only. Returns what the manifest records."""
 
     def write() -> None:
         with atomic_path(out / "model") as temporary:
-            adapter.save(temporary, outcome.model)
+            adapter.save(temporary, outcome.model, state=outcome.gathered)
         write_log_summary(out, outcome)
 
     first_process(write, lambda: None)

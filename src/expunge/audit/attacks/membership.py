@@ -202,7 +202,7 @@ class MinKPlusPlus(_Scored):
     def score(self, evidence: Evidence, label: str, name: str) -> Values:
         """Min-K%++ of each answer."""
         fields = ("logp", "mean_logp", "std_logp")
-        return self._reduce(evidence, label, name, lambda *a: min_k_plus_plus(*a, k=self.k), *fields)
+        return self._reduce(evidence, label, name, lambda logp, mean, std: min_k_plus_plus(logp, mean, std, self.k), *fields)
 
 
 @membership_attack

@@ -19,7 +19,7 @@ from expunge.core.results import Direction, Number
 from expunge.engine.parts import Paper
 
 _WORD = re.compile(r"\w+")
-_COMPRESSION = 2.4  # text that zlib shrinks further than this is a loop; the bound that speech recognisers use for the same
+_COMPRESSION = 4.0  # prose shrinks to a half; only loops shrink to a quarter
 _REPEATED = 0.5
 
 
@@ -55,8 +55,8 @@ def degenerate(text: str) -> bool:
     """Whether a text is broken: no word in it, or a loop.
 
     A loop is a text of at least eight words of which half the word trigrams repeat earlier ones, or any text that zlib
-    shrinks to less than 1/2.4 of its bytes (loops of characters and of long phrases alike). Word salad without
-    repetition is *not* found: no statistic of the text alone tells it from terse prose.
+    shrinks to less than a quarter of its bytes (loops of characters within one word). Word salad without repetition is *not*
+    found: no statistic of the text alone tells it from terse prose.
     """
     if not _WORD.search(text):
         return True
@@ -84,7 +84,7 @@ class Fluency(Metric):
 
     name: ClassVar[str] = "fluency"
     title: ClassVar[str] = "Fluency"
-    formula: ClassVar[str] = "share of degenerate texts; 1 - distinct/all word 4-grams; (2/3 H_2 + 4/3 H_3)/2; share without an end"
+    formula: ClassVar[str] = "share of broken texts; 1 - distinct/all word 4-grams; (2/3 H_2 + 4/3 H_3)/2; share without an end"
     direction: ClassVar[Direction] = Direction.UTILITY_DOWN
     range: ClassVar[Range] = (0.0, 1.0)
     needs: ClassVar[tuple[Need, ...]] = (Need.GENERATION,)

@@ -173,10 +173,12 @@ class Membership(_Attacked):
             few = f"too few: a rate of 1 % false positives needs {FEW_OUTSIDE} non-members, there are {len(found.holdout)}"
             flag = few if len(found.holdout) < FEW_OUTSIDE else "not a finite number"
             return Number(
-                value=None, over="none", n=n, clusters=clusters, direction=self.direction, range=self.range, note=flag, flags=(flag,)
-            )
+                value=None, over="none", n=n, clusters=clusters, direction=self.direction, range=self.range, note=flag,
+                flags=(flag,),
+            )  # fmt: skip
         caught, members = tpr_at_fpr(found.holdout, found.forget)
-        return wilson(caught, members, level).number(self.direction, self.range, "interval of a proportion, clusters not regarded")
+        note = "Wilson's interval of a proportion, clusters not regarded"
+        return wilson(caught, members, level).number(self.direction, self.range, note)
 
 
 @metric
@@ -225,6 +227,11 @@ class PrivLeak(_Attacked):
         error = privleak_error(own, references, own_auc, expected)
         ceiling = privleak(0.0, expected)
         bounds = {} if error is None else _bounds(value, error, ceiling, level)
+        if bounds and own_auc in (0.0, 1.0):
+            # Complete separation leaves no variance to estimate from; the exact bound of agreeing pairs stays (as for the AUC).
+            groups = min(len(set(c)) for c in own.clusters)
+            near = privleak(abs(own_auc - (1 - ((1 - level) / 2) ** (1 / groups))), expected)
+            bounds = {"low": min(bounds["low"], near), "high": max(bounds["high"], near)}
         return base.model_copy(update={"value": value, **bounds}).checked()
 
 

@@ -33,8 +33,7 @@ def verbatim_memorisation(prediction: str, gold: str, tokeniser: Tokeniser = "ro
 def knowledge_memorisation(prediction: str, gold: str, tokeniser: Tokeniser = "rouge") -> float:
     """MUSE's KnowMem of one question: ``100 * ROUGE-L F1(greedy answer, gold answer)``, in [0, 100], no stemming.
 
-    The answer is the prediction up to the first of ``"\\n\\n"``, ``"\\nQuestion"``, ``"Question:"``; :class:`KnowledgeMemorisation`
-    cuts it there.
+    The answer is the prediction up to the first of :data:`STOPS`; :class:`KnowledgeMemorisation` cuts it there.
 
     Raises:
         InputError: the gold answer has no words for this tokeniser.
@@ -91,8 +90,9 @@ class VerbatimMemorisation(RecordMetric):
         if any(r.is_text for r in records):
             style = f"verbatim {self.share}"
             made = answers(
-                evidence, label, name, self.max_new_tokens, (), style, lambda a: [a.encode(r, suffix="#verbatim") for r in chosen]
-            )
+                evidence, label, name, self.max_new_tokens, style=style,
+                examples=lambda a: [a.encode(r, suffix="#verbatim") for r in chosen],
+            )  # fmt: skip
         else:
             made = answers(evidence, label, name, self.max_new_tokens)
         golds = [_shortened(adapter, adapter.encode(r), r.answer, self.max_new_tokens) for r in chosen]
@@ -147,9 +147,12 @@ class KnowledgeMemorisation(RecordMetric):
         """KnowMem of each record."""
         if self.shots:
             style = f"shots {self.shots}"
-            made = answers(evidence, label, name, self.max_new_tokens, STOPS, style, lambda a: self._prompted(a, evidence, name))
+            made = answers(
+                evidence, label, name, self.max_new_tokens, stops=STOPS, style=style,
+                examples=lambda a: self._prompted(a, evidence, name),
+            )  # fmt: skip
         else:
-            made = answers(evidence, label, name, self.max_new_tokens, STOPS)
+            made = answers(evidence, label, name, self.max_new_tokens, stops=STOPS)
         golds = [r.answer for r in evidence.records(name)]
         return rouge_values(made, golds, lambda p, g: knowledge_memorisation(p, g, self.tokeniser))
 

@@ -44,7 +44,10 @@ GRADIENT = Paper(
     "https://arxiv.org/abs/1908.11229",
 )  # fmt: skip
 DEGENERATION = Paper(
-    "The Curious Case of Neural Text Degeneration", "Holtzman, Buys, Du, Forbes and Choi", 2019, "https://arxiv.org/abs/1904.09751"
+    "The Curious Case of Neural Text Degeneration",
+    "Holtzman, Buys, Du, Forbes and Choi",
+    2019,
+    "https://arxiv.org/abs/1904.09751",
 )
 RWKU = Paper(
     "RWKU: Benchmarking Real-World Knowledge Unlearning for Large Language Models", "Jin, Cao, Wang et al.", 2024,

@@ -6,6 +6,7 @@ import abc
 import enum
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from expunge.core.errors import InputError, MissingExtra, unknown
 from expunge.core.registry import Registry, origin_of
 from expunge.core.results import Direction, Number
 from expunge.core.settings import Settings
+from expunge.core.statistics import Interval
 from expunge.engine.parts import Paper
 
 Range = tuple[float | None, float | None]
@@ -91,22 +93,36 @@ class RecordMetric(Metric):
             if lack:
                 evidence.miss(f"{self.title} was not measured on the {name} set: {lack}.")
                 continue
-            number = mean_number(evidence, name, self.values(evidence, label, name), self.direction_on(evidence, name), self.range)
+            found, direction = self.values(evidence, label, name), self.direction_on(evidence, name)
+            number = mean_number(evidence, name, found, direction, self.range)
             if number is not None:
                 out[f"{name}.{self.name}"] = number
         return out
 
 
-def mean_number(
-    evidence: Evidence, name: str, found: Values, direction: Direction, range: Range, note: str = "", flags: tuple[str, ...] = ()
-) -> Number | None:
-    """The mean over present records as a number with its interval; None (and a note of what is missing) if there is no record."""
+def mean_number(evidence: Evidence, name: str, found: Values, direction: Direction, range: Range) -> Number | None:
+    """The mean over present records as a number with its interval, its note says how many are absent; None if all are."""
     if not found.present.any():
         return None
-    left_out = int((~found.present).sum())
-    if left_out:
-        note = "; ".join(filter(None, [note, f"{left_out} of {len(found.present)} records have no value and are left out"]))
-    return evidence.interval(name, found).number(direction, range, note, flags)
+    absent = int((~found.present).sum())
+    note = f"{absent} of {len(found.present)} records have no value and are left out" if absent else ""
+    return widened(evidence.interval(name, found), range).number(direction, range, note)
+
+
+def widened(interval: Interval, range: Range) -> Interval:
+    """An interval that is not empty where every record sits on the same end of a bounded range.
+
+    Resampling equal values gives an interval of no width, which claims certainty from, say, three persons. "No leak in k
+    groups" is a bound, not a zero: with level L the share of groups that would differ is at most ``1 - ((1 - L)/2)^(1/k)``
+    (exact binomial), and so is the mean, in units of the range.
+    """
+    low, high = range
+    if low is None or high is None or interval.low is None or interval.low != interval.high:
+        return interval
+    slack = (high - low) * (1 - ((1 - interval.level) / 2) ** (1 / interval.clusters))
+    if interval.value == low:
+        return replace(interval, high=low + slack)
+    return replace(interval, low=high - slack) if interval.value == high else interval
 
 
 METRICS: Registry[type[Metric]] = Registry("metric", "expunge.audit.metrics", "expunge.metrics")

@@ -39,7 +39,8 @@ def rouge_l(prediction: str, gold: str, kind: Kind = "recall", stem: bool = True
     """
     reference = words(gold, stem, tokeniser)
     if not reference:
-        raise InputError(f"The reference {gold[:40]!r} has no words that the tokeniser {tokeniser!r} sees.", "Try tokeniser=unicode.")
+        message = f"The reference {gold[:40]!r} has no words that the tokeniser {tokeniser!r} sees."
+        raise InputError(message, "Try tokeniser=unicode.")
     found = words(prediction, stem, tokeniser)
     common = lcs_length(found, reference)
     if not common:
@@ -64,6 +65,7 @@ def answers(
     label: str,
     name: str,
     max_new_tokens: int,
+    *,
     stops: Sequence[str] = (),
     style: str = "answer",
     examples: Callable[[Adapter], Sequence[Example]] | None = None,

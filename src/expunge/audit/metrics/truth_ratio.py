@@ -79,7 +79,8 @@ class TruthRatio(RecordMetric):
     name: ClassVar[str] = "truth-ratio"
     title: ClassVar[str] = "Truth ratio"
     formula: ClassVar[str] = (
-        "R = mean_i P(wrong_i) / P(paraphrase), P = exp(-NLL); forget: mean min(R, 1/R) (holdout too, as a control), other sets: mean max(0, 1 - R)"
+        "R = mean_i P(wrong_i) / P(paraphrase), P = exp(-NLL); "
+        "forget (and holdout, as a control): mean min(R, 1/R); other sets: mean max(0, 1 - R)"
     )
     direction: ClassVar[Direction] = Direction.REFERENCE
     range: ClassVar[Range] = (0.0, 1.0)
@@ -87,7 +88,7 @@ class TruthRatio(RecordMetric):
     paper: ClassVar[Paper] = TOFU
     evaluate = staticmethod(truth_ratio)
 
-    mean: Mean = Field("geometric", description="mean over the perturbed answers: geometric as in the code, arithmetic as printed")
+    mean: Mean = Field("geometric", description="mean over perturbed answers: geometric as in the code, arithmetic as printed")
     end: End = Field("include", description="whether the appended end token counts")
 
     def lacks(self, evidence: Evidence, name: str) -> str:
@@ -120,7 +121,7 @@ class TruthRatio(RecordMetric):
         wrong = grouped(evidence, label, name, self.end)
         present = known & np.array([len(w) > 0 for w in wrong])
         values = np.full(n, np.nan)
-        for i in np.flatnonzero(present):
+        for i in np.flatnonzero(present).tolist():
             values[i] = log_truth_ratio(right[i], wrong[i], self.mean)
         return Values(values, present)
 
@@ -129,4 +130,5 @@ class TruthRatio(RecordMetric):
         found = self.log_ratios(evidence, label, name)
         with np.errstate(over="ignore"):
             ratios = np.exp(found.values)
-        return Values(truth_ratio_score(ratios, "forget" if evidence.goal(name) in ("forget", "holdout") else "utility"), found.present)
+        goal: Literal["forget", "utility"] = "forget" if evidence.goal(name) in ("forget", "holdout") else "utility"
+        return Values(truth_ratio_score(ratios, goal), found.present)

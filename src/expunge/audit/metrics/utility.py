@@ -46,7 +46,7 @@ class ModelUtility(Metric):
 
     name: ClassVar[str] = "model-utility"
     title: ClassVar[str] = "Model utility"
-    formula: ClassVar[str] = "harmonic mean of {probability, ROUGE-L recall, mean max(0, 1 - R)} x {retain, real authors, world facts}"
+    formula: ClassVar[str] = "harmonic mean of {probability, ROUGE-L recall, max(0, 1 - R)} x {retain, real authors, world facts}"
     direction: ClassVar[Direction] = Direction.UTILITY_UP
     range: ClassVar[Range] = (0.0, 1.0)
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER, Need.PARAPHRASE, Need.PERTURBED, Need.GENERATION, Need.RETAIN)

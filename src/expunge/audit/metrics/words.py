@@ -25,7 +25,7 @@ class _CachedStemmer:
 @lru_cache(maxsize=1)
 def _stemmer() -> _CachedStemmer:
     try:
-        from nltk.stem import porter
+        from nltk.stem import porter  # type: ignore[import-untyped]
     except ImportError:
         raise MissingExtra("ROUGE", "llm") from None
     return _CachedStemmer(porter.PorterStemmer().stem)

@@ -1,0 +1,219 @@
+"""The audit: several models on the same sets, one document."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from expunge.adapters.base import Adapter
+from expunge.audit.document import AuditDocument, ModelEntry, Role
+from expunge.audit.evidence import Evidence, Subject, need_sets
+from expunge.audit.metrics.membership import Membership
+from expunge.audit.metrics.registry import Metric, Need
+from expunge.audit.metrics.rouge import lacks_questions
+from expunge.audit.pictures import loss_distribution, roc_curves, samples
+from expunge.audit.probes import Kind, take_clusters
+from expunge.audit.scores import Progress
+from expunge.audit.settings import AuditSettings
+from expunge.audit.store import ScoreStore, compute_signature
+from expunge.core.errors import InputError
+from expunge.data.records import RecordSet
+
+_ORDER: dict[Role, int] = {"base": 0, "target": 1, "retrained": 2, "unlearned": 3}
+_COMPARABLE = ("precision", "device", "attention", "torch", "schema")
+
+ALWAYS_NOT_SHOWN = (
+    "Intervals are over examples (whole clusters resampled): they say nothing about other training seeds of the same method.",
+    "Prompt attacks (jailbreaks, role play, other languages, solved questions of the same subject) were not run.",
+    "Only greedy answers were read: what sampling many times would bring up was not measured.",
+    "Hidden states were not probed: knowledge that no answer shows would not be seen.",
+    "Degenerate text is told by repetition and emptiness; word salad without repetition is not recognised.",
+)
+
+
+@dataclass(frozen=True)
+class AuditedModel:
+    """A model to be audited.
+
+    Attributes:
+        label: unique name in the document ("target", "npo", "retrained seed 1").
+        role: target, unlearned, retrained, or base (before any fine-tuning).
+        adapter: holds the model, or a function that loads it: then only one such model is in memory at a time.
+        path: where it came from, for the reader.
+        method: name of the method that made it.
+        seed: its training seed.
+        cost: what making it cost: seconds, peak_bytes, steps, tokens.
+        settings: recipe and options that made it.
+        stopped: why training ended, in one sentence.
+    """
+
+    label: str
+    role: Role
+    adapter: Adapter | Callable[[], Adapter]
+    path: str = ""
+    method: str = ""
+    seed: int | None = None
+    cost: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stopped: str = ""
+
+
+def audit(
+    models: Sequence[AuditedModel],
+    sets: Mapping[str, RecordSet],
+    settings: AuditSettings | None = None,
+    *,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    title: str = "Audit",
+) -> AuditDocument:
+    """Measure, attack and judge models on one request; writes nothing but the cache.
+
+    Every example is scored once per model and every prompt continued once, however many metrics read them; what the cache
+    has under the same contents is not computed again, so target and retrained models are scored once for all methods.
+
+    Args:
+        models: with unique labels. Without a retrained model nothing can be called forgotten.
+        sets: ``forget`` (needed), ``retain``, ``holdout`` (never trained on), and further named utility sets.
+        settings: what is measured; none: everything.
+        cache: folder of the scores; none keeps them in memory.
+        progress: told what is being done, how far, of how much.
+        title: of the document.
+
+    Raises:
+        InputError: no forget set, an empty set, labels that are not unique, a text that does not fit into a model's context,
+            or models of different precision, device or attention kernel (their scores are not comparable).
+    """
+    started = time.perf_counter()
+    settings = settings or AuditSettings()
+    metrics = settings.chosen()
+    _check(models, sets)
+    used = {name: limited(records, settings) for name, records in sets.items()}
+    store = ScoreStore(cache) if cache is not None else None
+    evidence = Evidence({}, used, settings.evidence_protocol(), store, progress)
+    ordered = sorted(models, key=lambda m: _ORDER[m.role])
+    signature = _gather(evidence, ordered, metrics, settings)
+    entries = {m.label: _entry(evidence, m, metrics) for m in ordered}
+    labels = [m.label for m in models]
+    shown = samples(evidence, "forget", settings.samples_forget, labels) + samples(
+        evidence, "retain", settings.samples_retain, labels
+    )
+    membership = [m for m in metrics if isinstance(m, Membership)]
+    curves = [c for m in membership for c in roc_curves(evidence, m, labels)]
+    distributions = [loss_distribution(evidence, label) for label in labels]
+    return AuditDocument(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        title=title,
+        data={name: _describe(sets[name], used[name]) for name in sets},
+        models=[entries[label] for label in labels],
+        curves=curves,
+        distributions=distributions,
+        samples=shown,
+        not_shown=[*evidence.missing, *_general(models, used), *ALWAYS_NOT_SHOWN],
+        protocol=_protocol(settings, metrics),
+        signature=signature,
+        cost={"seconds": time.perf_counter() - started},
+    )
+
+
+def limited(records: RecordSet, settings: AuditSettings) -> RecordSet:
+    """A set within the budget: whole clusters, drawn with the seed."""
+    if settings.budget is None or len(records) <= settings.budget:
+        return records
+    chosen = take_clusters(records.clusters(), settings.budget, settings.seed)
+    return RecordSet(records.name, tuple(records[int(i)] for i in chosen), records.source)
+
+
+def _check(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet]) -> None:
+    need_sets(sets)
+    if not models:
+        raise InputError("There is no model to audit.")
+    seen: set[str] = set()
+    for model in models:
+        if model.label in seen:
+            raise InputError(f"Two audited models are called {model.label!r}.", "Give each its own label.")
+        seen.add(model.label)
+
+
+def _gather(
+    evidence: Evidence, models: Sequence[AuditedModel], metrics: Sequence[Metric], settings: AuditSettings
+) -> dict[str, str]:
+    """Visit each model once: fingerprint, scores of everything that a metric reads, generations."""
+    needs = {n for m in metrics for n in m.needs}
+    signature: dict[str, str] = {}
+    for model in models:
+        evidence.subjects[model.label] = Subject(model.label, model.role, "", model.adapter)
+        adapter = evidence.adapter(model.label)
+        found = compute_signature(adapter, settings.batch_tokens)
+        _comparable(signature or found, found, model.label)
+        signature = signature or found
+        evidence.subjects[model.label] = Subject(model.label, model.role, adapter.fingerprint(), model.adapter)
+        _visit(evidence, model.label, needs)
+    return signature
+
+
+def _comparable(first: Mapping[str, str], other: Mapping[str, str], label: str) -> None:
+    for key in _COMPARABLE:
+        if first[key] != other[key]:
+            raise InputError(
+                f"The model {label!r} is computed with {key} {other[key]}, the models before it with {first[key]}.",
+                "Load all models of an audit alike: their scores are compared to the last digits.",
+            )
+
+
+def _visit(evidence: Evidence, label: str, needs: set[Need]) -> None:
+    kinds: dict[Need, Kind] = {Need.PARAPHRASE: "paraphrase", Need.PERTURBED: "perturbed"}
+    for name in evidence.sets:
+        evidence.scores(label, name)
+        for need, kind in kinds.items():
+            if need in needs and evidence.has(name, kind):
+                evidence.scores(label, name, kind)
+        if Need.GENERATION in needs and name != "holdout" and not lacks_questions(evidence, name):
+            evidence.generations(label, name)
+
+
+def _entry(evidence: Evidence, model: AuditedModel, metrics: Sequence[Metric]) -> ModelEntry:
+    numbers = {}
+    for metric in metrics:
+        numbers.update(metric.compute(evidence, model.label))
+    return ModelEntry(
+        label=model.label, role=model.role, fingerprint=evidence.subject(model.label).fingerprint, path=model.path,
+        method=model.method, seed=model.seed, numbers=numbers, cost=dict(model.cost), stopped=model.stopped,
+        settings=dict(model.settings),
+    )  # fmt: skip
+
+
+def _describe(given: RecordSet, used: RecordSet) -> dict[str, Any]:
+    return {
+        "name": given.name,
+        "source": given.source,
+        "records": len(used),
+        "of": len(given),
+        "clusters": len(set(used.clusters())),
+        "digest": given.digest,
+    }
+
+
+def _protocol(settings: AuditSettings, metrics: Sequence[Metric]) -> dict[str, Any]:
+    return {
+        **settings.model_dump(mode="json", exclude={"metrics", "options"}),
+        "metrics": {m.name: {"formula": m.formula, **m.model_dump(mode="json")} for m in metrics},
+    }
+
+
+def _general(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet]) -> list[str]:
+    out = []
+    retrained = sum(m.role == "retrained" for m in models)
+    if not retrained:
+        out.append("There is no retrained model: nothing here can show that something was forgotten.")
+    elif retrained == 1:
+        out.append("There is one retrained model: how much retrained models differ among themselves is not known.")
+    if "holdout" not in sets:
+        out.append("There is no holdout set: membership attacks and PrivLeak could not be run.")
+    if "retain" not in sets:
+        out.append("There is no retain set: lost usefulness could not be measured.")
+    return out

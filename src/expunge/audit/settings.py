@@ -1,0 +1,63 @@
+"""What an audit measures and how sure it must be: one typed object for Python, YAML and the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from expunge.audit.evidence import Protocol
+from expunge.audit.metrics.registry import METRICS, Metric
+from expunge.core.errors import unknown
+from expunge.core.settings import Settings
+
+
+class AuditSettings(Settings):
+    """Options of :func:`expunge.audit.run.audit`."""
+
+    metrics: tuple[str, ...] = Field((), description="metrics to compute; none given: all")
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="settings of metrics by name, such as truth-ratio: {mean: arithmetic}"
+    )
+    budget: int | None = Field(None, ge=1, description="records per set at most, dropped by whole clusters; none: all")
+    batch_tokens: int = Field(8192, ge=1, description="padded tokens per batch")
+    shard_examples: int = Field(512, ge=1, description="examples per cache file: what is held in memory at a time")
+    draws: int = Field(2000, ge=100, description="draws of the bootstrap")
+    level: float = Field(0.95, gt=0.5, lt=1, description="level of the confidence intervals")
+    seed: int = Field(0, ge=0, description="seed of bootstrap, budgets and samples")
+    samples_forget: int = Field(6, ge=0, description="forget prompts whose answers are shown")
+    samples_retain: int = Field(3, ge=0, description="retain prompts whose answers are shown")
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            METRICS.get(name)
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _buildable(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, options in value.items():
+            METRICS.get(name)(**options)
+        return value
+
+    def chosen(self) -> list[Metric]:
+        """The metrics with their settings, in the order asked for.
+
+        Raises:
+            InputError: settings are given for a metric that was not asked for.
+        """
+        names = self.metrics or tuple(METRICS.names())
+        for name in self.options:
+            if name not in names:
+                raise unknown("metric of this audit", name, names)
+        return [METRICS.get(n)(**self.options.get(n, {})) for n in names]
+
+    def evidence_protocol(self) -> Protocol:
+        """How evidence is gathered; generations are as long as the longest that any metric reads."""
+        limits = [int(m.max_new_tokens) for m in self.chosen() if "max_new_tokens" in type(m).model_fields]  # type: ignore[attr-defined]
+        return Protocol(
+            batch_tokens=self.batch_tokens, shard_examples=self.shard_examples, max_new_tokens=max(limits, default=1),
+            draws=self.draws, level=self.level, seed=self.seed,
+        )  # fmt: skip
