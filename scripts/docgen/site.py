@@ -8,7 +8,7 @@ from pathlib import Path
 from docgen import attacks, methods, metrics, parts, reference
 from docgen.text import MARK
 
-_LABELS = {"cli": "Command line", "settings": "Settings", "python": "Python"}
+_LABELS = {"cli": "Command line", "settings": "Settings", "python": "Python", "verdict": "How the verdict is reached"}
 _BEGIN, _END = "  # begin generated navigation", "  # end generated navigation"
 
 
