@@ -63,7 +63,10 @@ def retrained_models(
     config: UnlearnConfig, audit_config: AuditConfig, forget: RecordSet, progress: Progress | None, say: Callable[[str], None]
 ) -> list[AuditedModel]:
     """The gold standard: given models, and models retrained here (or found in the cache)."""
-    given = [AuditedModel(f"retrained {i + 1}", "retrained", lazily(m, config.text), path=m) for i, m in enumerate(audit_config.retrained)]
+    given = [
+        AuditedModel(f"retrained {i + 1}", "retrained", lazily(m, config.text), path=m)
+        for i, m in enumerate(audit_config.retrained)
+    ]
     for seed in range(1, audit_config.retrain + 1):
         say(f"retraining without the forget set, seed {seed} of {audit_config.retrain}")
         folder = retrained(
@@ -99,7 +102,9 @@ def unlearned_model(run: Path, label: str | None = None) -> AuditedModel:
     config = UnlearnConfig(**held.manifest["config"])
     if held.manifest["stages"].get("unlearn", {}).get("state") != "done":
         raise InputError(f"The run {str(run)!r} has not finished.", f"Go on: expunge unlearn ... --out {run} --resume.")
-    return _entry(label or config.method, "unlearned", run, config.text, seed=config.engine.seed, stage="unlearn", method=config.method)
+    return _entry(
+        label or config.method, "unlearned", run, config.text, seed=config.engine.seed, stage="unlearn", method=config.method
+    )
 
 
 def audit_run(
@@ -118,7 +123,9 @@ def audit_run(
     for name, records in (("forget", request.forget), ("retain", request.retain), ("holdout", request.holdout)):
         recorded = run.manifest["inputs"].get(name, {}).get("digest")
         if records is not None and recorded not in (None, records.digest):
-            raise InputError(f"The {name} data have changed since the run {str(folder)!r}.", "Put the file back, or unlearn again.")
+            raise InputError(
+                f"The {name} data have changed since the run {str(folder)!r}.", "Put the file back, or unlearn again."
+            )
     unlearned = unlearned_model(folder)
     gold = retrained_models(settings, config, request.forget, progress, say)
     sets = sets_of(settings, request, config.utility)
@@ -138,7 +145,12 @@ def audit_run(
 
 
 def measure(
-    models: Sequence[AuditedModel], sets: Mapping[str, RecordSet], settings: AuditSettings, *, progress: Progress | None, title: str
+    models: Sequence[AuditedModel],
+    sets: Mapping[str, RecordSet],
+    settings: AuditSettings,
+    *,
+    progress: Progress | None,
+    title: str,
 ) -> AuditDocument:
     """Audit models with the scores cached by content."""
     tell = None if progress is None else (lambda text, done, total: progress(done, total, text))
