@@ -142,6 +142,7 @@ def roc(curves: Sequence[Curve], looks_of: Mapping[str, Look], name: str, alt: s
     """One square panel per attack, a line per model, the diagonal of guessing; both axes logarithmic for low rates."""
     with drawing():
         labels = list(dict.fromkeys(s.label for c in curves for s in c.series))
+        titles = _without_common_start([c.title for c in curves])
         below = len(curves) == 4 or len(curves) > 6
         columns = 4 if below else min(len(curves), 3)
         side, gap, left, top = (208, 40, 56, 28) if below else (214, 40, 56, 28)
@@ -154,7 +155,7 @@ def roc(curves: Sequence[Curve], looks_of: Mapping[str, Look], name: str, alt: s
             row, column = divmod(i, columns)
             ax = place(figure, left + column * (side + gap), top + row * (side + 72), side, side)
             _roc_panel(ax, curve, looks_of, drawn, logarithmic)
-            ax.set_title(shorten(clean(curve.title), 27))
+            ax.set_title(shorten(clean(titles[i]), 27))
             ax.set_xlabel(clean(curve.x_label))
             if column == 0:
                 ax.set_ylabel(clean(curve.y_label))
@@ -238,6 +239,15 @@ def _from_zero(axes: Any, points: Sequence[Point]) -> None:
         if all(n.range[0] == 0 for n in numbers) and any(n.value for n in numbers):
             high = 1.06 * max(v for n in numbers for v in (n.value, n.high) if v is not None)
             getattr(axes, f"set_{which}lim")(-0.03 * high, high)
+
+
+def _without_common_start(titles: Sequence[str]) -> list[str]:
+    """The titles without the words that all of them begin with."""
+    words = [title.split() for title in titles]
+    common = 0
+    while all(len(w) > common + 1 for w in words) and len(words) > 1 and len({w[common] for w in words}) == 1:
+        common += 1
+    return [" ".join(w[common:]) for w in words]
 
 
 def _mark(axes: Any, point: Point) -> Any:
@@ -339,14 +349,18 @@ def _density_axis(ax: Any, edges: np.ndarray, logarithmic: bool, tallest: float)
 
 
 def _log_axis(ax: Any, which: str, low: float, high: float) -> None:
-    """Powers of ten in plain digits, never more than six of them."""
+    """Powers of ten in plain digits, never more than six of them; thrice the powers too where there are fewer than three."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
     getattr(ax, f"set_{which}scale")("log")
     axis = getattr(ax, f"{which}axis")
     powers = list(range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1))
     powers = powers[:: max(1, math.ceil(len(powers) / 6))]
-    axis.set_ticks([10.0**p for p in powers], [f"{10.0**p:g}" for p in powers])
+    ticks = [10.0**p for p in powers]
+    if len(powers) < 3:
+        ticks = sorted(t for p in range(math.floor(math.log10(low)), math.ceil(math.log10(high))) for t in (10.0**p, 3 * 10.0**p))
+        ticks = [t for t in ticks if low <= t <= high] + [10.0**p for p in powers if 10.0**p == high]
+    axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
