@@ -135,7 +135,7 @@ def test_verdict_reason_weakest_link_and_thresholds_come_first(full: AuditDocume
 
 
 def test_flags_are_never_dropped(text: str) -> None:
-    impossible = re.search(r'<td class="num flagged"[^>]*><sup>!(\d+)</sup>&#8202;1\.20<', text)
+    impossible = re.search(r'<td class="num flagged"[^>]*><sup>!(\d+)</sup>&#8239;1\.20<', text)
     assert impossible, "the impossible value is marked"
     notes = re.findall(r'<ol class="notes">(.*?)</ol>', text)
     assert any("impossible value 1.204: outside [0.0, 1.0]" in n for n in notes)
@@ -143,7 +143,7 @@ def test_flags_are_never_dropped(text: str) -> None:
 
 
 def test_missing_is_a_dash_with_its_reason(text: str) -> None:
-    assert re.search(r'<td class="num" data-sort=""><sup>\d+</sup>&#8202;\u2013</td>', text)
+    assert re.search(r'<td class="num" data-sort=""><sup>\d+</sup>&#8239;\u2013</td>', text)
     assert "The adapter cannot give gradient norms of merged weights." in text
 
 

@@ -16,7 +16,7 @@ from expunge.report.text import clean, shorten
 
 WIDTH = 1056
 _LEGEND = 268  #: pixels kept for a legend on the right
-_GOLD = "#0063a6"
+_GOLD, _GOLD_MARKER = "#0063a6", "*"
 _COLOURS = ("#c8501e", "#00806a", "#9a4f96", "#b7791f", "#3f9cc7", "#7a5b3a", "#c2417c", "#5f7f1d")
 _MARKERS = ("o", "s", "^", "v", "P", "X", "h", "<", ">")
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (3, 1.2)))
@@ -62,7 +62,7 @@ def looks(models: Sequence[ModelEntry]) -> dict[str, Look]:
         if model.role == "target":
             out[model.label] = Look(INK, "D", _DASHES[n % len(_DASHES)], 4)
         elif model.role == "retrained":
-            out[model.label] = Look(_GOLD, "*", _DASHES[(n + 1) % len(_DASHES)], 5)
+            out[model.label] = Look(_GOLD, _GOLD_MARKER, _DASHES[(n + 1) % len(_DASHES)], 5)
         elif model.role == "base":
             out[model.label] = Look("#8a93a0", "d", _DASHES[2], 2)
         else:
@@ -75,7 +75,7 @@ def unlearned_look(n: int) -> Look:
     return Look(_COLOURS[n % len(_COLOURS)], _MARKERS[n % len(_MARKERS)], _DASHES[n // len(_COLOURS) % len(_DASHES)])
 
 
-GOLD_LOOK = Look(_GOLD, "*", _DASHES[1], 5)
+GOLD_LOOK = Look(_GOLD, _GOLD_MARKER, _DASHES[1], 5)
 TARGET_LOOK = Look(INK, "D", "solid", 4)
 
 
@@ -186,7 +186,7 @@ def lines(curve: Curve, looks_of: Mapping[str, Look], name: str, alt: str) -> st
 
 
 def _surroundings(points: Sequence[Point], gold: Box | None) -> Box | None:
-    """The gold standard's region widened to thrice its size, if it holds several models and is a small part of the plot."""
+    """The gold standard's region widened to thrice its size, if it holds other models too and is a small part of the plot."""
     if gold is None:
         return None
     spans, shares = [], []
@@ -198,8 +198,9 @@ def _surroundings(points: Sequence[Point], gold: Box | None) -> Box | None:
         spans.append((max(floor, middle - half), middle + half))
         shares.append(min(1.0, 2 * half / whole) if whole else 1.0)
     box = Box(spans[0], spans[1])
-    inside = sum(_within(p.x, box.x) and _within(p.y, box.y) for p in points)
-    return box if inside >= 2 and inside < len(points) and shares[0] * shares[1] < 0.3 else None
+    inside = [p for p in points if _within(p.x, box.x) and _within(p.y, box.y)]
+    judged = any(p.look.marker != _GOLD_MARKER for p in inside)
+    return box if judged and len(inside) < len(points) and shares[0] * shares[1] < 0.3 else None
 
 
 def _within(number: Number, span: tuple[float, float]) -> bool:
@@ -256,7 +257,7 @@ def _mark(axes: Any, point: Point) -> Any:
         value = number.value or 0.0
         ends = (value if number.low is None else number.low, value if number.high is None else number.high)
         errors.append([[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]])
-    size = 13 if look.marker == "*" else 8
+    size = 13 if look.marker == _GOLD_MARKER else 8
     style = {"color": look.colour, "marker": look.marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.8}
     axes.errorbar(
         [point.x.value],
@@ -408,7 +409,7 @@ def _line(axes: Any, series: Series, look: Look) -> Any:
         color=look.colour,
         linestyle=look.dash,
         marker=look.marker,
-        markersize=6 if look.marker != "*" else 9,
+        markersize=6 if look.marker != _GOLD_MARKER else 9,
         markeredgecolor="white",
         markeredgewidth=0.6,
         zorder=look.order,
