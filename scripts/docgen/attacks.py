@@ -52,6 +52,6 @@ def _acting() -> Iterator[str]:
             continue
         yield f"### {info.name.replace('_', ' ').capitalize()} {{ #{info.name} }}"
         yield markdown(inspect.cleandoc(module.__doc__ or ""))
-        for cls in settings:
+        for cls in (c for c in settings if not c.__name__.startswith("_")):
             yield f"Parameters (`{cls.__name__}`): {inline(inspect.cleandoc(cls.__doc__ or ''))}"
             yield parameters(cls)

@@ -14,6 +14,7 @@ import typer
 import expunge
 from docgen.metrics import signature
 from docgen.text import code, inline, markdown, page, parameters, table
+from expunge.audit import verdict
 from expunge.core import errors
 from expunge.core.settings import Settings, describe_value
 
@@ -24,6 +25,7 @@ def pages() -> dict[str, str]:
         "reference/cli.md": _cli(),
         "reference/settings.md": _settings(),
         "reference/python.md": _python(),
+        "reference/verdict.md": _verdict(),
     }
 
 
@@ -143,6 +145,18 @@ def _settings() -> str:
             blocks += [f"## {name}", inline(inspect.cleandoc(cls.__doc__ or "")), parameters(cls, prefix=prefix)]
     blocks += ["## Engine", inline(inspect.cleandoc(engine.__doc__ or "")), parameters(engine, prefix="engine.")]
     return page("Settings", *blocks)
+
+
+def _verdict() -> str:
+    """How the verdict is reached: the module's own words, and every threshold."""
+    return page(
+        "How the verdict is reached",
+        markdown(inspect.cleandoc(verdict.__doc__ or "")),
+        "## Thresholds",
+        inline(inspect.cleandoc(verdict.Thresholds.__doc__ or "")),
+        parameters(verdict.Thresholds),
+        "What the verdicts mean and what they do not say: [the verdict](../concepts/verdict.md).",
+    )
 
 
 def _python() -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from docgen import attacks, methods, metrics, parts, reference
 from docgen.text import MARK
 
+_LABELS = {"cli": "Command line", "settings": "Settings", "python": "Python", "verdict": "How the verdict is reached"}
 _BEGIN, _END = "  # begin generated navigation", "  # end generated navigation"
 
 
@@ -73,7 +74,7 @@ def _navigation(root: Path, made: Mapping[str, str]) -> Iterator[str]:
                 for name, extra in more:
                     yield f"      - {name}: {extra}"
             else:
-                yield f"      - {path.removeprefix('docs/')}"
+                yield f"      - {_LABELS.get(Path(path).stem, Path(path).stem)}: {path.removeprefix('docs/')}"
     results = sorted(p.relative_to(root / "docs").as_posix() for p in (root / "docs" / "results").glob("*.md"))
     if results:
         yield "  - Results:"

@@ -107,10 +107,11 @@ def test_features_are_the_residual_stream(each, records):
 
 
 def test_features_only_stops_after_the_deepest_block(llama, records):
+    batch = batch_of(llama, records)
+    llama.forward(llama.model, batch, LOSSES)  # the trials of the first pass are over
     ran = []
     for i, block in enumerate(llama.model.model.layers):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    batch = batch_of(llama, records)
     llama.forward(llama.model, batch, frozenset({f"features:{llama.layers()[0]}"}))
     assert ran == [0]
     assert llama.forward(llama.model, batch, LOSSES).losses.isfinite().all(), "the model is as it was"
@@ -231,6 +232,62 @@ def test_no_gradient_means_evaluation_mode_and_dropout_is_off(tokenizer, records
         assert torch.equal(*(asked.forward(noisy, batch, LOSSES).losses for _ in range(2)))
     assert noisy.training
     torch.testing.assert_close(asked.copy().forward(noisy.eval(), batch, LOSSES).losses, first)
+
+
+def test_ragged_batches_run_without_their_padding(each, records):
+    batch = batch_of(each, records)
+    names = each.layers()
+    seen = []
+    handle = each.model.get_submodule(names[0]).register_forward_hook(
+        lambda _m, _i, o: seen.append(o if torch.is_tensor(o) else o[0])
+    )
+    want = LOSSES | {f"features:{names[1]}"}
+    for asked in (LOSSES, want):
+        out = each.forward(each.model, batch, asked)
+    handle.remove()
+    assert [tuple(s.shape[:2]) for s in seen[-2:]] == [(1, sum(batch.token_counts) - 4), (1, sum(batch.token_counts))]
+    plain = LanguageAdapter(each.model, each.tokenizer, packed=False)
+    parameters = list(each.model.parameters())
+
+    def gradients(result):
+        return torch.autograd.grad(
+            result.losses.mean() + result.features(names[1]).square().mean(), parameters, allow_unused=True
+        )
+
+    expected = plain.forward(each.model, batch, want)
+    torch.testing.assert_close(out.losses, expected.losses, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.features(names[1]), expected.features(names[1]), rtol=1e-4, atol=1e-4)
+    pairs = list(zip(gradients(out), gradients(expected), strict=True))
+    largest = max(float(b.abs().max()) for _, b in pairs if b is not None)
+    for a, b in pairs:
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * largest)
+    assert each.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2}),
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
+        ("mistral", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+                     "head_dim": 16, "intermediate_size": 64, "sliding_window": 4}),
+        ("llama", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+                   "attn_implementation": "eager"}),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_run_packed_are_padded(architecture, settings, tokenizer, records):
+    """Positions from the mask, layers with a memory, windows, other attention functions: the result is the same as one by one."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings
+    )
+    adapter = LanguageAdapter(sharpen(AutoModelForCausalLM.from_config(config).float().eval(), 3.0), tokenizer)
+    together = adapter.forward(adapter.model, batch_of(adapter, records), LOSSES)
+    for i, record in enumerate(records):
+        alone = adapter.forward(adapter.model, batch_of(adapter, [record]), LOSSES).losses
+        torch.testing.assert_close(together.narrow(i, i + 1).losses, alone, rtol=1e-3, atol=1e-3)
+    assert len(adapter.layers()) == 2
 
 
 def test_heads_that_are_post_processed_are_not_fused(tokenizer, records):
