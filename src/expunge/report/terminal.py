@@ -157,7 +157,7 @@ def _verdict(model: ModelEntry) -> Text:
 def _cell(number: Number | None, wide: bool, notes: list[str], places: int | None = None) -> Text:
     if number is None:
         return Text(DASH)
-    told = [*number.flags, *([number.note] if number.value is None and number.note else [])]
+    told = list(dict.fromkeys([*number.flags, *([number.note] if number.value is None and number.note else [])]))
     notes.extend(t for t in told if t not in notes)
     marks = ",".join(str(notes.index(t) + 1) for t in told)
     cell = Text(value_text(number, places, "-")) + Text(
