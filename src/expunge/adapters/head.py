@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 KEEP_BYTES = 192 * 2**20  #: softmax matrices up to this size are kept for the backward pass, larger ones computed again
-BLOCK_BYTES = 32 * 2**20  #: size of one block of scores
+BLOCK_BYTES = 16 * 2**20  #: size of one block of scores: small enough for a processor's last cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -52,8 +52,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         live = upstream.nonzero().squeeze(1)
         everything = len(live) == len(upstream)
         exact = sums.dtype
-        d_hidden = torch.zeros_like(hidden) if want_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
+        d_hidden = (torch.empty_like if everything else torch.zeros_like)(hidden) if want_hidden else None
+        d_weight = torch.empty_like(weight, dtype=exact) if want_weight else None
+        if d_weight is not None and len(live) == 0:
+            d_weight.zero_()
         d_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
         scratch = hidden.new_empty((min(ctx.rows, max(len(live), 1)), len(weight)), dtype=exact)
         for a in range(0, len(live), ctx.rows):
@@ -73,7 +75,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_hidden[at] = low @ weight
             if d_weight is not None:
                 if low.dtype == exact:
-                    d_weight.addmm_(low.t(), rows)
+                    torch.addmm(d_weight, low.t(), rows, beta=0 if a == 0 else 1, out=d_weight)
+                elif a == 0:
+                    d_weight.copy_(low.t() @ rows)
                 else:
                     d_weight += low.t() @ rows
         return (
@@ -175,11 +179,37 @@ def replaced_head(head: nn.Module, compute: Callable[[Tensor, Callable[[Tensor],
             head.forward = own
 
 
+class _Take(torch.autograd.Function):
+    """``x[index]`` along the first dimension, where no row that matters is taken twice.
+
+    The backward pass is a copy instead of a (slow, on CPU) scattered sum: by ``back`` if it is given, the inverse of ``index``
+    for rows whose gradient counts; else to the places in ``index``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor | None) -> Tensor:
+        ctx.save_for_backward(index, back)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        index, back = ctx.saved_tensors
+        if back is not None:
+            return grads[0].index_select(0, back), None, None
+        return grads[0].new_zeros((ctx.rows, *grads[0].shape[1:])).index_copy_(0, index, grads[0]), None, None
+
+
+def take(x: Tensor, index: Tensor, back: Tensor | None = None) -> Tensor:
+    """``x[index]`` for rows taken once each; ``back`` is the inverse of ``index`` where rows that do not matter repeat."""
+    out: Tensor = _Take.apply(x, index, back)  # type: ignore[no-untyped-call]
+    return out
+
+
 def pick(states: Tensor, owner: Tensor, column: Tensor, width: int) -> Tensor:
     """Rows ``[N, D]`` of states ``[B, T, D]`` at (owner, column); virtual tokens put before the ``width`` others shift them."""
     length = states.shape[-2]
-    flat = owner * length + column + (length - width)
-    return states.reshape(-1, states.shape[-1]).index_select(0, flat)
+    return take(states.reshape(-1, states.shape[-1]), owner * length + column + (length - width))
 
 
 def linear_losses(head: nn.Linear, rows: Tensor, targets: Tensor) -> Tensor:

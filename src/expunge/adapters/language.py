@@ -15,18 +15,13 @@ from torch.nn import functional
 
 from expunge.adapters import generation, identity, storage
 from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
-from expunge.adapters.head import bare, base, head_of, is_plain, linear_losses, pick, replaced_head
+from expunge.adapters.head import bare, base
+from expunge.adapters.passes import Runner, evaluating
 from expunge.adapters.registry import adapter
 from expunge.adapters.tokenise import Encoder, Tokens
 from expunge.core.access import Offer
 from expunge.core.errors import InputError, unknown
 from expunge.data.records import Record
-
-_INPUTS = ("input_ids", "attention_mask", "position_ids")
-
-
-class _Enough(Exception):
-    """Raised inside a forward pass once everything that was asked for is there."""
 
 
 @adapter
@@ -44,7 +39,9 @@ class LanguageAdapter(Adapter):
         max_length: longest sequence in tokens; none: the model's context.
         truncate: cut longer records instead of refusing them.
         dropout: leave the model's dropout as it is.
-        fused: allow losses to be computed without a graph over the scores; to be switched off where the head's weight is sharded.
+        fused: allow losses to be computed without a graph over the scores; to be switched off where the head's weight is sharded,
+            or where second derivatives are needed.
+        packed: allow ragged batches to run without their padding; to be switched off for second derivatives.
 
     Attributes:
         end_ids: tokens that end a generation.
@@ -67,6 +64,7 @@ class LanguageAdapter(Adapter):
         truncate: bool = False,
         dropout: bool = False,
         fused: bool = True,
+        packed: bool = True,
     ) -> None:
         storage.check_model(model, tokenizer)
         self.model: Any = model
@@ -82,7 +80,7 @@ class LanguageAdapter(Adapter):
         self.context = max_length or limit
         self._encoder = Encoder(tokenizer, template, self.context, truncate)
         self.end_ids = frozenset(self._encoder.end_ids() + storage.generation_ends(base(model)))
-        self._plain: bool | None = None
+        self._runner = Runner(fused=fused, packed=packed)
         if not dropout:
             storage.silence_dropout(model)
 
@@ -103,7 +101,12 @@ class LanguageAdapter(Adapter):
         return Example(record.id + suffix, record.cluster, len(tokens.ids) - tokens.start, len(tokens.ids), tokens)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Right-padded batch; ``tensors["predict"]`` and ``tensors["real"]`` are the columns of predicting and real tokens."""
+        """Right-padded batch.
+
+        Beside the model's inputs its tensors hold the columns of the predicting tokens (``predict`` ``[N]``) and of the real ones
+        (``real`` ``[M]``), which real tokens are not the last of their example (``inner`` ``[M - B]``), and where among
+        those each predicting token stands (``row`` ``[N]``).
+        """
         if not examples:
             raise InputError("A batch needs at least one example.")
         data: list[Tokens] = [e.data for e in examples]
@@ -123,6 +126,8 @@ class LanguageAdapter(Adapter):
             "position_ids": np.broadcast_to(columns, ids.shape).copy(),
             "predict": column - 1,
             "real": token_column,
+            "inner": np.nonzero(token_column < sizes[token_owner] - 1)[0],
+            "row": np.repeat(np.cumsum(sizes - 1) - (sizes - 1), counts) + column - 1,
         }
         return Batch(
             ids=tuple(e.id for e in examples),
@@ -162,69 +167,18 @@ class LanguageAdapter(Adapter):
         for name in want - {"losses", "logits"} - {f"features:{layer}" for layer in layers}:
             raise unknown("output", name, ["losses", "logits", "features:<layer>"])
         scores = "logits" if "logits" in want else "losses" if "losses" in want else None
-        values = self._run(model, batch, scores, layers)
+        values = self._runner.run(model, batch, scores, layers)
         if scores == "logits" and "losses" in want:
             values["losses"] = functional.cross_entropy(values["logits"], batch.targets, reduction="none")
         return Outputs.of(batch, {name: values[name] for name in want})
-
-    def _run(self, model: nn.Module, batch: Batch, scores: str | None, layers: Sequence[str]) -> dict[str, Tensor]:
-        head = self._head(model)
-        fuse = scores == "losses" and self._fuses(model, head)
-        # The last column predicts nothing; only features are read there.
-        width = batch.tensors["input_ids"].shape[1] - (0 if layers else 1)
-
-        def compute(states: Tensor, original: Any) -> Tensor:
-            if scores is None:
-                return states[..., :1, :1]
-            rows = pick(states, batch.owner, batch.tensors["predict"], width)
-            if fuse:
-                return linear_losses(head, rows, batch.targets)[None, :, None]  # type: ignore[arg-type]
-            out: Tensor = original(rows[None])
-            return out
-
-        inner, found = base(model), dict[str, Tensor]()
-        early = scores is None and _may_stop(model)
-        with self._mode(model), replaced_head(head, compute), _capture(inner, layers, found, early):
-            try:
-                out = model(**self._inputs(model, batch, max(width, 1)))
-            except _Enough:
-                out = found
-        values = {}
-        for layer in layers:
-            values[f"features:{layer}"] = pick(out[f"features:{layer}"], batch.token_owner, batch.tensors["real"], width)
-        if scores is not None:
-            got = out["logits"]
-            got = got.reshape(-1) if fuse else got.reshape(-1, got.shape[-1])
-            got = got.to(torch.promote_types(got.dtype, torch.float32))
-            if scores == "losses" and not fuse:
-                got = functional.cross_entropy(got, batch.targets, reduction="none")
-            values[scores] = got
-        return values
 
     def logit_blocks(self, model: nn.Module, batch: Batch, rows: int = 512) -> Iterator[tuple[int, Tensor]]:
         """One forward pass without gradients; logits in blocks of at most ``rows`` targets.
 
         A head that the model post-processes (soft-capped scores, say) is computed for all targets at once and then cut.
         """
-        head = self._head(model)
-        width = max(batch.tensors["input_ids"].shape[1] - 1, 1)
-        caught: list[Tensor] = []
-
-        def compute(states: Tensor, _: Any) -> Tensor:
-            caught.append(pick(states, batch.owner, batch.tensors["predict"], width))
-            return states[..., :1, :1]
-
         with torch.no_grad():
-            if not self._fuses(model, head):
-                logits = self._run(model, batch, "logits", ())["logits"]
-                for a in range(0, len(logits), rows):
-                    yield a, logits[a : a + rows]
-                return
-            with self._mode(model), replaced_head(head, compute):
-                model(**self._inputs(model, batch, width))
-            for a in range(0, len(batch.targets), rows):
-                block = head(caught[0][a : a + rows])
-                yield a, block.to(torch.promote_types(block.dtype, torch.float32))
+            yield from self._runner.logit_blocks(model, batch, rows)
 
     def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
         """Greedy continuations of the examples' prompts, as one left-padded batch; for plain text, of the first token.
@@ -233,7 +187,7 @@ class LanguageAdapter(Adapter):
         """
         prompts = [e.data.ids[: e.data.start] for e in examples]
         options: dict[str, Any] = {"limit": max_new_tokens, "context": self.context, "ends": self.end_ids, "pad": self._pad()}
-        with torch.no_grad(), self._mode(model):
+        with torch.no_grad(), evaluating(model):
             tokens = generation.greedy(base(model), bare(model), prompts, **options)
         out = []
         for example, (ids, ended) in zip(examples, tokens, strict=True):
@@ -276,54 +230,8 @@ class LanguageAdapter(Adapter):
         other = copying.copy(self)
         other.model = copying.deepcopy(self.model)
         other._encoder = copying.copy(self._encoder)
+        other._runner = copying.copy(self._runner)
         return other
-
-    # ---- within ------------------------------------------------------------------------------------------------------
-
-    def _head(self, model: nn.Module) -> nn.Module:
-        head = head_of(model)
-        if head is None:
-            raise InputError("The model has no language-modelling head.", "Load it with AutoModelForCausalLM.")
-        return head
-
-    def _fuses(self, model: nn.Module, head: nn.Module) -> bool:
-        if not self.fused or not is_plain(head):
-            return False
-        if self._plain is None:
-            self._plain = self._nothing_after(model, head)
-        return self._plain
-
-    def _nothing_after(self, model: nn.Module, head: nn.Module) -> bool:
-        """Whether the model returns its head's output as it is (some cap or scale it): looked at once, on a few tokens."""
-        caught: list[Tensor] = []
-
-        def compute(states: Tensor, original: Any) -> Tensor:
-            caught.append(original(states))
-            return caught[-1]
-
-        ids = torch.arange(2, device=next(head.parameters()).device)[None]
-        inner = bare(model)
-        with torch.no_grad(), self._mode(inner), replaced_head(head, compute):
-            logits = inner(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)["logits"]
-        return len(caught) == 1 and torch.equal(logits.float(), caught[0].float())
-
-    def _inputs(self, model: nn.Module, batch: Batch, width: int) -> dict[str, Any]:
-        accepted = storage.forward_parameters(base(model))
-        inputs: dict[str, Any] = {k: batch.tensors[k][:, :width] for k in _INPUTS if k in accepted}
-        if "use_cache" in accepted:
-            inputs["use_cache"] = False
-        return inputs
-
-    @contextmanager
-    def _mode(self, model: nn.Module) -> Iterator[None]:
-        training = [] if torch.is_grad_enabled() else [m for m in model.modules() if m.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 @contextmanager
@@ -339,36 +247,3 @@ def reference_off(model: nn.Module) -> Iterator[None]:
         raise InputError(message, "Choose parameters=lora, or reference=cached.")
     with disable():
         yield
-
-
-def _may_stop(model: nn.Module) -> bool:
-    """Whether a forward pass may be left in the middle: not under a wrapper that counts on its end."""
-    inner = bare(model)
-    checkpointing = torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    return inner is model and not checkpointing and not any("FSDP" in type(m).__name__ for m in (model, inner, base(model)))
-
-
-@contextmanager
-def _capture(inner: nn.Module, layers: Sequence[str], found: dict[str, Tensor], early: bool) -> Iterator[None]:
-    """Collect the outputs of the named blocks in ``found`` and add them to what the model returns, so that wrappers see them."""
-    handles: list[Any] = []
-
-    def after_block(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found[f"features:{name}"] = output if isinstance(output, Tensor) else output[0]
-            if early and len(found) == len(layers):
-                raise _Enough
-
-        return hook
-
-    def after_model(_module: nn.Module, _inputs: Any, output: Any) -> dict[str, Tensor]:
-        return {"logits": output["logits"], **found}
-
-    try:
-        handles += [inner.get_submodule(layer).register_forward_hook(after_block(layer)) for layer in layers]
-        if layers:
-            handles.append(inner.register_forward_hook(after_model))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -58,7 +58,9 @@ def load(
     check_weights(Path(place))
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     with quiet():
-        model = _get(transformers.AutoModelForCausalLM, place, {**base_options, "dtype": kind, "use_safetensors": True})
+        weights = {"dtype": kind, "use_safetensors": True, "output_loading_info": True}
+        model, info = _get(transformers.AutoModelForCausalLM, place, {**base_options, **weights})
+        _check_complete(info, place)
         if adapter_of is not None:
             model = _add_adapter(model, name, revision, merge)
         tokenizer = _tokenizer(transformers, [name, place] if adapter_of else [place], options)
@@ -136,12 +138,21 @@ def check_weights(folder: Path) -> None:
     raise InputError(f"{str(folder)!r} holds no weights (*.safetensors).", "Give the folder that save_pretrained wrote.")
 
 
+def _check_complete(info: dict[str, Any], source: str) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"The weights of {source!r} lack {len(missing)} of the model's tensors (such as {missing[0]!r}).",
+            "They would be random: check that configuration and weights belong together.",
+        )
+
+
 def _get(kind: Any, source: str, options: dict[str, Any]) -> Any:
     """``from_pretrained`` without the network if it can be, with it otherwise; errors in one sentence."""
     if Path(source).is_dir():
         try:
             return kind.from_pretrained(source, local_files_only=True, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # whatever a broken file makes the libraries raise
             raise InputError(f"{source!r} could not be loaded: {_first_line(error)}.", "Check the folder's files.") from error
     try:
         return kind.from_pretrained(source, local_files_only=True, **options)

@@ -45,13 +45,14 @@ def check_model(model: Any, tokenizer: Any) -> None:
 
 def context_of(model: Any) -> int | None:
     """The longest sequence that the model holds, as its configuration says it; none if it says nothing."""
-    config = _text_config(model)
+    config = text_config(model)
     found = [getattr(config, name, None) for name in _LENGTHS]
     known = [int(n) for n in found if isinstance(n, int) and n > 0]
     return min(known) if known else None
 
 
-def _text_config(model: Any) -> Any:
+def text_config(model: Any) -> Any:
+    """The configuration of the language part of a model (the whole one, unless it has several parts)."""
     get = getattr(model.config, "get_text_config", None)
     return get(decoder=True) if callable(get) else model.config
 
@@ -70,7 +71,7 @@ def block_names(model: nn.Module) -> list[str]:
     Raises:
         InputError: there is none.
     """
-    config = _text_config(model)
+    config = text_config(model)
     depth = next((d for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if (d := getattr(config, n, None))), None)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == (depth or len(m)) > 0]
     if not lists:

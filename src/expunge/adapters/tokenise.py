@@ -127,7 +127,7 @@ class Encoder:
 
     def _texts(self, record: Record, answer: str, prompt: str | None) -> tuple[str, str, list[int]]:
         """Text before the answer, text from the answer on, and ids before both."""
-        if getattr(record, "verbatim", False) and not record.messages:
+        if record.verbatim and not record.messages:
             return (record.prompt if prompt is None else prompt), answer, self.prefix
         if self.chat:
             return (*self._render(record, answer, prompt), [])

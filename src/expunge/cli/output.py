@@ -8,9 +8,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from expunge.engine.loop import Progress as Callback
@@ -52,9 +59,13 @@ class Output:
             self.aside.print(Text(remedy))
 
     def unforeseen(self, error: Exception, trace: str) -> int:
-        """An error that nobody foresaw, or one of click's; returns the exit code."""
-        if isinstance(error, click.ClickException):
-            self.error(error.format_message())
+        """An error that nobody foresaw, or a wrong option or argument; returns the exit code."""
+        usage = getattr(error, "format_message", None)  # typer brings its own copy of click, whose classes are not click's
+        if usage is not None and usage().startswith("Usage:"):  # no argument at all
+            sys.stderr.write(usage() + "\n")
+            return 2
+        if usage is not None:
+            self.error(usage(), "See expunge --help.")
             return 2
         sys.stderr.write(trace)
         self.error(f"{type(error).__name__}: {error}", "Nobody foresaw this: please report it with the lines above.")

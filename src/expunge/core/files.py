@@ -2,38 +2,111 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import InputError
+
+_PARTIAL = ".partial"  #: suffix of the scratch folders of unfinished writes; never part of a folder's content
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path`` in one step, on failure nothing changes.
 
-    Works for a file or a folder; a folder that exists is moved aside first and removed after.
+    Works for a file or a folder. On Linux a folder that exists changes places with the new one in a single system call, so
+    there is no moment without it; elsewhere it is moved aside first, and put back if the second step fails. What a killed
+    writer of the same path left behind is removed.
+
+    Raises:
+        FileNotFoundError: the block ended without having made the temporary path; ``path`` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _sweep(path)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+    lock = _lock(scratch)
     try:
         temporary = scratch / path.name
         yield temporary
-        if temporary.is_file():
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if path.is_dir():
+        _flush(temporary)
+        if not path.is_dir():
+            os.replace(temporary, path)
+        elif not _exchange(temporary, path):
             os.replace(path, scratch / "replaced")
-        os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(scratch / "replaced", path)
+                raise
+        _flush(path.parent, below=False)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _flush(path: Path, below: bool = True) -> None:
+    """Ask the disk to hold a file, or a folder and (``below``) what is in it."""
+    for at in [*(path.rglob("*") if below and path.is_dir() else ()), path]:
+        handle = os.open(at, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some file systems cannot flush a folder
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths in one step (Linux ``renameat2``); False where that is not to be had."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: int = call(here, os.fsencode(a), here, os.fsencode(b), ctypes.c_uint(exchange))
+    return done == 0
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold ``folder`` until the returned handle is closed or this process dies; None if another holds it or locks do not work."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: leftovers of killed writers are then left to the user
+        return None
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of ``path`` left: scratch folders that nobody holds and that are not brand new."""
+    for stale in path.parent.glob(f".{_escape(path.name)}.*{_PARTIAL}"):
+        with suppress(OSError):  # another process may be sweeping too
+            if time.time() - stale.stat().st_mtime < 60:  # its writer may not hold it yet
+                continue
+            held = _lock(stale)
+            if held is not None:
+                shutil.rmtree(stale, ignore_errors=True)
+                os.close(held)
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented, with sorted keys left as given; NaN is refused (it is no JSON)."""
+    """Write JSON atomically, indented, keys in the order given; NaN is refused (it is no JSON) before anything is written."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -57,8 +130,21 @@ def digest_bytes(*parts: bytes) -> str:
 
 
 def digest_json(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form."""
-    return digest_bytes(json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str).encode())
+    """SHA-256 of a JSON value in canonical form; paths count as text, sets as sorted lists.
+
+    Raises:
+        TypeError: it holds something else that JSON does not know (its text might differ from run to run).
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=_canonical)
+    return digest_bytes(text.encode())
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"no stable digest of a {type(value).__name__}: {value!r}")
 
 
 def digest_file(path: Path) -> str:
@@ -71,9 +157,13 @@ def digest_file(path: Path) -> str:
 
 
 def digest_folder(path: Path) -> str:
-    """SHA-256 over the sorted relative names and contents of a folder's files."""
-    files = sorted(p for p in path.rglob("*") if p.is_file())
+    """SHA-256 over the sorted relative names and contents of a folder's files; unfinished writes do not count."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not _unfinished(p.relative_to(path)))
     return digest_bytes(*(f"{p.relative_to(path).as_posix()}\0{digest_file(p)}".encode() for p in files))
+
+
+def _unfinished(path: Path) -> bool:
+    return any(part.startswith(".") and part.endswith(_PARTIAL) for part in path.parts)
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:

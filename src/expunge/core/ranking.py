@@ -21,8 +21,8 @@ def auc(less_member: ArrayLike, more_member: ArrayLike) -> float:
     Raises:
         InputError: a sample is empty.
     """
-    placements = _placements(as_floats(less_member), as_floats(more_member))
-    return float(placements[0].mean()) if placements is not None else math.nan
+    found = placements(as_floats(less_member), as_floats(more_member))
+    return float(found[0].mean()) if found is not None else math.nan
 
 
 def auc_delong(
@@ -79,8 +79,11 @@ def roc(holdout: ArrayLike, forget: ArrayLike) -> tuple[Floats, Floats]:
     return np.concatenate([[0.0], fpr]), np.concatenate([[0.0], tpr])
 
 
-def _placements(less: Floats, more: Floats) -> tuple[Floats, Floats] | None:
-    """Share of the other sample that each value is above (less member) or below (more member), ties counted half."""
+def placements(less: Floats, more: Floats) -> tuple[Floats, Floats] | None:
+    """Share of the other sample that each value is above (less member) or below (more member), ties counted half.
+
+    The mean of either is :func:`auc`; None if a score is NaN.
+    """
     if np.isnan(less).any() or np.isnan(more).any():
         return None
     sorted_more, sorted_less = np.sort(more), np.sort(less)
@@ -94,13 +97,13 @@ def _auc_interval(pairs: tuple[tuple[Floats, Floats], ...], level: float, cluste
     n = len(less) + len(more)
     groups = clusters or ([str(i) for i in range(len(less))], [str(i) for i in range(len(more))])
     counts = (cluster_codes(groups[0], less)[1], cluster_codes(groups[1], more)[1])
-    placements = [_placements(*pair) for pair in pairs]
+    found = [placements(*pair) for pair in pairs]
     sides: list[list[Floats]] = [[], []]
-    for found in placements:
-        if found is None:
+    for both in found:
+        if both is None:
             return Interval(math.nan, None, None, level, n, sum(counts))
-        sides[0].append(found[0])
-        sides[1].append(found[1])
+        sides[0].append(both[0])
+        sides[1].append(both[1])
     areas = [float(v.mean()) for v in sides[0]]
     value = areas[0] if len(areas) == 1 else areas[0] - areas[1]
     if min(counts) < 2:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import pkgutil
+import re
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -37,7 +39,7 @@ class Registry(Generic[T]):
         self._lock = threading.RLock()
 
     def add(self, name: str, obj: T, origin: str = "expunge") -> T:
-        """Register ``obj`` as ``name``.
+        """Register ``obj`` as ``name``; ``origin`` is the distribution that brings it.
 
         Raises:
             InputError: the name is not lower-case words joined by ``-`` or ``_``, or another object holds it.
@@ -96,21 +98,32 @@ class Registry(Generic[T]):
         with self._lock:
             if self._loaded:
                 return
-            self._loaded = True
-            if self.package:
-                package = importlib.import_module(self.package)
-                for info in sorted(pkgutil.walk_packages(package.__path__, self.package + "."), key=lambda i: i.name):
-                    importlib.import_module(info.name)
+            self._loaded = True  # before the imports: a module may look names up while it registers its own
+            try:
+                self._load_package()
+            except BaseException:
+                self._loaded = False  # a module of Expunge that cannot be imported must say so again, not hide its names
+                raise
             if self.group:
                 for point in importlib.metadata.entry_points(group=self.group):
                     self._load_point(point)
+
+    def _load_package(self) -> None:
+        if not self.package:
+            return
+        package = importlib.import_module(self.package)
+        for info in sorted(pkgutil.walk_packages(package.__path__, self.package + "."), key=lambda i: i.name):
+            importlib.import_module(info.name)
 
     def _load_point(self, point: importlib.metadata.EntryPoint) -> None:
         origin = point.dist.name if point.dist else point.value
         before = set(self._objects)
         try:
             loaded = point.load()
-            if point.name not in self._objects:
+            # A module, and anything whose import registered something, has done its work; the rest is the object itself. A name
+            # that another object holds goes through add() too, which reports the clash.
+            done = bool(set(self._objects) - before) or any(held is loaded for held in self._objects.values())
+            if not isinstance(loaded, types.ModuleType) and not done:
                 self.add(point.name, loaded, origin)
         except Exception as error:  # a plug-in is foreign code: whatever it raises must not take Expunge down
             self._broken[point.name] = f"{origin}: {type(error).__name__}: {error}"
@@ -118,6 +131,15 @@ class Registry(Generic[T]):
             self._origins[name] = origin
 
 
+def origin_of(module: str) -> str:
+    """The distribution that a module belongs to; its top-level package where it is not installed."""
+    package = module.partition(".")[0]
+    if package == "expunge":
+        return package
+    return importlib.metadata.packages_distributions().get(package, [package])[0]
+
+
 def _definition(obj: object) -> str:
     module = getattr(obj, "__module__", type(obj).__module__)
-    return f"{module}.{getattr(obj, '__qualname__', repr(obj))}"
+    name = getattr(obj, "__qualname__", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(obj))  # addresses differ after a reload
+    return f"{module}.{name}"

@@ -42,27 +42,37 @@ class Number(BaseModel):
     flags: tuple[str, ...] = ()
 
     def checked(self) -> Number:
-        """A copy in which an impossible value (NaN, infinite, outside ``range``) is removed and flagged."""
+        """A copy in which what cannot be is flagged: a value outside ``range``, and what is not finite, which is also removed."""
         if self.value is None:
             return self
         low, high = self.range
         slack = 1e-9
         if not math.isfinite(self.value):
-            return self.model_copy(
-                update={"value": None, "low": None, "high": None, "flags": (*self.flags, f"not a finite number ({self.value})")}
-            )
+            return self._flagged(f"not a finite number ({self.value})", value=None, low=None, high=None)
         if (low is not None and self.value < low - slack) or (high is not None and self.value > high + slack):
-            return self.model_copy(update={"flags": (*self.flags, f"impossible value {self.value:g}: outside [{low}, {high}]")})
+            return self._flagged(f"impossible value {self.value:g}: outside [{low}, {high}]")
+        if any(bound is not None and not math.isfinite(bound) for bound in (self.low, self.high)):
+            return self._flagged("its interval is not finite", low=None, high=None)
         return self
+
+    def _flagged(self, flag: str, **update: None) -> Number:
+        return self.model_copy(update={**update, "flags": self.flags if flag in self.flags else (*self.flags, flag)})
 
     def text(self, digits: int = 3) -> str:
         """``0.812 [0.790, 0.834]``; flagged values end in ``!``, missing ones are a dash."""
         if self.value is None:
             return "-"
-        shown = f"{self.value:.{digits}f}" if abs(self.value) < 1e4 else f"{self.value:.3g}"
+        shown = _shown(self.value, digits)
         if self.low is not None and self.high is not None:
-            shown += f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+            shown += f" [{_shown(self.low, digits)}, {_shown(self.high, digits)}]"
         return shown + ("!" if self.flags else "")
+
+
+def _shown(value: float, digits: int) -> str:
+    """Fixed point, except where that would hide a tiny number as zero or bury a huge one in digits."""
+    if value == 0 or 10.0**-digits <= abs(value) < 1e4:
+        return f"{value:.{digits}f}"
+    return f"{value:.3g}"
 
 
 class Verdict(enum.StrEnum):

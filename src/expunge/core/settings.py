@@ -54,7 +54,7 @@ class Parameter:
 
 def describe(name: str, info: FieldInfo) -> Parameter:
     """Render one field's type, range and default for people."""
-    default = "required" if info.is_required() else _plain(info.get_default(call_default_factory=True, validated_data={}))
+    default = "required" if info.is_required() else describe_value(info.get_default(call_default_factory=True, validated_data={}))
     return Parameter(name, _type_name(info.annotation), _allowed(info), default, info.description or "")
 
 
@@ -71,9 +71,12 @@ def explain(owner: type[BaseModel], error: ValidationError) -> InputError:
     if first["type"] == "value_error" and isinstance(first.get("ctx", {}).get("error"), InputError):
         inner: InputError = first["ctx"]["error"]
         return inner
-    allowed = (
-        _allowed(owner.model_fields[str(first["loc"][0])]) if first["loc"] and str(first["loc"][0]) in owner.model_fields else ""
-    )
+    if first["type"] in ("value_error", "assertion_error"):  # a validator's own sentence says more than the type does
+        said = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
+        return InputError(f"Parameter {path!r} of {label}: {said}." if path else f"{label}: {said}.")
+    # The declared range speaks of the whole parameter; of an element of a list only the library's own words do.
+    whole = len(first["loc"]) == 1 and path in owner.model_fields
+    allowed = _allowed(owner.model_fields[path]) if whole else ""
     allowed = allowed or first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return InputError(f"Parameter {path!r} of {label} must be {allowed}; got {first['input']!r}.")
 
@@ -99,17 +102,21 @@ def _allowed(info: FieldInfo) -> str:
     low, high, left, right = "", "", "(", ")"
     for constraint in info.metadata:
         if getattr(constraint, "gt", None) is not None:
-            low, left = _plain(constraint.gt), "("
+            low, left = describe_value(constraint.gt), "("
         if getattr(constraint, "ge", None) is not None:
-            low, left = _plain(constraint.ge), "["
+            low, left = describe_value(constraint.ge), "["
         if getattr(constraint, "lt", None) is not None:
-            high, right = _plain(constraint.lt), ")"
+            high, right = describe_value(constraint.lt), ")"
         if getattr(constraint, "le", None) is not None:
-            high, right = _plain(constraint.le), "]"
+            high, right = describe_value(constraint.le), "]"
     kind = _type_name(info.annotation)
-    if not low and not high:
-        return f"a {kind}" if kind in ("float", "int", "bool", "str") else kind
-    return f"a {kind} in {left}{low or '-inf'}, {high or 'inf'}{right}"
+    optional = kind.endswith(" or none")
+    kind = kind.removesuffix(" or none")
+    if kind in ("float", "int", "bool", "str"):
+        kind = ("an " if kind == "int" else "a ") + kind
+    if low or high:
+        kind += f" in {left}{low or '-inf'}, {high or 'inf'}{right}"
+    return kind + (" or none" if optional else "")
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -124,7 +131,8 @@ def _choices(annotation: Any) -> list[str]:
     return []
 
 
-def _plain(value: Any) -> str:
+def describe_value(value: Any) -> str:
+    """A parameter's value in print: numbers without padding, nothing as 'none'."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)) and not value:
@@ -139,7 +147,7 @@ def parse_overrides(pairs: typing.Sequence[str]) -> dict[str, Any]:
     keys of the same part becomes its name: ``{"schedule": {"name": "paper", "steps": 10}}``.
 
     Raises:
-        InputError: a word has no ``=``, or a key occurs twice.
+        InputError: a word has no ``=``, a value is no YAML, or a key is given twice in any spelling.
     """
     flat: dict[str, Any] = {}
     for pair in pairs:
@@ -156,7 +164,11 @@ def parse_overrides(pairs: typing.Sequence[str]) -> dict[str, Any]:
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested mappings; see :func:`parse_overrides`."""
+    """Turn dotted keys into nested mappings; see :func:`parse_overrides`.
+
+    Raises:
+        InputError: two keys set the same parameter.
+    """
     out: dict[str, Any] = {}
     for key, value in flat.items():
         at = out
@@ -168,9 +180,10 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             at[step] = below
             at = below
         if isinstance(at.get(last), dict) and not isinstance(value, dict):
-            at[last]["name"] = value
-        else:
-            at[last] = value
+            at, last = at[last], "name"
+        if last in at:
+            raise InputError(f"The parameter {key!r} is given twice.")
+        at[last] = value
     return out
 
 

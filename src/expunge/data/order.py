@@ -7,7 +7,7 @@ eight, and a resumed run asks for the step at which it stopped.
 * The *anchor* stream (the forget set) defines the epoch: a permutation of its examples, cut into batches. If the batch size
   does not divide the set, the last batch of the epoch is smaller; nothing is seen twice in an epoch or left out.
 * Every other stream cycles through permutations of its own, without replacement: after a pass a new permutation begins, if
-  need be in the middle of a batch. The batch size is constant.
+  need be in the middle of a batch (which may then hold an example twice). The batch size is constant.
 
 Permutations sort raw 64-bit outputs of NumPy's Philox generator, keyed by a ``SeedSequence`` of the seed, the stream's name and
 the number of the pass. Both are covered by NumPy's promise of stable streams, which ``Generator.permutation`` is not.
@@ -129,7 +129,7 @@ def _grouped(order: Permutation, lengths: Permutation, batch: int, raw: np.rando
     """Sort a permutation by length within megabatches, then shuffle the full batches; a smaller last batch stays last."""
     full = len(order) // batch * batch
     last = order[full:]  # set aside before sorting, or every epoch would end with the shortest examples
-    runs = [order[at : at + batch * MEGABATCH] for at in range(0, full, batch * MEGABATCH)]
+    runs = [order[at : min(at + batch * MEGABATCH, full)] for at in range(0, full, batch * MEGABATCH)]
     ordered = [run[np.argsort(-lengths[run], kind="stable")] for run in runs]
     if not ordered:
         return last

@@ -28,7 +28,7 @@ class Record:
         perturbed: wrong answers of the same form (TOFU: ``perturbed_answer``).
         question_paraphrase: the prompt in other words.
         alternatives: answers that the user wants instead (AltPO, DPO); none by default.
-        verbatim: prompt and answer are one running text: neither a template nor a separator is put around them.
+        verbatim: prompt and answer are parts of one text (prompt + completion) and joined as they are, without a template.
     """
 
     id: str

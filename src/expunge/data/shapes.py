@@ -5,8 +5,9 @@ Four shapes are recognised by the columns of the first row, in this order:
 ==================================================== ===========================================================
 columns                                              record
 ==================================================== ===========================================================
-``question`` or ``prompt``, and ``answer``,          prompt and answer
-``completion`` or ``response``
+``question`` or ``prompt``, and ``answer``           prompt and answer, put into the template
+or ``response``
+``question`` or ``prompt``, and ``completion``       prompt and answer, joined as they are
 ``messages`` (list of ``{role, content}``)           the last turn, by the assistant, is the answer; the earlier
                                                      turns are its context
 ``text``                                             plain text
@@ -18,8 +19,10 @@ Optional columns: ``id``; ``subject`` or ``author`` (the independent unit); ``pa
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -39,6 +42,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "alternatives": ("alternatives", "alternate"),
 }
 """Column names of each role, in order of preference."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 OPTIONAL = ("id", "subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives")
 """Roles that a row may lack."""
@@ -76,7 +81,7 @@ def records_of(
         reader = _RowReader(f"{label} {where}", row, mapping, cells)
         draft = reader.record()
         if not reader.has_id:
-            record = _renamed(draft, next(i for i in _repeats(draft.id) if i not in taken))
+            record = dataclasses.replace(draft, id=next(i for i in _repeats(draft.id) if i not in taken))
         elif draft.id in taken:
             raise InputError(
                 f"The id {draft.id!r} occurs twice in {label}: {taken[draft.id]} and {where}.", "Make the ids unique."
@@ -142,13 +147,6 @@ def _repeats(name: str) -> Iterator[str]:
         count += 1
 
 
-def _renamed(record: Record, name: str) -> Record:
-    if record.id == name:
-        return record
-    fields = {key: getattr(record, key) for key in Record.__slots__}
-    return Record(**{**fields, "id": name})
-
-
 def content_id(prompt: str, messages: tuple[tuple[str, str], ...], answer: str) -> str:
     """The id of a record whose source gives none: 12 hexadecimal digits."""
     text = json.dumps([prompt, messages, answer], ensure_ascii=True, separators=(",", ":"))
@@ -182,6 +180,7 @@ class _RowReader:
             question_paraphrase=self._optional("question_paraphrase"),
             perturbed=self._list("perturbed"),
             alternatives=self._list("alternatives"),
+            verbatim=self.mapping.get("answer") == "completion" and not messages,
         )
 
     def _value(self, role: str) -> Any:
@@ -194,7 +193,7 @@ class _RowReader:
     def _text(self, role: str, value: Any) -> str:
         if not isinstance(value, str):
             raise self._error(role, f"must be text; got {_type_name(value)}", "Write it in quotes.")
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        if not value.isascii() and _SURROGATE.search(value):
             raise self._error(
                 role, "holds half of a surrogate pair, which no tokenizer can read", "Repair the escape \\uD8xx or \\uDCxx."
             )

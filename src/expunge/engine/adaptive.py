@@ -40,7 +40,7 @@ class Watch:
     def __init__(self, loop: _Loop, goal: Goal | None) -> None:
         self.loop, self.goal = loop, goal
         self.schedule = loop.schedule
-        self.lr = self.schedule.lr or 0.0 if isinstance(self.schedule, (Adaptive, Fixed)) else 0.0
+        self.lr = self.schedule.lr or 0.0
         limit = self.schedule.check_examples if isinstance(self.schedule, Adaptive) else 128
         self.forget = _some(loop.examples.get(Stream.FORGET, ()), limit, loop.engine.seed)
         self.retain = _some(loop.examples.get(Stream.RETAIN, ()), limit, loop.engine.seed)
@@ -50,6 +50,7 @@ class Watch:
         self.base_forget: float | None = None
         self.good: checkpoint.Tensors = {}
         self.retries = 0
+        self.erasing = True
         self.finish_scale: float | None = None
 
     # ---- looking
@@ -77,10 +78,8 @@ class Watch:
         return self.goal.loss - self.forget_loss
 
     def within_bound(self) -> bool:
-        """Whether the retain loss has risen by no more than the bound (always true without retain examples)."""
-        if not isinstance(self.schedule, Adaptive) or self.retain_loss is None or self.base_retain is None:
-            return self.retain_loss is None or math.isfinite(self.retain_loss)
-        return math.isfinite(self.retain_loss) and self.retain_loss - self.base_retain <= self.schedule.utility_bound
+        """Whether the retain loss has risen by no more than the bound (a fixed schedule has none)."""
+        return self.rise() <= (self.schedule.utility_bound if isinstance(self.schedule, Adaptive) else math.inf)
 
     def first(self, done: int) -> Reason | None:
         """The look before the first step."""
@@ -116,31 +115,43 @@ class Watch:
             return "diverged" if not self._slower() else None
         if not isinstance(self.schedule, Adaptive):
             return None
-        gap = self.gap()
-        near = (
-            gap is not None
-            and self.goal is not None
-            and self.base_forget is not None
-            and gap < 0.6 * (self.goal.loss - self.base_forget)
-        )
-        if done % self.schedule.check_every and not near:
+        if done % self.schedule.check_every and not self._near():
             return None
         self.look()
         row |= {k: v for k, v in (("forget_loss", self.forget_loss), ("retain_loss", self.retain_loss)) if v is not None}
+        return self._decide(self.schedule)
+
+    def _near(self) -> bool:
+        """Whether most of the way to the goal is gone: from here on every step is looked at, for it may overshoot."""
         gap = self.gap()
-        if not self.within_bound():
-            # A retain term can win back what a step too large has cost; without one nothing will.
-            broken = self.retain_loss is None or not math.isfinite(self.retain_loss)
-            lost = 0.0 if broken or self.base_retain is None else float(self.retain_loss or 0) - self.base_retain
-            if not broken and self.loop.recipe.retain and lost <= 3 * self.schedule.utility_bound:
+        if gap is None or self.goal is None or self.base_forget is None:
+            return False
+        return gap < 0.6 * (self.goal.loss - self.base_forget)
+
+    def _decide(self, schedule: Adaptive) -> Reason | None:
+        gap, rise = self.gap(), self.rise()
+        there = gap is not None and gap <= 0
+        repairs = bool(self.loop.recipe.forget and self.loop.recipe.retain)
+        if rise > schedule.utility_bound:
+            if repairs and rise <= max(schedule.transient, schedule.utility_bound):
+                self.erasing = not there
                 return None
             checkpoint.restore(self.loop.model, self.good)
-            if self._slower():
+            self.erasing = True
+            if repairs and self._slower():
+                self.look()
                 return None
             self.look()
             return "utility"
+        self.erasing = not (repairs and there)
         self.good = checkpoint.snapshot(self.loop.model)
-        return "goal" if gap is not None and gap <= 0 else None
+        return "goal" if there else None
+
+    def rise(self) -> float:
+        """How much the retain loss has risen, in nats; infinite if it is not finite, 0 without retain examples."""
+        if self.retain_loss is None or self.base_retain is None:
+            return 0.0
+        return self.retain_loss - self.base_retain if math.isfinite(self.retain_loss) else math.inf
 
     def _slower(self) -> bool:
         """After going back to the last good weights: try a third of the rate, at most twice."""
@@ -152,9 +163,9 @@ class Watch:
     def ended(self) -> Reason:
         """Why the loop ran out of steps."""
         self.look()
-        if isinstance(self.schedule, Fixed):
+        if not isinstance(self.schedule, Adaptive):
             return "schedule"
-        if not self.within_bound():
+        if self.rise() > self.schedule.utility_bound:
             checkpoint.restore(self.loop.model, self.good)
             self.look()
             return "utility"
@@ -221,7 +232,7 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""
-        names = ("lr", "forget_loss", "retain_loss", "base_retain", "base_forget", "retries")
+        names = ("lr", "forget_loss", "retain_loss", "base_retain", "base_forget", "retries", "erasing")
         return {n: getattr(self, n) for n in names}
 
     def load_state(self, state: dict[str, Any], good: checkpoint.Tensors) -> None:

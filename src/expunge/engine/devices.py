@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import resource
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,26 +31,45 @@ class Devices:
         self.world: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.main: bool = self.accelerator.is_main_process
-        self.sharded: bool = self.accelerator.distributed_type.value == "FSDP"
+        # accelerate shards models on accelerators only. On CPU we call what it calls, torch's fully_shard, so that the sharded
+        # path is the same code wherever it runs, and can be tested without an accelerator.
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        self._shards_here = asked and self.world > 1 and self.device.type == "cpu"
+        self.sharded: bool = self._shards_here or self.accelerator.distributed_type.value == "FSDP"
         if log_with:
             self.accelerator.init_trackers("expunge", config={"seed": engine.seed})
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Place and, with several processes, wrap the model; the optimiser follows its parameters."""
+    def prepare(
+        self, model: nn.Module, optimizer: Callable[[nn.Module], torch.optim.Optimizer], layers: Sequence[str]
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Place and, with several processes, wrap or shard the model; ``optimizer`` makes one for it, ``layers`` are its blocks."""
+        if self._shards_here:
+            from torch.distributed.fsdp import fully_shard
+
+            for name, module in model.named_modules():
+                if any(name == layer or name.endswith("." + layer) for layer in layers):
+                    fully_shard(module)
+            sharded: nn.Module = fully_shard(model)
+            return sharded, optimizer(sharded)
         if self.world == 1 and not self.sharded:
-            return model.to(self.device), optimizer
-        prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer)
+            return model.to(self.device), optimizer(model)
+        prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer(model))
         return prepared
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The user's module inside the wrapping."""
-        inner: nn.Module = self.accelerator.unwrap_model(model) if self.world > 1 else model
+        if self.world == 1 or self._shards_here:
+            return model
+        inner: nn.Module = self.accelerator.unwrap_model(model)
         return inner
 
     @contextlib.contextmanager
     def accumulate(self, model: nn.Module, last: bool, manual: bool) -> Iterator[None]:
         """Hold back the exchange of gradients until the last forward pass of a step (altogether, if done by hand)."""
-        if self.world == 1 or (last and not manual):
+        if self._shards_here:
+            cast(Any, model).set_requires_gradient_sync(last)
+            yield
+        elif self.world == 1 or (last and not manual):
             yield
         else:
             with self.accelerator.no_sync(model):
@@ -83,6 +103,15 @@ class Devices:
         norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit, error_if_nonfinite=False)
         full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return float(full)
+
+    def gather(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """The whole state of a sharded model, in main memory (empty on all processes but the first); None if it is not sharded."""
+        if not self.sharded:
+            return None
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        held: dict[str, Tensor] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return held
 
     def peak_bytes(self) -> int:
         """Peak memory of this process: the accelerator's if there is one, else resident memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -24,8 +25,10 @@ class Negate(Finish):
     scale: float | None = Field(None, ge=-1, le=64, description="coefficient of the task vector; none: the schedule finds it")
 
     def weights(self, before: Tensor, after: Tensor, scale: float) -> Tensor:
-        """``before - scale * (after - before)`` in float32."""
-        return (before.float() - scale * (after.float() - before.float())).to(before.dtype)
+        """``before - scale * (after - before)``, computed in float32 or wider and returned in the type of ``before``."""
+        wide = torch.promote_types(before.dtype, torch.float32)
+        start = before.to(wide)
+        return (start - scale * (after.to(wide) - start)).to(before.dtype)
 
 
 FINISHES.add(Negate.name, Negate)

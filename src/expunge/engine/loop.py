@@ -31,7 +31,6 @@ from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import AdapterOffReference, CachedReference, CopyReference, choose
-from expunge.engine.schedule import Adaptive, Fixed
 
 Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged"]
 
@@ -57,6 +56,7 @@ class Outcome:
         tokens: input tokens that went through the model in training steps.
         seconds, peak_bytes: wall time of the loop, and the process's peak memory (of the accelerator's, if there is one).
         history: the log, one mapping per step.
+        gathered: the whole state of a sharded model; None otherwise.
     """
 
     model: nn.Module
@@ -71,6 +71,11 @@ class Outcome:
     seconds: float = 0.0
     peak_bytes: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    gathered: dict[str, Tensor] | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """All parameters by name, whole even if the model was sharded."""
+        return self.gathered if self.gathered is not None else dict(self.model.named_parameters())
 
     @property
     def reached(self) -> bool:
@@ -141,7 +146,7 @@ class _Loop:
         self.objective = Objective(adapter, recipe, examples, reference)
         model = recipe.parameters.prepare(adapter.model, adapter.layers())
         self._mode(model)
-        self.model, self.optimizer = self.devices.prepare(model, self._optimizer(model))
+        self.model, self.optimizer = self.devices.prepare(model, self._optimizer, adapter.layers())
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
         self.plan = self._plan()
@@ -200,23 +205,21 @@ class _Loop:
             sizes[str(Stream.RETAIN)] = len(self.examples[Stream.RETAIN])
             batch[str(Stream.RETAIN)] = min(schedule.retain_batch or schedule.batch, sizes[str(Stream.RETAIN)])
         per_epoch = -(-sizes[str(anchor)] // batch[str(anchor)])
-        if isinstance(schedule, Fixed) and schedule.steps is not None:
-            steps = schedule.steps
-        else:
-            epochs = schedule.epochs if isinstance(schedule, (Fixed, Adaptive)) else None
-            steps = max(1, math.ceil((epochs or 1) * per_epoch))
-        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=steps)
+        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=schedule.total_steps(per_epoch))
 
     # ---- one step
 
-    def step(self, step: int, lr: float) -> dict[str, float]:
-        """One optimiser step on the examples of ``step``; returns what it saw (not finite means the weights were left alone)."""
-        plan = {Stream(s): ix for s, ix in self.plan.plan(step).items()}
+    def step(self, step: int, lr: float, forget: bool = True) -> dict[str, float]:
+        """One optimiser step on the examples of ``step``; returns what it saw (not finite means the weights were left alone).
+
+        Without ``forget`` the forget terms pause: only the retain examples of the step are read.
+        """
+        plan = {Stream(s): ix for s, ix in self.plan.plan(step).items() if forget or s != Stream.FORGET}
         counts = self.objective.counts(plan)
         coefficients = self.recipe.balance.coefficients(self.balance_state)
         micros = self._micros(plan)
         sums = Sums()
-        split = self.recipe.gradient.by_term and bool(self.recipe.forget) and bool(self.recipe.retain)
+        split = self.recipe.gradient.by_term and forget and bool(self.recipe.forget) and bool(self.recipe.retain)
         sides: list[list[Tensor]] = [[], []]
         for at, micro in enumerate(micros):
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split), self.devices.autocast():
@@ -230,10 +233,9 @@ class _Loop:
                     self.devices.backward(sum(present[1:], present[0]))
             self.tokens += int(micro.weight) * sum(e.size for s in micro.examples.values() for e in s)
         if split:
-            forget, retain = (self.devices.reduce_all(s) for s in sides)
-            for parameter, g in zip(
-                self.parameters, self.recipe.gradient.combine(forget, retain, self.gradient_state), strict=True
-            ):
+            of_forget, of_retain = (self.devices.reduce_all(s) for s in sides)
+            combined = self.recipe.gradient.combine(of_forget, of_retain, self.gradient_state)
+            for parameter, g in zip(self.parameters, combined, strict=True):
                 parameter.grad = g
         return self._update(step, lr, sums, coefficients)
 
@@ -298,13 +300,13 @@ class _Loop:
         held = checkpoint.load(self.folder / "checkpoint", self.devices.rank) if resume and self.folder else None
         if held is not None:
             done, rates = self._restore(held, watch)
-        elif isinstance(self.schedule, (Adaptive, Fixed)) and self.schedule.lr is None:
+        elif self.schedule.lr is None:
             watch.lr, rates = choose_rate(self, watch)
         if self.observe and done == 0:
             self.observe(0, self.devices.unwrap(self.model))
         reason: Reason | None = watch.first(done)
         while reason is None and done < self.total:
-            row = self.step(done, watch.rate(done))
+            row = self.step(done, watch.rate(done), watch.erasing)
             done += 1
             reason = watch.after(row, done)
             self.history.append(row)
@@ -329,7 +331,7 @@ class _Loop:
         return Outcome(
             self.devices.unwrap(self.model), reason, watch.sentence(reason, done), done, watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
-            self.devices.peak_bytes(), self.history,
+            self.devices.peak_bytes(), self.history, self.devices.gather(self.model),
         )  # fmt: skip
 
     def _report(self, row: dict[str, float], done: int) -> None:

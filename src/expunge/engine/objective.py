@@ -138,7 +138,7 @@ class Objective:
             part = batch if asked == streams else self.adapter.collate([e for s in asked for e in micro.examples[s]]).to(device)
             frozen = self.reference.outputs(model, part, want)
             outputs |= _split(frozen, asked, micro, Of.REFERENCE)
-        return Views(outputs)
+        return Views(outputs, self.adapter.layers())
 
     def losses(
         self, views: Views, micro: Micro, counts: Sequence[int], coefficients: tuple[float, float], sums: Sums

@@ -1,7 +1,8 @@
-"""Which parameters move: all, named modules, LoRA, a mask."""
+"""Which parameters move: all, those of a name or of a few blocks, or a LoRA."""
 
 from __future__ import annotations
 
+import abc
 import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -26,48 +27,88 @@ class AllParameters(Parameters):
         return model.requires_grad_(True)
 
 
-class NamedParameters(Parameters):
-    r"""The parameters whose name matches one of the patterns, and no other.
+def block_index(layer: int | None, layers: Sequence[str]) -> int:
+    """The position of a block, counted from 0; negative counts from the end, none is 7/32 of the depth.
 
-    ``{layer-N}`` in a pattern stands for the name of block N (counted from 0, negative from the end).
+    7 of 32 is the choice of the RMU paper (arXiv 2403.03218) for a 7B model, carried over to other depths in proportion: a
+    model of 4 blocks gets block 1, of 12 block 3, of 32 block 7.
+
+    Raises:
+        InputError: the model has no such block.
     """
+    if layer is None and layers:
+        return min(round(len(layers) * 7 / 32), len(layers) - 1)
+    if layer is None or not -len(layers) <= layer < len(layers):
+        remedy = f"Use -{len(layers)} to {len(layers) - 1}." if layers else ""
+        raise InputError(f"Layer {layer} is out of range: the model has {len(layers)} blocks.", remedy)
+    return layer % len(layers)
 
-    name: ClassVar[str] = "named"
 
-    patterns: tuple[str, ...] = Field((r"down_proj|mlp\.c_proj",), description="regular expressions searched in parameter names")
-    layers: tuple[int, ...] | None = Field(
-        None, description="only in these blocks, counted from 0, negative from the end; none: everywhere"
+class _Matching(Parameters):
+    """Parameters chosen by their name, in all blocks or in some."""
+
+    patterns: tuple[str, ...] = Field(
+        (r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b",),
+        min_length=1,
+        description="regular expressions searched in parameter names; the default is the output matrix of an MLP",
     )
+
+    @abc.abstractmethod
+    def blocks(self, layers: Sequence[str]) -> Sequence[int] | None:
+        """Positions of the blocks in which to search; none: the whole model."""
 
     def prepare(self, model: nn.Module, layers: Sequence[str]) -> nn.Module:
         """Freeze everything else."""
         names = [n for n, _ in model.named_parameters()]
-        chosen = set(self._in_layers(names, layers))
-        for pattern in self.patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"The parameter pattern {pattern!r} is no regular expression: {error}.") from None
-        hits = {n for n in chosen if any(re.search(p, n) for p in self.patterns)}
+        searches = [_compiled(p) for p in self.patterns]
+        chosen = self.blocks(layers)
+        inside = names if chosen is None else [n for n in names if n.startswith(tuple(layers[i] + "." for i in chosen))]
+        hits = {n for n in inside if any(s.search(n) for s in searches)}
         if not hits:
-            close = nearest(self.patterns[0], {part for n in names for part in n.split(".") if not part.isdigit()})
-            some = ", ".join(close or sorted(names)[:5])
+            close = nearest(self.patterns[0], {part for n in inside for part in n.split(".") if not part.isdigit()})
+            some = ", ".join(close or sorted(inside)[:5])
             raise InputError(f"No parameter matches {' or '.join(map(repr, self.patterns))}.", f"Some that exist: {some}.")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in hits)
         return model
 
-    def _in_layers(self, names: Sequence[str], layers: Sequence[str]) -> list[str]:
-        if self.layers is None:
-            return list(names)
-        for index in self.layers:
-            if not -len(layers) <= index < len(layers):
-                raise InputError(
-                    f"Layer {index} is out of range: the model has {len(layers)} blocks.",
-                    f"Use -{len(layers)} to {len(layers) - 1}.",
-                )
-        blocks = tuple(layers[i] + "." for i in self.layers)
-        return [n for n in names if n.startswith(blocks)]
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"The parameter pattern {pattern!r} is no regular expression: {error}.") from None
+
+
+class NamedParameters(_Matching):
+    """The parameters whose name matches one of the patterns, and no other."""
+
+    name: ClassVar[str] = "named"
+
+    layers: tuple[int, ...] | None = Field(
+        None, description="only in these blocks, counted from 0, negative from the end; none: everywhere"
+    )
+
+    def blocks(self, layers: Sequence[str]) -> Sequence[int] | None:
+        """Those that were named."""
+        return None if self.layers is None else [block_index(i, layers) for i in self.layers]
+
+
+class LayerWindow(_Matching):
+    """The matching parameters of a few blocks in a row, the last of them at a given depth (RMU, arXiv 2403.03218).
+
+    With the defaults these are the MLP output matrices of the steered block and of the two before it, as far as there are any.
+    """
+
+    name: ClassVar[str] = "layer-window"
+
+    layer: int | None = Field(None, description="last block, counted from 0, negative from the end; none: 7/32 of the depth")
+    width: int = Field(3, ge=1, description="number of blocks, ending with the last")
+
+    def blocks(self, layers: Sequence[str]) -> Sequence[int] | None:
+        """``layer - width + 1`` to ``layer``, cut at the first block."""
+        last = block_index(self.layer, layers)
+        return range(max(0, last - self.width + 1), last + 1)
 
 
 class Lora(Parameters):
@@ -101,5 +142,5 @@ class Lora(Parameters):
         return wrapped
 
 
-for choice in (AllParameters, NamedParameters, Lora):
+for choice in (AllParameters, NamedParameters, LayerWindow, Lora):
     PARAMETERS.add(choice.name, choice)

@@ -24,10 +24,16 @@ Need = tuple[Stream, Of, str]  #: (which examples, under which model, which valu
 
 
 class Views(Mapping[tuple[Stream, Of], Outputs]):
-    """What the terms may read in one step: outputs by stream and model, one forward pass per model for all streams."""
+    """What the terms may read in one step: outputs by stream and model, one forward pass per model for all streams.
 
-    def __init__(self, outputs: Mapping[tuple[Stream, Of], Outputs]) -> None:
+    Args:
+        outputs: by stream and model.
+        layers: the adapter's block names, for terms that name a layer by its index.
+    """
+
+    def __init__(self, outputs: Mapping[tuple[Stream, Of], Outputs], layers: Sequence[str] = ()) -> None:
         self._outputs = dict(outputs)
+        self.layers = tuple(layers)
 
     def __getitem__(self, key: tuple[Stream, Of]) -> Outputs:
         return self._outputs[key]
@@ -152,7 +158,12 @@ class Schedule(Settings, abc.ABC):
     batch: int = Field(8, ge=1, description="forget examples per optimiser step, over all processes and micro-batches")
     retain_batch: int | None = Field(None, ge=1, description="retain examples per step; none: as many as forget examples")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    lr: float | None = Field(None, gt=0, description="learning rate; none: found by a range test")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; none: not clipped")
+
+    @abc.abstractmethod
+    def total_steps(self, per_epoch: int) -> int:
+        """Optimiser steps at most, for an epoch of so many steps."""
 
 
 class Recipe(Settings):

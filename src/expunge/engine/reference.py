@@ -37,8 +37,9 @@ def choose(recipe: Recipe, needs: frozenset[Need]) -> Kind:
     if not wanted:
         return "none"
     if recipe.reference == "cached" and wanted != {"losses"}:
+        kinds = sorted({value.partition(":")[0] for value in wanted - {"losses"}})
         raise InputError(
-            f"reference=cached holds log-probabilities only; {recipe.name!r} reads {', '.join(sorted(wanted - {'losses'}))}.",
+            f"reference=cached holds log-probabilities only, but {recipe.name!r} reads {', '.join(kinds)} of the reference.",
             "Use reference=copy, or parameters=lora with reference=adapter-off.",
         )
     if recipe.reference == "adapter-off" and not lora:

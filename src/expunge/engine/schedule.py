@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -25,23 +26,38 @@ class Fixed(Schedule):
     batch: int = Field(32, ge=1, description="forget examples per optimiser step, over all processes and micro-batches")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of AdamW")
 
+    def total_steps(self, per_epoch: int) -> int:
+        """Steps if given, else epochs times ``per_epoch``."""
+        return self.steps if self.steps is not None else max(1, math.ceil((self.epochs or 1) * per_epoch))
+
 
 class Adaptive(Schedule):
     """The default: finds its step size on the model at hand and stops when the forget set looks unseen.
 
-    A short range test tries step sizes in geometric order from a share of the weights' own size and takes the one that
-    forgets fastest within the utility bound. Training then stops at the first of: the mean loss per example on the forget
-    set reaches that of unseen text (*goal*); the loss on the retain set rises past its bound (*utility*); the budget of
-    epochs is spent (*budget*). The run says which.
+    A short range test tries step sizes in geometric order from a share of the weights' own size and takes the smallest that
+    would reach the goal in good time within the utility bound. Then, as measured every few steps:
+
+    * while the mean loss on the forget set is below that of unseen text (the *goal*), the recipe's whole loss is minimised;
+    * once it is there, the forget terms pause, and the retain terms alone go on until the loss on the retain set is within
+      its bound; if that brings the forget set back, the forget terms resume;
+    * training ends when both hold (*goal*), when the retain loss cannot be held within its bound (*utility*: without a retain
+      term at the first crossing, with one after going back to the last good weights at a third of the rate, twice), or when
+      the budget is spent (*budget*). The run says which.
     """
 
     name: ClassVar[str] = "adaptive"
 
     lr: float | None = Field(None, gt=0, description="learning rate; none: found by the range test")
-    epochs: float = Field(40, gt=0, description="budget: passes over the forget set")
+    epochs: float = Field(20, gt=0, description="budget: passes over the forget set, if they are more than 'steps'")
+    steps: int = Field(400, ge=1, description="budget in optimiser steps, if they are more than 'epochs'")
     utility_bound: float = Field(0.1, gt=0, description="largest accepted rise of the retain loss per target, in nats")
-    check_every: int = Field(5, ge=1, description="steps between checks of the goal and the bound")
+    transient: float = Field(1.0, gt=0, description="rise of the retain loss that a retain term may win back on the way, in nats")
+    check_every: int = Field(5, ge=1, description="steps between checks of the goal and the bound; every step once it is near")
     check_examples: int = Field(128, ge=4, description="examples of each side that a check looks at, at most")
+
+    def total_steps(self, per_epoch: int) -> int:
+        """The larger of both budgets."""
+        return max(self.steps, math.ceil(self.epochs * per_epoch))
 
 
 SCHEDULES.add("fixed", Fixed)

@@ -16,7 +16,9 @@ class TextConfig(Settings):
     """How text becomes tokens."""
 
     columns: dict[str, str] = Field(default_factory=dict, description="names of your columns, e.g. prompt=question_text")
-    template: str | None = Field(None, description="prompt template where the tokenizer has no chat template, with {prompt} and {answer}")
+    template: str | None = Field(
+        None, description="prompt template where the tokenizer has no chat template, with {prompt} and {answer}"
+    )
     max_length: int | None = Field(None, ge=8, description="longest input in tokens; none: the model's context")
     truncate: bool = Field(False, description="cut longer texts instead of refusing them")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the weights; auto keeps the file's")
@@ -32,7 +34,8 @@ class UnlearnConfig(Settings):
     method: str = Field("npo", description="a method's name, or 'custom' with all parts given")
     parts: dict[str, Any] = Field(default_factory=dict, description="parts and parameters that differ from the method's own")
     alternatives: Literal["auto", "refusals", "given", "others"] = Field(
-        "auto", description="answers put in the place of forgotten ones; auto: given ones if all have one, else what the method publishes"
+        "auto",
+        description="answers put in the place of forgotten ones; auto: given ones if all have one, else what the method publishes",
     )
     base: str | None = Field(None, description="the untrained base of the model, for methods that start from it")
     allow_overlap: bool = Field(False, description="go on although forget and retain share records")

@@ -12,7 +12,6 @@ from expunge.core.access import Stream
 from expunge.core.files import size
 from expunge.engine.adaptive import SHARES, TRIAL_STEPS
 from expunge.engine.parts import Recipe
-from expunge.engine.schedule import Adaptive, Fixed
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,8 @@ def estimate(recipe: Recipe, examples: Mapping[Stream, Sequence[Example]], param
     n = len(examples[anchor])
     batch = min(schedule.batch, n)
     per_epoch = math.ceil(n / batch)
-    steps = per_epoch
-    if isinstance(schedule, Fixed) and schedule.steps is not None:
-        steps = schedule.steps
-    elif isinstance(schedule, (Fixed, Adaptive)):
-        steps = max(1, math.ceil((schedule.epochs or 1) * per_epoch))
-    if isinstance(schedule, (Adaptive, Fixed)) and schedule.lr is None:
+    steps = schedule.total_steps(per_epoch)
+    if schedule.lr is None:
         steps += len(SHARES) * max(2, min(TRIAL_STEPS, steps // 4))
 
     def mean(stream: Stream) -> float:

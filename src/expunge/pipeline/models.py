@@ -32,7 +32,7 @@ def resolve(source: str) -> str:
 
 def open_adapter(source: str, text: TextConfig) -> LanguageAdapter:
     """Load a causal language model with its tokenizer; the way text is formed is the run's own if ``source`` is a run."""
-    from expunge.adapters.language import load
+    from expunge.adapters.loading import load
 
     held = text
     manifest = Path(source) / "manifest.json"

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from expunge.adapters.base import Adapter, Example
+from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.memory import training_memory
 from expunge.core.access import Stream
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import atomic_path, check_room, digest_json
@@ -36,7 +38,7 @@ class TrainPlan:
     """A training run that has passed every check and has not begun."""
 
     config: TrainConfig
-    adapter: Adapter
+    adapter: LanguageAdapter
     recipe: Recipe
     examples: list[Example]
     records: RecordSet
@@ -59,7 +61,8 @@ def load_all(sources: Sequence[str], columns: dict[str, str], name: str) -> Reco
                 continue
             if record.id in seen:
                 raise InputError(
-                    f"Two different records are called {record.id!r} in {', '.join(sources)}.", "Give ids that are unique across your files."
+                    f"Two different records are called {record.id!r} in {', '.join(sources)}.",
+                    "Give ids that are unique across your files.",
                 )
             seen[record.id] = key
             records.append(record)
@@ -78,23 +81,27 @@ def plan(config: TrainConfig) -> TrainPlan:
     recipe = build_recipe("finetune", {**_DEFAULTS, **config.parts})
     # The tokenizer of a model made from scratch covers all of the data, the excluded records too: with a vocabulary of its
     # own, a retrained model could not be compared token by token with the target.
-    adapter, base = (_scratch(config, vocabulary), config.model) if config.scratch else (open_adapter(config.model, config.text), config.model)
+    adapter, base = (
+        (_scratch(config, vocabulary), config.model)
+        if config.scratch
+        else (open_adapter(config.model, config.text), config.model)
+    )
     examples = [adapter.encode(r) for r in records]
     parameters = sum(p.numel() for p in adapter.model.parameters())
     lora = recipe.parameters.name == "lora"
-    memory = adapter.training_memory(config.engine.max_tokens, lora=lora)
+    memory = training_memory(adapter, config.engine.max_tokens, lora=lora, checkpointing=config.engine.gradient_checkpointing)
     check_memory(memory, "Training")
     disk = 3 * sum(p.numel() * p.element_size() for p in adapter.model.parameters())
     cost = estimate(recipe, {Stream.RETAIN: examples}, parameters, memory, disk)
     return TrainPlan(config, adapter, recipe, examples, records, cost, base)
 
 
-def _scratch(config: TrainConfig, vocabulary: RecordSet) -> Any:
-    from expunge.adapters.language import LanguageAdapter
+def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
     from expunge.adapters.presets import build
+    from expunge.adapters.tokenise import DEFAULT_TEMPLATE
     from expunge.adapters.words import word_tokenizer
 
-    tokenizer = word_tokenizer(all_texts([vocabulary]))
+    tokenizer = word_tokenizer([*all_texts([vocabulary]), config.text.template or DEFAULT_TEMPLATE])
     model = build(config.model, tokenizer, seed=config.engine.seed)
     return LanguageAdapter(
         model, tokenizer, template=config.text.template, max_length=config.text.max_length, truncate=config.text.truncate
@@ -108,13 +115,26 @@ def execute(made: TrainPlan, out: Path, *, resume: bool = False, progress: Progr
         Destroyed: the loss became NaN or infinite; the last good weights are in ``model/``.
     """
     check_room(out, made.cost.disk, "Training")
-    inputs = {"base": made.adapter.fingerprint(), "data": made.records.digest, "recipe": made.recipe.spec(), "engine": made.config.engine.model_dump()}
-    run = first_process(lambda: Run.start(out, "train", made.config.model_dump(mode="json"), resume=resume), lambda: Run.open(out))
+    inputs = {
+        "base": made.adapter.fingerprint(),
+        "data": made.records.digest,
+        "recipe": made.recipe.spec(),
+        "engine": made.config.engine.model_dump(),
+    }
+    run = first_process(
+        lambda: Run.start(out, "train", made.config.model_dump(mode="json"), resume=resume), lambda: Run.open(out)
+    )
     run.note_inputs(data=describe_data(made.records), base={"source": made.base, "digest": inputs["base"]})
 
     def work() -> dict[str, Any]:
         outcome = train(
-            made.adapter, made.recipe, {Stream.RETAIN: made.examples}, made.config.engine, folder=out, resume=resume, progress=progress
+            made.adapter,
+            made.recipe,
+            {Stream.RETAIN: made.examples},
+            made.config.engine,
+            folder=out,
+            resume=resume,
+            progress=progress,
         )
         return save_outcome(made.adapter, outcome, out)
 
@@ -124,12 +144,12 @@ def execute(made: TrainPlan, out: Path, *, resume: bool = False, progress: Progr
     return run
 
 
-def save_outcome(adapter: Adapter, outcome: Outcome, out: Path) -> dict[str, Any]:
+def save_outcome(adapter: LanguageAdapter, outcome: Outcome, out: Path) -> dict[str, Any]:
     """Write the model and how training ended; on the first process only. Returns what the manifest records."""
 
     def write() -> None:
         with atomic_path(out / "model") as temporary:
-            adapter.save(temporary, outcome.model)
+            adapter.save(temporary, outcome.model, state=outcome.gathered)
         write_log_summary(out, outcome)
 
     first_process(write, lambda: None)
@@ -174,7 +194,9 @@ def retrained(
     config = config.model_copy(update={"exclude": gone, "engine": engine})
     data = load_all(config.data, config.text.columns, "training data")
     left = {content_key(r) for r in data} - set(gone)
-    key = digest_json(["retrained-1", resolve(config.model), sorted(left), config.model_dump(mode="json", exclude={"exclude", "data"})])
+    key = digest_json(
+        ["retrained-1", resolve(config.model), sorted(left), config.model_dump(mode="json", exclude={"exclude", "data"})]
+    )
     out = cache_folder() / "models" / key[:24]
     if (out / "manifest.json").is_file():
         run = Run.open(out)

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from expunge.adapters.base import Adapter, Example
+from expunge.adapters.base import Example
+from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.memory import training_memory
 from expunge.core.access import Stream
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import check_room
@@ -17,14 +19,15 @@ from expunge.core.runs import Run, cache_folder
 from expunge.data.checks import OverlapReport, check_request, drop_overlap
 from expunge.data.records import Record, RecordSet
 from expunge.data.sources import load as load_records
-from expunge.engine.goal import Goal, estimate as estimate_goal
+from expunge.engine.goal import Goal
+from expunge.engine.goal import estimate as estimate_goal
 from expunge.engine.loop import Outcome, Progress, train
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
 from expunge.engine.schedule import Adaptive
-from expunge.methods.alternatives import alternatives
+from expunge.methods.alternatives import alternatives, kind_for
 from expunge.methods.recipe import build as build_recipe
 from expunge.methods.registry import METHODS
 from expunge.pipeline.config import UnlearnConfig
@@ -53,7 +56,9 @@ def check_out(out: Path, resume: bool) -> None:
     if out.is_file():
         raise InputError(f"{str(out)!r} is a file.", "Choose another --out.")
     if not resume and out.is_dir() and any(out.iterdir()):
-        raise InputError(f"The folder {str(out)!r} exists and is not empty.", "Go on with it by --resume, or choose another --out.")
+        raise InputError(
+            f"The folder {str(out)!r} exists and is not empty.", "Go on with it by --resume, or choose another --out."
+        )
 
 
 @dataclass
@@ -61,7 +66,7 @@ class UnlearnPlan:
     """An unlearning run that has passed every check and has not begun."""
 
     recipe: Recipe
-    adapter: Adapter
+    adapter: LanguageAdapter
     request: Request
     examples: dict[Stream, list[Example]]
     goal_records: tuple[Sequence[Record], Sequence[Record]]
@@ -113,14 +118,14 @@ def check(request: Request, *, allow: bool = False, drop: bool = False) -> Reque
 
 
 def plan(
-    adapter: Adapter,
+    adapter: LanguageAdapter,
     request: Request,
     method: str,
     parts: Mapping[str, Any],
     engine: Engine,
     *,
     how: str = "auto",
-    base: Adapter | None = None,
+    base: LanguageAdapter | None = None,
 ) -> UnlearnPlan:
     """Put a run together and check that everything fits; nothing is trained or written.
 
@@ -140,13 +145,15 @@ def plan(
             raise InputError(f"The method {method!r} starts from the untrained base model.", "Give it: --base MODEL.")
         adapter = base
     if request.retain is None and recipe.retain:
-        raise InputError(f"The method {method!r} keeps the retain set, and none was given.", "Give --retain DATA, or choose retain=none.")
+        raise InputError(
+            f"The method {method!r} keeps the retain set, and none was given.", "Give --retain DATA, or choose retain=none."
+        )
     needs = recipe.needs(adapter.layers())
     examples: dict[Stream, list[Example]] = {Stream.FORGET: [adapter.encode(r) for r in request.forget]}
     if request.retain is not None:
         examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
     if any(s is Stream.ALTERNATIVE for s, _, _ in needs):
-        answers = alternatives(request.forget, _how(how, method, request), engine.seed)
+        answers = alternatives(request.forget, kind_for(method, how, request.forget), engine.seed)
         examples[Stream.ALTERNATIVE] = [
             adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(request.forget, answers, strict=True)
         ]
@@ -157,19 +164,14 @@ def plan(
     parameters = sum(p.numel() for p in adapter.model.parameters())
     lora = recipe.parameters.name == "lora"
     weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
-    memory = adapter.training_memory(engine.max_tokens, lora=lora) + (weights if kind == "copy" else 0)
+    tokens = min(engine.max_tokens, 2 * recipe.schedule.batch * max(e.size for held in examples.values() for e in held))
+    memory = training_memory(adapter, tokens, lora=lora, checkpointing=engine.gradient_checkpointing) + (
+        weights if kind == "copy" else 0
+    )
     check_memory(memory, "Unlearning")
     cost = estimate(recipe, examples, parameters, memory, disk=weights * 5)
     kept = request.retain.records if request.retain is not None else ()
     return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes)
-
-
-def _how(how: str, method: str, request: Request) -> str:
-    if how != "auto":
-        return how
-    if all(r.alternatives for r in request.forget):
-        return "given"
-    return "others" if method == "altpo" else "refusals"
 
 
 def goal_of(made: UnlearnPlan) -> Goal | None:
@@ -187,7 +189,9 @@ def goal_of(made: UnlearnPlan) -> Goal | None:
     return estimate_goal(losses, holdout, retain, made.engine.seed)
 
 
-def run_in_memory(made: UnlearnPlan, *, folder: Path | None = None, resume: bool = False, progress: Progress | None = None) -> tuple[Outcome, Goal | None]:
+def run_in_memory(
+    made: UnlearnPlan, *, folder: Path | None = None, resume: bool = False, progress: Progress | None = None
+) -> tuple[Outcome, Goal | None]:
     """Change the model that the plan holds."""
     goal = goal_of(made)
     outcome = train(
@@ -198,7 +202,13 @@ def run_in_memory(made: UnlearnPlan, *, folder: Path | None = None, resume: bool
 
 
 def execute(
-    made: UnlearnPlan, config: UnlearnConfig, out: Path, *, resume: bool = False, progress: Progress | None = None, command: Sequence[str] | None = None
+    made: UnlearnPlan,
+    config: UnlearnConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    command: Sequence[str] | None = None,
 ) -> Run:
     """Unlearn and leave a run folder with ``model/``.
 

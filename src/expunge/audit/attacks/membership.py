@@ -25,7 +25,7 @@ from expunge.audit.metrics.papers import CARLINI, GRADIENT, LOSS, MIN_K, MIN_K_P
 from expunge.audit.metrics.probability import loss
 from expunge.audit.scores import End, Floats
 from expunge.core.errors import InputError
-from expunge.core.registry import Registry
+from expunge.core.registry import Registry, origin_of
 from expunge.core.settings import Settings
 from expunge.engine.parts import Paper
 
@@ -122,7 +122,7 @@ MEMBERSHIP: Registry[type[MembershipAttack]] = Registry("membership attack", "ex
 
 def membership_attack(cls: type[MembershipAttack]) -> type[MembershipAttack]:
     """Class decorator: register a membership attack under its ``name``."""
-    return MEMBERSHIP.add(cls.name, cls)
+    return MEMBERSHIP.add(cls.name, cls, origin_of(cls.__module__))
 
 
 class _Scored(MembershipAttack):

@@ -14,7 +14,7 @@ import torch
 from expunge.audit.evidence import Evidence, Values
 from expunge.audit.scores import token_statistics
 from expunge.core.errors import InputError, MissingExtra, unknown
-from expunge.core.registry import Registry
+from expunge.core.registry import Registry, origin_of
 from expunge.core.results import Direction, Number
 from expunge.core.settings import Settings
 from expunge.core.statistics import Interval
@@ -130,7 +130,7 @@ METRICS: Registry[type[Metric]] = Registry("metric", "expunge.audit.metrics", "e
 
 def metric(cls: type[Metric]) -> type[Metric]:
     """Class decorator: register a metric under its ``name``."""
-    return METRICS.add(cls.name, cls)
+    return METRICS.add(cls.name, cls, origin_of(cls.__module__))
 
 
 def evaluate_metric(name: str, **inputs: Any) -> Any:

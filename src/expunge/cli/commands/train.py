@@ -35,7 +35,9 @@ def train(
     data: Annotated[list[str] | None, typer.Option(help="What to train on; may be repeated.", metavar="DATA")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", metavar="RUN")] = None,
     scratch: Annotated[bool, typer.Option("--scratch", help="Random weights; a word tokenizer made from the data.")] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML file with the same settings; options win over it.", metavar="FILE")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with the same settings; options win over it.", metavar="FILE")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initial weights and of the order of examples.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the cost, stop.")] = False,

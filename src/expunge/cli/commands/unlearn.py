@@ -39,18 +39,26 @@ def register(app: typer.Typer) -> None:
 
 
 def unlearn(
-    model: Annotated[str | None, typer.Argument(help="The target model: hub id, local folder, or a run of `expunge train`.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="The target model: hub id, local folder, or a run of `expunge train`.")
+    ] = None,
     parts: Annotated[list[str] | None, typer.Argument(help="key=value pairs.", metavar="[PARTS]...")] = None,
     forget: Annotated[str | None, typer.Option(help="What to forget.", metavar="DATA")] = None,
     retain: Annotated[str | None, typer.Option(help="What to keep.", metavar="DATA")] = None,
     holdout: Annotated[str | None, typer.Option(help="Records that the model was never trained on.", metavar="DATA")] = None,
-    requests: Annotated[Path | None, typer.Option(help="Several requests in order, one JSON object a line.", metavar="FILE")] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="Several requests in order, one JSON object a line.", metavar="FILE")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Name of the method [default: npo].")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", metavar="RUN")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with the same settings; options win over it.", metavar="FILE")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with the same settings; options win over it.", metavar="FILE")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The untrained base, for methods that start from it.", metavar="MODEL")] = None,
     alternatives: Annotated[str | None, typer.Option(help="Answers to put in place: auto, refusals, given, others.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="role=name of your column; may be repeated.", metavar="ROLE=NAME")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="role=name of your column; may be repeated.", metavar="ROLE=NAME")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of examples.")] = None,
     allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Go on although sets share records.")] = False,
     drop_overlap: Annotated[bool, typer.Option("--drop-overlap", help="Leave shared records out of retain and holdout.")] = False,
@@ -59,7 +67,8 @@ def unlearn(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Run one request, or several in order."""
-    from expunge.pipeline import sequence, unlearn as stage
+    from expunge.pipeline import sequence
+    from expunge.pipeline import unlearn as stage
     from expunge.pipeline.config import UnlearnConfig, from_file, merge
 
     output = Output(json)

@@ -1,1 +1,5 @@
-"""Loss terms: functions of per-target quantities."""
+"""Loss terms, by family: likelihood, weighted ascent, preference, distribution, features.
+
+A term is a function of per-target quantities; most are one of the few functions in
+:mod:`expunge.methods.terms.functions` of a score.
+"""

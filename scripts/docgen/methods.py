@@ -1,0 +1,211 @@
+"""One page per method, their overview, the table of methods by modality, the index of papers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from docgen.text import cite, code, inline, page, parameters, summary, table
+from expunge.adapters.registry import ADAPTERS
+from expunge.core.access import Of, Stream
+from expunge.core.settings import Settings, describe_value
+from expunge.engine.parts import Recipe
+from expunge.engine.reference import choose
+from expunge.methods.catalogue import offers_needed, serves
+from expunge.methods.compose import compose
+from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, TERMS, Method
+
+_WANTS = {
+    "retain": "a retain set (`--retain DATA`)",
+    "alternatives": "other answers to the forget prompts",
+    "base": "the untrained base of the model (`--base MODEL`)",
+}
+_REFERENCE = {
+    "none": "none: no frozen copy of the target is read",
+    "cached": "cached log-probabilities: computed once, no second model in memory",
+    "adapter-off": "the same weights with the LoRA switched off: one more forward pass per step",
+    "copy": "a second copy of the model in memory, or none with `parameters=lora`",
+}
+_PARTS = ("parameters", "gradient", "balance", "schedule", "finish")
+_PAGES = {p: p if p == "parameters" else p + ("es" if p == "finish" else "s") for p in _PARTS}
+
+
+def built_in() -> list[Method]:
+    """The methods that Expunge brings itself, by name: what other installed packages add is not documented here."""
+    return [m for name, m in METHODS.items() if METHODS.origin(name) == "expunge"]
+
+
+def pages() -> dict[str, str]:
+    """All pages about methods."""
+    known = built_in()
+    out = {f"methods/{m.name}.md": _page(m) for m in known}
+    out["methods/index.md"] = _overview(known)
+    out["matrix.md"] = _matrix(known)
+    out["papers.md"] = _papers(known)
+    return out
+
+
+def _link(m: Method) -> str:
+    return f"[`{m.name}`](methods/{m.name}.md)"
+
+
+def _overview(known: list[Method]) -> str:
+    rows = [
+        [
+            f"[`{m.name}`]({m.name}.md)",
+            m.title,
+            inline(m.text.split("\n\n")[0]),
+            ", ".join(m.wants) or "nothing more",
+            str(m.paper.year),
+        ]
+        for m in known
+    ]
+    return page(
+        "Methods",
+        "A method is a named recipe: a choice of [parts](../parts/index.md) with the published coefficients. Any part can be "
+        "replaced and any parameter changed on the command line, in YAML or from Python, and any crossing of parts runs.",
+        table(["method", "title", "in one sentence", "needs besides the forget set", "year"], rows),
+        "By default every method runs on the adaptive schedule, which finds its step size on the model at hand and stops when "
+        "the forget set looks unseen; `schedule=paper` gives the published fixed one. See [schedules](../parts/schedules.md).",
+    )
+
+
+def _page(m: Method) -> str:
+    recipe = m.build()
+    first, _, rest = m.text.partition("\n\n")
+    return page(
+        f"{m.title} (`{m.name}`)",
+        inline(" ".join(first.split())),
+        code(m.formula),
+        inline(rest),
+        f"Source: {cite(m.paper)}",
+        "## Use",
+        code("\n".join(_commands(m)), "sh"),
+        "## What it needs",
+        "\n".join(f"- {line}" for line in _needs(m, recipe)),
+        "## Caveats" if m.caveats else "",
+        "\n".join(f"- {inline(c)}" for c in m.caveats),
+        "## Parts and parameters",
+        "The column *here* is what the method sets; what differs from the part's own default is in bold. " + _together(m),
+        *_parts(recipe),
+        "## Published setting",
+        _published(m),
+    )
+
+
+def _commands(m: Method) -> Iterator[str]:
+    words = "expunge unlearn MODEL --forget DATA"
+    if "retain" in m.wants:
+        words += " --retain DATA"
+    if "base" in m.wants:
+        words += " --base MODEL"
+    yield f"{words} --method {m.name} --out RUN"
+    yield f"{words} --method {m.name} --out RUN schedule=paper"
+
+
+def _needs(m: Method, recipe: Recipe) -> Iterator[str]:
+    yield "Data: the forget set" + "".join(f", {_WANTS[w]}" for w in m.wants) + "."
+    if "alternatives" in m.wants:
+        yield f"Other answers come from `{m.alternatives}`, unless said otherwise (`--alternatives`)."
+    values = sorted(
+        {f"{_value(v)} of the {'current model' if of is Of.CURRENT else 'frozen target'}" for _, of, v in _read(recipe)}
+    )
+    yield "It reads: " + "; ".join(values) + "."
+    yield "Reference: " + _REFERENCE[choose(recipe, recipe.needs(PLACEHOLDER_LAYERS))] + "."
+
+
+def _value(value: str) -> str:
+    return "features" if value.startswith("features:") else value
+
+
+def _read(recipe: Recipe) -> frozenset[tuple[Stream, Of, str]]:
+    return recipe.needs(PLACEHOLDER_LAYERS)
+
+
+def _together(m: Method) -> str:
+    if not m.together:
+        return ""
+    names = ", ".join(f"`{name}`" for name in m.together)
+    return f"Several parts share {names}: the bare name sets them all."
+
+
+def _chosen(recipe: Recipe) -> Iterator[tuple[str, Settings]]:
+    for side in ("forget", "retain"):
+        yield from ((f"{side} term", term) for term in getattr(recipe, side))
+    yield from ((key, getattr(recipe, key)) for key in _PARTS if getattr(recipe, key) is not None)
+
+
+def _anchor(slot: str, part: Settings) -> str:
+    name = getattr(part, "name", "")
+    return f"[`{name}`](../parts/{_PAGES.get(slot, 'terms')}.md#{name})"
+
+
+def _parts(recipe: Recipe) -> Iterator[str]:
+    """All parts in one table, then the parameters of those that are this method's own choice."""
+    chosen = list(_chosen(recipe))
+    yield table(["part", "choice", "what it does"], [[slot, _anchor(slot, part), summary(type(part))] for slot, part in chosen])
+    usual = compose()
+    for slot, part in chosen:
+        if getattr(usual, slot, None) != part and type(part).declared():
+            yield f"### {slot.capitalize()}: {_anchor(slot, part)}"
+            yield parameters(type(part), part.model_dump())
+
+
+def _published(m: Method) -> str:
+    rows = [
+        [f"`schedule.{p.name}`", describe_value(getattr(m.published, p.name)), inline(p.text)]
+        for p in type(m.published).declared()
+    ]
+    rows += [[f"`{part}.{key}`", describe_value(value), ""] for part, held in m.with_paper.items() for key, value in _flat(held)]
+    return f"`schedule=paper` stands for:\n\n{table(['parameter', 'value', 'meaning'], rows)}"
+
+
+def _flat(held: object) -> list[tuple[str, object]]:
+    return list(held.items()) if isinstance(held, dict) else [("name", held)]
+
+
+def _matrix(known: list[Method]) -> str:
+    modalities = [name for name, _ in ADAPTERS.items() if ADAPTERS.origin(name) == "expunge"]
+    rows = []
+    for m in known:
+        cells = ["yes" if serves(m, ADAPTERS.get(name).offers)[0] else "no" for name in modalities]
+        rows.append([_link(m), ", ".join(offers_needed(m.build())), *cells])
+    offered = [[name, ", ".join(sorted(ADAPTERS.get(name).offers)), summary(ADAPTERS.get(name))] for name in modalities]
+    return page(
+        "Where each method runs",
+        "A method runs on every modality whose adapter offers what the method's parts read. The table is derived from these "
+        "declarations; nothing is listed by hand.",
+        table(["method", "reads", *modalities], rows),
+        "## What the adapters offer",
+        table(["modality", "offers", "what it serves"], offered),
+    )
+
+
+def _papers(known: list[Method]) -> str:
+    rows = [[cite(m.paper), _link(m), f"`--method {m.name} schedule=paper`"] for m in known]
+    rows += [[text, link, f"`{how}`"] for text, link, how in _other_papers()]
+    return page(
+        "Papers",
+        "One row per published method, with the configuration that reproduces it: the published coefficients are the defaults, "
+        "and `schedule=paper` adds the published fixed schedule. Where sources disagree, the method's page says which one is "
+        "followed.",
+        table(["paper", "method", "configuration"], rows),
+        "The full command is `expunge unlearn MODEL --forget DATA --retain DATA --method NAME --out RUN schedule=paper`.",
+        f"Loss terms that no method above uses by default, to be crossed with anything: {_free_terms(known)}.",
+    )
+
+
+def _other_papers() -> list[tuple[str, str, str]]:
+    from docgen.parts import GROUPS
+
+    out = []
+    for group in GROUPS:
+        for name, cls in group.registry.items():
+            if group.file != "terms" and "arXiv" in (cls.__doc__ or "") and group.registry.origin(name) == "expunge":
+                out.append((summary(cls), f"[`{name}`](parts/{group.file}.md#{name})", f"{group.key}={name}"))
+    return out
+
+
+def _free_terms(known: list[Method]) -> str:
+    used = {t.name for m in known for t in m.build().terms()}
+    free = [f"[`{n}`](parts/terms.md#{n})" for n, _ in TERMS.items() if n not in used and TERMS.origin(n) == "expunge"]
+    return ", ".join(free) or "none"

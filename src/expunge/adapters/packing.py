@@ -1,0 +1,108 @@
+"""No work on padding: a batch runs through the model as one row of real tokens, and is padded only inside attention.
+
+Linear layers, norms and embeddings treat every token alone, so a batch of ragged sequences needs no padding there; only attention
+must know which tokens belong together. transformers lets a model's attention function be replaced; ours spreads queries, keys
+and values to ``[B, T]``, calls the original function, and takes the real tokens back. Padding stands to the right of what
+is real and attention is causal, so what the padded cells hold never matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.adapters.extra import need
+from expunge.adapters.head import bare, base, take
+from expunge.adapters.storage import text_config
+
+_NAME = "expunge_packed"
+_ORIGINAL = "sdpa"
+
+
+@dataclass
+class Layout:
+    """Where each packed token stands in the padded batch.
+
+    Attributes:
+        cells: index into ``[B * T]`` of each packed token, ascending, int64 ``[M]``.
+        rows: packed token at each cell (any where there is none), int64 ``[B * T]``.
+        batch, width: B and T.
+        calls: how often attention was computed under it.
+    """
+
+    cells: Tensor
+    rows: Tensor
+    batch: int
+    width: int
+    calls: int = 0
+
+    @classmethod
+    def of(cls, cells: Tensor, batch: int, width: int) -> Layout:
+        """The layout of the tokens at ``cells``."""
+        rows = cells.new_zeros(batch * width)
+        rows[cells] = torch.arange(len(cells), device=cells.device)
+        return cls(cells, rows, batch, width)
+
+
+_active: list[Layout] = []
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **options: Any) -> tuple[Tensor, None]:
+    """Attention of a packed row ``[1, H, M, d]``, by the original function on ``[B, H, T, d]``."""
+    layout = _active[-1]
+    layout.calls += 1
+    original = need("transformers", "A language model").AttentionInterface()[_ORIGINAL]
+
+    def spread(x: Tensor) -> Tensor:
+        flat = take(x[0].transpose(0, 1), layout.rows, layout.cells)
+        return flat.view(layout.batch, layout.width, *flat.shape[1:]).transpose(1, 2)
+
+    options["is_causal"] = True
+    out = original(module, spread(query), spread(key), spread(value), None, **options)[0]
+    return take(out.reshape(-1, *out.shape[2:]), layout.cells)[None], None
+
+
+@cache
+def _register() -> None:
+    need("transformers", "A language model").AttentionInterface.register(_NAME, _attention)
+
+
+def packable(model: nn.Module, width: int) -> bool:
+    """Whether a model's settings allow packing: full causal attention by torch's fused function, and nothing put before the text.
+
+    What the settings do not tell (attention that is no such function, layers with a memory of their own) a trial must show.
+    """
+    inner: Any = base(model)
+    config = text_config(inner)
+    if getattr(inner.config, "_attn_implementation", None) != _ORIGINAL:
+        return False
+    if any(getattr(c, "is_prompt_learning", False) for c in getattr(bare(model), "peft_config", {}).values()):
+        return False
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    if getattr(config, "use_sliding_window", True) is False:
+        windows = windows[1:]
+    if any(isinstance(w, int) and w < width for w in windows):
+        return False
+    # Recomputed blocks run after this pass, without its layout.
+    return not any(getattr(m, "gradient_checkpointing", False) and m.training for m in inner.modules())
+
+
+@contextmanager
+def packed(model: nn.Module, layout: Layout) -> Iterator[None]:
+    """While open, the model's attention reads its one row of tokens by ``layout``."""
+    _register()
+    config: Any = base(model).config
+    held = config._attn_implementation
+    _active.append(layout)
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = held
+        _active.pop()

@@ -1,0 +1,88 @@
+"""What a verdict is made from: per-example measurements of each model, and what counts as the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import Field
+
+from expunge.audit.attacks.relearn import RelearnPoint
+from expunge.core.intervals import Floats
+from expunge.core.settings import Settings
+
+
+class Thresholds(Settings):
+    """What counts as the same, as lost and as sure; written into every judgement."""
+
+    margin: float = Field(0.25, gt=0, le=0.5, description="largest accepted difference towards the target, as a share of the gap")
+    far_margin: float = Field(0.5, gt=0, description="largest accepted difference away from the target, as a share of the gap")
+    margin_cap: float = Field(0.4, gt=0, le=0.5, description="what the margin may grow to where training noise is large")
+    remembered: float = Field(0.1, gt=0, le=0.5, description="largest accepted excess share of answers still remembered")
+    utility: float = Field(0.15, gt=0, lt=1, description="largest accepted loss of utility, relative")
+    fluency: float = Field(0.2, gt=0, lt=1, description="largest accepted rise of the share of degenerate generations")
+    alpha: float = Field(
+        0.05, gt=0, le=0.2, description="error rate of a conviction over all checks of a kind, and of each acquittal"
+    )
+    seed_noise: float = Field(
+        0.05, gt=0, le=0.5, description="training noise assumed until several retrained models show it, as a share of the gap"
+    )
+    informative: float = Field(4.0, ge=1, description="a quantity counts if the target stands out by so many standard errors")
+    require_attacks: bool = Field(True, description="whether 'forgotten' needs at least one attack that acts on the weights")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Per-example values with the independent unit of each."""
+
+    values: Floats
+    clusters: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Per-example measurements of one model; the same examples in the same order for every model.
+
+    Attributes:
+        label: for messages.
+        ids, clusters: of the forget examples (n).
+        nll: mean negative log-likelihood per answer, nats (n).
+        log_truth_ratio: log of P(wrong) / P(right paraphrase) (n), NaN where an example has none; lower means knowing more.
+        extraction: extraction strength or exact memorisation in [0, 1] (n).
+        membership: by attack, scores of the forget examples (n) and of the holdout examples (h), higher = less member-like.
+        holdout_clusters: of the holdout examples (h).
+        utility: by name, per-example utilities, higher is better (probability of retain answers, ROUGE, ...).
+        model_utility: an aggregate utility, checked without an interval.
+        degenerate: by set of prompts, 1 for each generation that is degenerate, else 0.
+        relearn: curve of :func:`~expunge.audit.attacks.relearn.relearn`.
+        quantised: by bits, ``nll`` after rounding the weights (n).
+    """
+
+    label: str
+    ids: Sequence[str]
+    clusters: Sequence[str]
+    nll: Floats
+    log_truth_ratio: Floats | None = None
+    extraction: Floats | None = None
+    membership: Mapping[str, tuple[Floats, Floats]] = field(default_factory=dict)
+    holdout_clusters: Sequence[str] = ()
+    utility: Mapping[str, Sample] = field(default_factory=dict)
+    model_utility: float | None = None
+    degenerate: Mapping[str, Sample] = field(default_factory=dict)
+    relearn: Sequence[RelearnPoint] = ()
+    quantised: Mapping[int, Floats] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A subject, those it is compared with, and the thresholds."""
+
+    subject: Arrays
+    retrained: Sequence[Arrays]
+    target: Arrays
+    limits: Thresholds
+
+    @property
+    def everyone(self) -> list[Arrays]:
+        """The subject, the retrained models and the target, in this order."""
+        return [self.subject, *self.retrained, self.target]

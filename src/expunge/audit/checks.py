@@ -1,0 +1,372 @@
+"""The comparisons of which a verdict is made; :mod:`expunge.audit.verdict` says in plain words what they are for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expunge.audit.arrays import Case, Thresholds
+from expunge.audit.attacks.relearn import check_same
+from expunge.audit.contrast import Contrast, contrast, contrast_auc, gap_of
+from expunge.core.intervals import Clusters, Floats
+from expunge.core.results import Check
+
+Outcome = Literal["equivalent", "knows more", "knows less", "undecided", "not run"]
+
+_FEW_ANSWERS = 4  # a subject with fewer answers can be mostly right by guessing
+_KNOWN = 0.25  # by so much the target's probability of an answer must exceed the retrained models' to count as its knowledge
+_REMEMBERED_NOISE = 0.02  # assumed training noise of a share of answers, where chance successes are rare
+_UTILITY_NOISE = 0.1  # assumed training noise of utility, as a share of the accepted loss
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One comparison before it is judged.
+
+    Attributes:
+        name: of the check.
+        what: subject of the sentence ("mean NLL of the answers").
+        found: the contrast.
+        noise: how far the target might lie from a further retrained model by chance (a standard error).
+        toward: +1 if the quantity grows with knowledge, -1 if it falls.
+        near: margin towards the target, oriented and in the quantity's unit.
+        far: margin on the other side; infinite where that side means nothing.
+    """
+
+    name: str
+    what: str
+    found: Contrast
+    noise: float
+    toward: int
+    near: float
+    far: float
+
+    def informative(self, limits: Thresholds) -> bool:
+        """Whether the target stands out from the retrained models clearly enough for the quantity to tell anything."""
+        return self.found.gap > 0 and math.isfinite(self.noise) and self.found.gap > limits.informative * self.noise
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean NLL of the same answers under several models.
+
+    Attributes:
+        subject, retrained: what is compared (after an attack, where there was one).
+        target, basis: of the target and the retrained models, between which the subject is placed.
+        clusters: independent unit of each answer.
+    """
+
+    subject: Floats
+    retrained: Sequence[Floats]
+    target: Floats
+    basis: Sequence[Floats]
+    clusters: Clusters
+
+
+def outputs(case: Case) -> list[Check]:
+    """What the model's outputs on the forget set say."""
+    limits, controls = case.limits, [r.nll for r in case.retrained]
+    losses = Losses(case.subject.nll, controls, case.target.nll, controls, case.subject.clusters)
+    every = [_likelihood("likelihood", "of the answers", losses, limits, limits.far_margin)]
+    every.append(_remembered("remembered", "", losses, limits))
+    every += _secondary(case)
+    counted = [q for q in every if q.informative(limits)]
+    alpha = limits.alpha / max(1, len(counted))
+    checks = [_check(q, limits, alpha) if q in counted else _uninformative(q, len(controls)) for q in every]
+    left = _left_behind(losses)
+    return [*checks, left] if left else checks
+
+
+def attacks(case: Case) -> list[Check]:
+    """What comes back under relearning and under rounding of the weights, beyond what comes back in retrained models."""
+    bits = sorted({b for a in case.everyone for b in a.quantised}, reverse=True)
+    checks = [_relearning(case), *(_rounding(b, case) for b in bits)]
+    if not bits:
+        checks.append(Check(name="quantisation", outcome="not run", text="Rounding of the weights was not tried."))
+    return checks
+
+
+def utility(case: Case) -> list[Check]:
+    """What else the model can do, against the less able of the target and the retrained models."""
+    checks = [_useful(name, case) for name in case.subject.utility]
+    if case.subject.model_utility is not None:
+        checks.append(_aggregate(case.subject.model_utility, case))
+    checks += [_fluent(name, case) for name in case.subject.degenerate]
+    return checks or [Check(name="utility", outcome="not run", text="Utility was not measured.")]
+
+
+# ---- quantities on the forget set
+
+
+def _margins(found: Contrast, share: float, far: float | None, limits: Thresholds) -> tuple[float, float]:
+    near = share * found.gap
+    near = max(near, min(max(limits.margin_cap, share) * found.gap, found.band(1 - limits.alpha)))
+    return near, math.inf if far is None else max(far * found.gap, near)
+
+
+def _likelihood(name: str, what: str, losses: Losses, limits: Thresholds, far: float | None) -> Quantity:
+    gap = gap_of(losses.target, losses.basis, toward=-1)
+    found = contrast(losses.subject, losses.retrained, losses.clusters, gap, toward=-1, noise=limits.seed_noise)
+    stands = contrast(losses.target, losses.basis, losses.clusters, gap, toward=-1, noise=limits.seed_noise)
+    near, beyond = _margins(found, limits.margin, far, limits)
+    return Quantity(name, f"Mean NLL {what}", found, stands.noise(), -1, near, beyond)
+
+
+class _Known:
+    """Which answers count as the target's knowledge, and which of them a model still has.
+
+    An answer is remembered if its probability lies nearer to the target's than to the mean of the retrained models.
+    """
+
+    def __init__(self, losses: Losses) -> None:
+        self.target = np.exp(-losses.target)
+        self.seeds = [np.exp(-r) for r in losses.basis]
+        self.counts: NDArray[np.bool_] = self.target - np.mean(self.seeds, axis=0) > _KNOWN
+
+    def by(self, values: Floats, without: int | None = None) -> NDArray[np.bool_]:
+        """Per answer, from NLL ``values``. A retrained model is placed by the others (``without`` itself), as the subject is: its
+        own guesses must not move the line that it is held against."""
+        others = [s for i, s in enumerate(self.seeds) if i != without] or self.seeds
+        return np.asarray(np.exp(-values) > (self.target + np.mean(others, axis=0)) / 2)
+
+
+def _remembered(name: str, what: str, losses: Losses, limits: Thresholds) -> Quantity:
+    known = _Known(losses)
+    sentence = f"Share of answers remembered{what and ' ' + what}"
+    if known.counts.sum() < 2:
+        empty = Contrast(0.0, 0.0, math.nan, 1.0, 0.0, 1.0, len(losses.retrained), 0, 0)
+        return Quantity(name, sentence, empty, math.nan, 1, math.nan, math.inf)
+    own = known.by(losses.subject)[known.counts].astype(np.float64)
+    controls = [known.by(r, i)[known.counts].astype(np.float64) for i, r in enumerate(losses.retrained)]
+    everything = np.ones_like(own)
+    names = np.asarray(losses.clusters, dtype=str)[known.counts]
+    gap = gap_of(everything, controls, toward=1)
+    found = contrast(own, controls, names, gap, toward=1, noise=_REMEMBERED_NOISE)
+    stands = contrast(everything, controls, names, gap, toward=1, noise=_REMEMBERED_NOISE)
+    near, far = _margins(found, limits.remembered, None, limits)
+    return Quantity(name, sentence, found, stands.noise(), 1, near, far)
+
+
+def _secondary(case: Case) -> Iterator[Quantity]:
+    every, limits = case.everyone, case.limits
+    ratios = [a.log_truth_ratio for a in every if a.log_truth_ratio is not None]
+    if len(ratios) == len(every):
+        yield from _means("truth ratio", "Mean log truth ratio", ratios, case, far=limits.far_margin, toward=-1)
+    extracted = [a.extraction for a in every if a.extraction is not None]
+    if len(extracted) == len(every):
+        yield from _means("extraction", "Mean extraction strength", extracted, case, far=None, toward=1)
+    groups = (case.subject.holdout_clusters, case.subject.clusters)
+    for name in case.subject.membership:
+        if all(name in a.membership for a in every):
+            own, *controls, full = [(a.membership[name][1], a.membership[name][0]) for a in every]
+            found = contrast_auc(own, controls, full, groups, noise=limits.seed_noise)
+            stands = contrast_auc(full, controls, full, groups, noise=limits.seed_noise)
+            near, far = _margins(found, limits.margin, limits.far_margin, limits)
+            yield Quantity(f"membership ({name})", f"AUC of the membership attack {name}", found, stands.noise(), 1, near, far)
+
+
+def _means(name: str, what: str, values: Sequence[Floats], case: Case, *, far: float | None, toward: int) -> Iterator[Quantity]:
+    """From the values of the subject, the retrained models and the target, in this order; NaN in any of them leaves a row out."""
+    keep = np.all([np.isfinite(v) for v in values], axis=0)
+    if keep.sum() < 2:
+        return
+    own, *controls, full = (v[keep] for v in values)
+    names, noise = np.asarray(case.subject.clusters, dtype=str)[keep], case.limits.seed_noise
+    gap = gap_of(full, controls, toward=toward)
+    found = contrast(own, controls, names, gap, toward=toward, noise=noise)
+    stands = contrast(full, controls, names, gap, toward=toward, noise=noise)
+    near, beyond = _margins(found, case.limits.margin, far, case.limits)
+    yield Quantity(name, what, found, stands.noise(), toward, near, beyond)
+
+
+def _left_behind(losses: Losses) -> Check | None:
+    """Whole subjects that are still known although the mean is fine; with fewer than two it says what "remembered" says."""
+    known = _Known(losses)
+    names = np.asarray(losses.clusters, dtype=str)
+    groups = {str(c): np.flatnonzero((names == c) & known.counts) for c in np.unique(names)}
+    groups = {c: rows for c, rows in groups.items() if len(rows) >= _FEW_ANSWERS}
+    if len(groups) < 2:
+        return None
+
+    def kept(remembered: NDArray[np.bool_]) -> list[str]:
+        return [c for c, rows in groups.items() if remembered[rows].mean() > 0.5]
+
+    control = max(len(kept(known.by(r, i))) for i, r in enumerate(losses.retrained))
+    found = kept(known.by(losses.subject))
+    listed = ", ".join(found[:3]) + (" and others" if len(found) > 3 else "")
+    text = (
+        f"Of {len(groups)} subjects {len(found)} are still mostly known{f' ({listed})' if found else ''}, "
+        f"in a retrained model at most {control}."
+    )
+    outcome: Outcome = "knows more" if len(found) > control else "equivalent"
+    return Check(name="left behind", outcome=outcome, difference=float(len(found) - control), text=text)
+
+
+# ---- attacks
+
+
+def _relearning(case: Case) -> Check:
+    subject, controls = case.subject, [r for r in case.retrained if r.relearn]
+    if not subject.relearn or not controls:
+        return Check(name="relearning", outcome="not run", text="Relearning was not tried on this model and on a retrained one.")
+    for control in controls:
+        check_same(subject.relearn, control.relearn)
+    place = {name: i for i, name in enumerate(case.target.ids)}
+    full = case.target.nll[[place[i] for i in subject.relearn[0].ids_heldout]]
+    basis = [c.relearn[0].losses_heldout for c in controls]
+    found = []
+    for at, point in enumerate(subject.relearn):
+        if point.step:
+            after = [c.relearn[at].losses_heldout for c in controls]
+            losses = Losses(point.losses_heldout, after, full, basis, point.clusters_heldout)
+            found += _both(f"after {point.step} step{'s' * (point.step > 1)} of relearning others", losses, case.limits)
+    return _attack("relearning", found, case.limits)
+
+
+def _rounding(bits: int, case: Case) -> Check:
+    name, controls = f"quantisation to {bits} bits", [r for r in case.retrained if bits in r.quantised]
+    if bits not in case.subject.quantised or bits not in case.target.quantised or not controls:
+        return Check(name=name, outcome="not run", text=f"Rounding to {bits} bits was not tried on all models.")
+    after = [c.quantised[bits] for c in controls]
+    losses = Losses(case.subject.quantised[bits], after, case.target.quantised[bits], after, case.subject.clusters)
+    before = gap_of(case.target.nll, [c.nll for c in controls], toward=-1)
+    if gap_of(losses.target, after, toward=-1) < case.limits.margin * before:
+        text = f"Rounding to {bits} bits breaks the target too: what it knew is gone, so nothing could come back."
+        return Check(name=name, outcome="not run", text=text)
+    return _attack(name, _both(f"at {bits} bits", losses, case.limits), case.limits)
+
+
+def _both(when: str, losses: Losses, limits: Thresholds) -> list[Quantity]:
+    """An attack's result as a mean NLL and as a share of answers remembered."""
+    return [_likelihood(when, when, losses, limits, None), _remembered(when, when, losses, limits)]
+
+
+def _attack(name: str, found: Sequence[Quantity], limits: Thresholds) -> Check:
+    """One check from several looks at an attack: any of them convicts (at a level shared among them).
+
+    The mean NLL must acquit at every look. The share remembered can only convict: half a forget set is too few answers to bound a
+    small share, and where it is large it shows.
+    """
+    usable = [q for q in found if q.informative(limits)]
+    judged = [(q, _check(q, limits, limits.alpha / len(usable))) for q in usable]
+    some = [pair for pair in judged if pair[1].outcome == "knows more"]
+    likelihood = [pair for pair in judged if pair[0].toward < 0]
+    some = some or [pair for pair in likelihood if pair[1].outcome == "undecided"] or likelihood
+    if not some:
+        text = f"{name.capitalize()} tells nothing here: under it even the target does not stand out from the retrained models."
+        return Check(name=name, outcome="not run", text=text)
+    return max(some, key=lambda pair: pair[0].found.difference / pair[0].near)[1].model_copy(update={"name": name})
+
+
+# ---- utility
+
+
+def _useful(name: str, case: Case) -> Check:
+    label = f"utility ({name})"
+    controls = [r.utility[name].values for r in case.retrained if name in r.utility]
+    if not controls or name not in case.target.utility:
+        return Check(name=label, outcome="not run", text=f"{label.capitalize()} was not measured on all models.")
+    sample, full = case.subject.utility[name], case.target.utility[name].values
+    lower = min(float(full.mean()), float(np.mean(controls)))
+    if lower <= 0.02:
+        text = f"{label.capitalize()}: there is nothing to lose, the models it is compared with have {lower:.3f}."
+        return Check(name=label, outcome="not run", text=text)
+    return _not_worse(
+        label, (sample.values, sample.clusters), controls, full, allowed=case.limits.utility * lower, alpha=case.limits.alpha
+    )
+
+
+def _fluent(name: str, case: Case) -> Check:
+    label = f"fluency ({name})"
+    controls = [1 - r.degenerate[name].values for r in case.retrained if name in r.degenerate]
+    if not controls or name not in case.target.degenerate:
+        return Check(name=label, outcome="not run", text=f"{label.capitalize()} was not measured on all models.")
+    sample, full = case.subject.degenerate[name], 1 - case.target.degenerate[name].values
+    return _not_worse(
+        label, (1 - sample.values, sample.clusters), controls, full, allowed=case.limits.fluency, alpha=case.limits.alpha
+    )
+
+
+def _not_worse(
+    name: str, own: tuple[Floats, Clusters], controls: Sequence[Floats], full: Floats, *, allowed: float, alpha: float
+) -> Check:
+    """Non-inferiority to the less able of the target and the retrained models; higher is better."""
+    values, clusters = own
+    less_able = float(full.mean()) < float(np.mean(controls))
+    basis = [full] if less_able else list(controls)
+    level = float(np.mean(basis))
+    if not np.isfinite(values).all():
+        return Check(name=name, outcome="worse", margin=allowed, text=f"{name.capitalize()} is not finite.")
+    found = contrast(values, basis, clusters, 1.0, toward=1, noise=_UTILITY_NOISE * allowed)
+    low, high = found.interval(1 - 2 * alpha)
+    outcome: Literal["worse", "equivalent", "undecided"] = "undecided"
+    if found.difference < -allowed and found.p_less() < alpha:
+        outcome = "worse"
+    elif low > -allowed:
+        outcome = "equivalent"
+    who = "the target's" if less_able else "the retrained models'"
+    text = f"{name.capitalize()} is {float(values.mean()):.3f}, {who} {level:.3f} (accepted loss {allowed:.3f})."
+    return Check(name=name, outcome=outcome, difference=found.difference, low=low, high=high, margin=allowed, text=text)
+
+
+def _aggregate(value: float, case: Case) -> Check:
+    controls = [r.model_utility for r in case.retrained if r.model_utility is not None]
+    if not controls or case.target.model_utility is None:
+        return Check(name="model utility", outcome="not run", text="Model utility was not measured on all models.")
+    level = min(float(np.mean(controls)), case.target.model_utility)
+    allowed = case.limits.utility * level
+    outcome: Literal["worse", "equivalent"] = "equivalent" if value >= level - allowed else "worse"
+    text = f"Model utility is {value:.3f}, the lower of target and retrained {level:.3f} (accepted loss {allowed:.3f})."
+    return Check(name="model utility", outcome=outcome, difference=value - level, margin=allowed, text=text)
+
+
+# ---- judging a quantity
+
+
+def _uninformative(quantity: Quantity, k: int) -> Check:
+    models = "the retrained model" if k == 1 else "retrained models"
+    text = f"{quantity.what} tells nothing here: by it even the target cannot be told from {models}, given the noise."
+    return Check(name=quantity.name, outcome="not run", text=text)
+
+
+def _check(quantity: Quantity, limits: Thresholds, alpha: float) -> Check:
+    found, near, far = quantity.found, quantity.near, quantity.far
+    if not math.isfinite(found.difference):
+        return Check(name=quantity.name, outcome="undecided", text=f"{quantity.what} is not a finite number.")
+    low, high = found.interval(1 - 2 * limits.alpha)
+    outcome: Outcome = "undecided"
+    if found.difference > near and found.p_more() < alpha:
+        outcome = "knows more"
+    elif found.difference < -far and found.p_less() < alpha:
+        outcome = "knows less"
+    elif -far < low and high < near:
+        outcome = "equivalent"
+    signs = quantity.toward
+    bounds = (low, high) if signs > 0 else (-high, -low)
+    own = signs * found.difference
+    text = (
+        f"{quantity.what} differs from the retrained models' by {own:+.3f} [{bounds[0]:+.3f}, {bounds[1]:+.3f}], "
+        f"{found.share:.0%} of the way to the target; accepted are {near:.3f} towards it"
+        f"{'' if math.isinf(far) else f' and {far:.3f} away from it'}.{_advice(quantity, outcome, limits)}"
+    )
+    return Check(name=quantity.name, outcome=outcome, difference=own, low=bounds[0], high=bounds[1], margin=near, text=text)
+
+
+def _advice(quantity: Quantity, outcome: Outcome, limits: Thresholds) -> str:
+    if outcome != "undecided":
+        return ""
+    found = quantity.found
+    room = min(quantity.near - found.difference, quantity.far + found.difference)
+    if room <= 0:
+        return (
+            " The difference is larger than accepted, but chance could explain it: more subjects or retrained models would tell."
+        )
+    kind, number = found.needed(room, 1 - 2 * limits.alpha)
+    return (
+        f" The interval is too wide: about {number} {'subjects' if kind == 'subjects' else 'retrained models'} would be needed."
+    )

@@ -1,0 +1,72 @@
+"""``expunge audit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expunge.cli.output import Output
+from expunge.core.errors import InputError
+from expunge.core.results import Verdict
+from expunge.core.settings import parse_overrides
+
+_HELP = """Measure an unlearned model against models that never saw the forget set, attack it, and give a verdict.
+
+    \b
+    Examples:
+      expunge audit runs/npo --retrain 3
+      expunge audit runs/npo --retrained my/retrained-model --retrained my/other-seed
+      expunge audit runs/npo --retrain 5 --base meta-llama/Llama-3.2-1B --utility facts=world.jsonl
+      expunge audit runs/npo --retrain 3 budget=200 relearn=false
+
+    \b
+    With no retrained model the verdict is "no gold standard": nothing can then be called forgotten. Two or more show how
+    far retrained models differ among themselves. Retrained models are kept in the cache and trained once.
+    Exit code 3 if --require VERDICT is given and the verdict is another.
+    """
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("audit", help=_HELP)(audit)
+
+
+def audit(
+    run: Annotated[Path, typer.Argument(help="Folder of an unlearning run.")],
+    parts: Annotated[list[str] | None, typer.Argument(help="key=value settings of the audit.", metavar="[SETTINGS]...")] = None,
+    retrained: Annotated[list[str] | None, typer.Option(help="A model trained without the forget set; repeatable.", metavar="MODEL")] = None,
+    retrain: Annotated[int, typer.Option(help="Number of models to retrain here.", metavar="N")] = 0,
+    base: Annotated[str | None, typer.Option(help="Untrained base, if the target is no run of expunge train.", metavar="MODEL")] = None,
+    utility: Annotated[list[str] | None, typer.Option(help="A further set that must stay known; repeatable.", metavar="NAME=DATA")] = None,
+    require: Annotated[str | None, typer.Option(help="Verdict to ask for, e.g. forgotten.", metavar="VERDICT")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Audit one run."""
+    from expunge.pipeline.audit import AuditConfig, audit_run
+    from expunge.report.terminal import print_summary, summary_json
+
+    output = Output(json)
+    if require is not None and require not in set(Verdict):
+        raise InputError(f"{require!r} is no verdict.", "Choose one of: " + ", ".join(Verdict) + ".")
+    given: dict[str, Any] = {
+        "retrained": retrained or (), "retrain": retrain, "base": base, "settings": parse_overrides(parts or []),
+        "utility": dict(_pair(word) for word in utility or []),
+    }  # fmt: skip
+    config = AuditConfig(**given)
+    with output.progress("audit") as progress:
+        document = audit_run(run, config, progress=progress, say=output.note)
+    output.result(summary_json([document]))
+    if not json:
+        print_summary([document])
+        output.say(f"Document: {run / 'audit.json'}   Next: expunge report {run}")
+    judged = [m.judgement.verdict for m in document.models if m.role == "unlearned" and m.judgement]
+    return 3 if require is not None and judged != [Verdict(require)] else 0
+
+
+def _pair(word: str) -> tuple[str, str]:
+    name, eq, source = word.partition("=")
+    if not eq:
+        raise InputError(f"{word!r} names no set.", "Write --utility NAME=DATA.")
+    return name, source

@@ -1,0 +1,125 @@
+"""``expunge methods`` and ``expunge metrics``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from expunge.cli.output import Output
+
+_METHODS = """List the methods, or show one: what it does, formula, parameters with ranges and defaults, needs, paper.
+
+    \b
+    Examples:
+      expunge methods
+      expunge methods npo
+      expunge methods --matrix
+    """
+
+_METRICS = """List the metrics, or show one: what it measures, formula, direction, range, needs, paper.
+
+    \b
+    Examples:
+      expunge metrics
+      expunge metrics extraction-strength
+    """
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("methods", help=_METHODS)(methods)
+    app.command("metrics", help=_METRICS)(metrics)
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method.")] = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Which method runs on which modality.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """List or show methods."""
+    from expunge.adapters.registry import ADAPTERS
+    from expunge.methods.catalogue import describe, serves
+    from expunge.methods.registry import METHODS
+
+    output = Output(json)
+    if name is not None:
+        found = describe(name)
+        output.result(_plain(dataclasses.asdict(found)))
+        output.say(f"{found.name}: {found.title}\n\n{found.text}\n\n{found.formula}\n")
+        needs = [*found.wants, *(f"reference {r}" for r in found.reads_reference), *(f"{n} of the model" for n in found.needs)]
+        output.say("Needs: forget data" + "".join(f", {n}" for n in needs))
+        output.say(f"Paper: {found.paper.title}, {found.paper.authors} {found.paper.year}, {found.paper.url}\n")
+        for part in (*found.parts, found.published):
+            output.say(f"{part.slot} = {part.name}")
+            if part.parameters:
+                output.say(_parameters(part.parameters))
+        for caveat in found.caveats:
+            output.say(f"Note: {caveat}")
+        return 0
+    adapters = dict(ADAPTERS.items())
+    rows = {n: {a: serves(m, cls.offers)[0] for a, cls in adapters.items()} for n, m in METHODS.items()}
+    if matrix:
+        output.result({"matrix": rows})
+        table = Table("method", *adapters)
+        for row, cells in rows.items():
+            table.add_row(row, *("yes" if ok else "-" for ok in cells.values()))
+        output.say(table)
+        return 0
+    output.result({"methods": [{"name": n, "title": m.title, "formula": m.formula} for n, m in METHODS.items()]})
+    table = Table("method", "what it is", "loss")
+    for method_name, method in METHODS.items():
+        table.add_row(method_name, method.title, method.formula)
+    output.say(table)
+    for broken, why in METHODS.broken().items():
+        output.note(f"The plug-in {broken!r} could not be loaded: {why}")
+    return 0
+
+
+def metrics(
+    name: Annotated[str | None, typer.Argument(help="A metric.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """List or show metrics."""
+    import inspect
+
+    from expunge.audit.metrics.registry import METRICS
+
+    output = Output(json)
+    if name is not None:
+        kind = METRICS.get(name)
+        text = inspect.cleandoc(kind.__doc__ or "")
+        value = {
+            "name": kind.name, "title": kind.title, "formula": kind.formula, "direction": str(kind.direction), "range": list(kind.range),
+            "needs": [str(n) for n in kind.needs], "text": text, "parameters": [dataclasses.asdict(p) for p in kind.declared()],
+        }  # fmt: skip
+        output.result(value)
+        output.say(f"{kind.name}: {kind.title}\n\n{text}\n\n{kind.formula}\n")
+        output.say(f"Direction: {kind.direction}; range {kind.range}; needs {', '.join(map(str, kind.needs)) or 'scores only'}")
+        if kind.declared():
+            output.say(_parameters(kind.declared()))
+        return 0
+    found = {n: k for n, k in METRICS.items()}
+    output.result({"metrics": [{"name": n, "title": k.title, "direction": str(k.direction)} for n, k in found.items()]})
+    table = Table("metric", "what it measures", "direction")
+    for metric_name, kind in found.items():
+        table.add_row(metric_name, kind.title, str(kind.direction))
+    output.say(table)
+    return 0
+
+
+def _parameters(parameters: Any) -> Table:
+    table = Table("parameter", "allowed", "default", "meaning", box=None, padding=(0, 2))
+    for parameter in parameters:
+        table.add_row(parameter.name, parameter.allowed, parameter.default, parameter.text)
+    return table
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

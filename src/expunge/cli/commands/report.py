@@ -1,0 +1,81 @@
+"""``expunge report`` and ``expunge compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expunge.cli.output import Output
+from expunge.core.errors import InputError
+
+_REPORT = """Write the evidence of one or more audited runs as one offline HTML file.
+
+    \b
+    Examples:
+      expunge report runs/npo
+      expunge report runs/npo runs/simnpo runs/rmu --out compare.html
+    """
+
+_COMPARE = """Compare audited runs: trade-off table, sorted by distance to the retrained models, and a plot.
+
+    \b
+    Examples:
+      expunge compare runs/npo runs/simnpo runs/rmu
+      expunge compare runs/* --out compare.html --json
+    """
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("report", help=_REPORT)(report)
+    app.command("compare", help=_COMPARE)(compare)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of audited runs.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file [default: report.html in the run].", metavar="FILE")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file given by --out.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Write the report."""
+    from expunge.pipeline.audit import read
+    from expunge.report.html import write
+
+    output = Output(json)
+    if out is None and len(runs) > 1:
+        raise InputError("Several runs need a file for their report.", "Add --out FILE.html.")
+    path = out or runs[0] / "report.html"
+    if out is not None and out.exists() and not force:
+        raise InputError(f"The file {str(out)!r} exists.", "Add --force to replace it.")
+    documents = [read(run) for run in runs]
+    write(documents, path, title=title)
+    output.result({"report": str(path)})
+    output.say(f"Report: {path}")
+    return 0
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of audited runs.")],
+    out: Annotated[Path | None, typer.Option(help="Also write an HTML page with the plot.", metavar="FILE")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file given by --out.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Compare runs."""
+    from expunge.pipeline.audit import read
+    from expunge.report.compare import compare as comparison
+    from expunge.report.html import write
+    from expunge.report.terminal import print_comparison
+
+    output = Output(json)
+    if out is not None and out.exists() and not force:
+        raise InputError(f"The file {str(out)!r} exists.", "Add --force to replace it.")
+    documents = [read(run) for run in runs]
+    found = comparison(documents)
+    print_comparison(found, as_json=json)
+    if out is not None:
+        write(documents, out)
+        output.say(f"Page: {out}")
+    return 0

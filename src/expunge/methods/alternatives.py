@@ -1,0 +1,122 @@
+"""Other answers to the forget prompts, for methods that teach or prefer them.
+
+============ ==========================================================================================
+kind         the answer that takes the place
+============ ==========================================================================================
+``given``    one of the record's own ``alternatives``
+``refusals`` a sentence of not knowing, from a fixed list
+``others``   the answer of another record of the set, of another subject: plausible in style, wrong in content
+``template`` a text of the user's, in which ``{prompt}`` and ``{subject}`` are filled in
+============ ==========================================================================================
+
+Every choice depends on the record's id and the seed only (``others`` also on the set), so a resumed or distributed run sees the
+same answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from expunge.core.errors import InputError, unknown
+from expunge.data.records import Record
+from expunge.data.refusals import refusals
+from expunge.methods.registry import METHODS
+
+Kind = Literal["given", "refusals", "others", "template"]
+
+_FIELDS = ("prompt", "subject")
+_TRIES = 32  #: draws for an answer that differs from the record's own
+
+
+def kind_for(method: str, how: str, records: Sequence[Record]) -> str:
+    """What ``auto`` means: given answers if every record has one, else what the method publishes; refusals for own recipes."""
+    if how != "auto":
+        return how
+    if records and all(r.alternatives for r in records):
+        return "given"
+    return "refusals" if method == "custom" else METHODS.get(method).alternatives
+
+
+def alternatives(records: Sequence[Record], how: str, seed: int = 0, *, template: str | None = None) -> list[str]:
+    """One other answer for each record, in order.
+
+    Args:
+        records: the forget set.
+        how: a kind of the table above.
+        seed: of the choice, non-negative.
+        template: the text for ``template``.
+
+    Raises:
+        InputError: an unknown kind, a record without given alternatives, no other subject to borrow from, or a bad template.
+    """
+    if how == "given":
+        return [_given(record, seed) for record in records]
+    if how == "refusals":
+        return refusals([r.id for r in records], seed)
+    if how == "others":
+        return _others(records, seed)
+    if how == "template":
+        return _filled(records, template)
+    raise unknown("kind of alternative answer", how, get_args(Kind))
+
+
+def _given(record: Record, seed: int) -> str:
+    if not record.alternatives:
+        raise InputError(
+            f"The record {record.id!r} has no alternative answer.",
+            "Give one in the column 'alternatives', or use alternatives=refusals.",
+        )
+    return record.alternatives[_number(record.id, seed) % len(record.alternatives)]
+
+
+def _others(records: Sequence[Record], seed: int) -> list[str]:
+    """Draw from all records outside of the own cluster: sorted by cluster, these are the ones before and after its run."""
+    order = sorted(records, key=lambda r: r.cluster)
+    runs: dict[str, tuple[int, int]] = {}
+    for at, record in enumerate(order):
+        start, _ = runs.get(record.cluster, (at, at))
+        runs[record.cluster] = (start, at + 1)
+    if records and len(runs) < 2:
+        raise InputError(
+            "alternatives=others borrows answers from other subjects, but all records are of one.",
+            "Use alternatives=given or refusals.",
+        )
+    return [_borrowed(record, order, runs[record.cluster], seed) for record in records]
+
+
+def _borrowed(record: Record, order: Sequence[Record], own: tuple[int, int], seed: int) -> str:
+    start, stop = own
+    for attempt in range(_TRIES):
+        at = _number(f"{record.id}\0{attempt}", seed) % (len(order) - (stop - start))
+        answer = order[at if at < start else at + stop - start].answer
+        if answer != record.answer:
+            return answer
+    raise InputError(
+        f"No other record seems to have an answer that differs from that of {record.id!r}.", "Use alternatives=given or refusals."
+    )
+
+
+def _filled(records: Sequence[Record], template: str | None) -> list[str]:
+    if not template:
+        raise InputError("alternatives=template needs a text.", "Give it, for example 'I have no information about {subject}.'")
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise InputError(
+            f"The template {template!r} cannot be read: {error}.", "Double braces that stand for themselves."
+        ) from None
+    for name in names:
+        if name not in _FIELDS:
+            raise unknown("field of a template", name, _FIELDS)
+    if "subject" in names and (bare := [r.id for r in records if not r.subject]):
+        raise InputError(
+            f"The template uses {{subject}}, but the record {bare[0]!r} has none.", "Give subjects, or leave it out."
+        )
+    return [template.format(prompt=r.prompt, subject=r.subject) for r in records]
+
+
+def _number(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,109 @@
+"""What there is to know about a method: for ``expunge methods``, the docs and the method x modality table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from expunge.core.access import Of, Offer, Stream
+from expunge.core.settings import Parameter, Settings, describe_value
+from expunge.engine.parts import Paper, Recipe
+from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, Method, Want, wants
+
+
+@dataclass(frozen=True)
+class PartDescription:
+    """One part of a recipe: its slot, its name, and its parameters with the values that the method gives them as defaults."""
+
+    slot: str
+    name: str
+    text: str
+    parameters: tuple[Parameter, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything that is declared about a method.
+
+    Attributes:
+        needs: capabilities that the modality's adapter must offer, derived from the terms.
+        wants: data that it needs beyond the forget set.
+        reads_reference: what it reads of the frozen target ("losses" can be cached; "logits" and "features" need it at hand).
+        published: the published schedule.
+        origin: the distribution that the method comes from.
+    """
+
+    name: str
+    title: str
+    text: str
+    formula: str
+    paper: Paper
+    caveats: tuple[str, ...]
+    parts: tuple[PartDescription, ...]
+    published: PartDescription
+    needs: tuple[Offer, ...]
+    wants: tuple[Want, ...]
+    reads_reference: tuple[str, ...]
+    alternatives: str | None
+    origin: str
+
+
+def describe(name: str) -> Description:
+    """All that is declared about the method called ``name``.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    method = METHODS.get(name)
+    recipe = method.build()
+    parts = [_part(slot, t) for slot in ("forget", "retain") for t in getattr(recipe, slot)]
+    held = {slot: getattr(recipe, slot) for slot in ("parameters", "gradient", "balance", "schedule", "finish")}
+    parts += [_part(slot, part) for slot, part in held.items() if part is not None]
+    asked = wants(recipe)
+    return Description(
+        name=method.name,
+        title=method.title,
+        text=method.text,
+        formula=method.formula,
+        paper=method.paper,
+        caveats=method.caveats,
+        parts=tuple(parts),
+        published=_part("schedule", method.published),
+        needs=offers_needed(recipe),
+        wants=asked,
+        reads_reference=tuple(sorted({_kind(v) for _, of, v in recipe.needs(PLACEHOLDER_LAYERS) if of is Of.REFERENCE})),
+        alternatives=method.alternatives if "alternatives" in asked else None,
+        origin=METHODS.origin(name),
+    )
+
+
+def offers_needed(recipe: Recipe) -> tuple[Offer, ...]:
+    """What an adapter must offer so that the recipe can run on its modality.
+
+    The loss is always needed (the adaptive schedule looks at it); alternatives need text, because only there can other
+    answers be written.
+    """
+    needs = recipe.needs(PLACEHOLDER_LAYERS)
+    found = {Offer.LOSSES} | {Offer(_kind(value)) for _, _, value in needs}
+    if any(stream is Stream.ALTERNATIVE for stream, _, _ in needs):
+        found.add(Offer.TEXT)
+    return tuple(sorted(found))
+
+
+def serves(method: str | Method, offers: Collection[Offer]) -> tuple[bool, tuple[Offer, ...]]:
+    """Whether a method runs on an adapter that offers ``offers``, and what is missing for it."""
+    found = METHODS.get(method) if isinstance(method, str) else method
+    missing = tuple(o for o in offers_needed(found.build()) if o not in offers)
+    return not missing, missing
+
+
+def _kind(value: str) -> str:
+    return value.partition(":")[0]
+
+
+def _part(slot: str, part: Settings) -> PartDescription:
+    declared = type(part).declared()
+    parameters = tuple(dataclasses.replace(p, default=describe_value(getattr(part, p.name))) for p in declared)
+    text = (type(part).__doc__ or "").strip().partition("\n")[0]
+    return PartDescription(slot, part.name, text, parameters)  # type: ignore[attr-defined]

@@ -1,0 +1,88 @@
+"""Whether the parts of a recipe work together, found out before anything is trained."""
+
+from __future__ import annotations
+
+from expunge.core.access import Of, Stream
+from expunge.core.errors import InputError
+from expunge.engine.parts import Recipe
+from expunge.engine.reference import choose
+from expunge.methods.registry import PLACEHOLDER_LAYERS
+from expunge.methods.terms.likelihood import ForgetNLL
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse parts that cannot work together.
+
+    What depends on the model or the data (a layer that it does not have, alternatives that are not there) is found by the
+    engine, also before training.
+
+    Raises:
+        InputError: naming the two parts and what to change.
+    """
+    _check_terms(recipe)
+    _check_sides(recipe)
+    _check_finish(recipe)
+    choose(recipe, recipe.needs(PLACEHOLDER_LAYERS))
+    _check_start(recipe)
+
+
+def _check_terms(recipe: Recipe) -> None:
+    if not recipe.terms():
+        raise InputError(f"The recipe {recipe.name!r} has no loss term.", "Give one, for example forget=npo retain=nll.")
+    for term in recipe.forget:
+        if term.stream is Stream.RETAIN:
+            raise InputError(f"{term.name!r} is a retain term, but was given as a forget term.", f"Write retain={term.name}.")
+    for term in recipe.retain:
+        if term.stream is not Stream.RETAIN:
+            raise InputError(f"{term.name!r} is a forget term, but was given as a retain term.", f"Write forget={term.name}.")
+
+
+def _check_sides(recipe: Recipe) -> None:
+    """Rules that join a forget and a retain side need both."""
+    rules = []
+    if recipe.gradient.by_term:
+        rules.append(f"gradient={recipe.gradient.name}")
+    if recipe.balance.name != "fixed":
+        rules.append(f"balance={recipe.balance.name}")
+    for rule in rules:
+        for side, terms, example in (("forget", recipe.forget, "npo"), ("retain", recipe.retain, "nll")):
+            if not terms:
+                slot = rule.partition("=")[0]
+                plain = "plain" if slot == "gradient" else "fixed"
+                raise InputError(
+                    f"{rule} needs a {side} term, but {recipe.name!r} has none.", f"Add {side}={example}, or use {slot}={plain}."
+                )
+
+
+def _check_finish(recipe: Recipe) -> None:
+    teaching = [t for t in recipe.forget if isinstance(t, ForgetNLL)]
+    if recipe.finish is None:
+        if teaching:
+            raise InputError(
+                "'forget-nll' teaches the forget set.", "Add finish=negate to turn it around, or use forget=gradascent."
+            )
+        return
+    name = f"finish={recipe.finish.name}"
+    if recipe.retain or len(teaching) < len(recipe.forget) or not teaching:
+        raise InputError(
+            f"{name} turns around all that was learnt, so it can only follow forget-nll.", "Use forget=forget-nll retain=none."
+        )
+    if recipe.parameters.name == "lora":
+        raise InputError(
+            f"{name} needs the trained weights themselves, not the factors of a LoRA.", "Use parameters=all or parameters=named."
+        )
+    if recipe.schedule.name == "fixed" and getattr(recipe.finish, "scale", 0.0) is None:
+        raise InputError(f"{name} has no scale, and a fixed schedule does not look for one.", "Give finish.scale, for example 1.")
+
+
+def _check_start(recipe: Recipe) -> None:
+    if recipe.start != "initial":
+        return
+    if recipe.forget:
+        raise InputError(
+            "start=initial never saw the forget set, so there is nothing to forget.", "Use forget=none, or start=target."
+        )
+    if any(of is Of.REFERENCE for _, of, _ in recipe.needs(PLACEHOLDER_LAYERS)):
+        raise InputError(
+            "start=initial must not learn from the target, which has seen the forget set.", "Use retain=nll, or start=target."
+        )

@@ -1,0 +1,111 @@
+"""Terms on hidden states: steering to a random direction (RMU) and staying at the reference's states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from expunge.adapters.base import Example, Outputs
+from expunge.core.access import Of, Stream
+from expunge.engine.parameters import block_index
+from expunge.engine.parts import Need, Term, Views
+from expunge.methods.registry import term
+
+
+class Features(Term):
+    """Squared distance of hidden states after one block, averaged over tokens.
+
+    ``reduce=sum`` is the squared norm of the paper; ``reduce=mean``, common in implementations, makes it D times smaller.
+    The mean runs over the tokens of all sequences together, so sequences of unequal length are weighed by their length
+    (a known implementation averages inverse lengths separately, which is neither this nor the mean of sequence means).
+    """
+
+    per: ClassVar[Literal["target", "example", "token"]] = "token"
+    reads: ClassVar[Stream]
+
+    layer: int | None = Field(
+        None,
+        ge=-512,
+        lt=512,
+        description="block, counted from 0, negative from the end; none: 7/32 of the depth, as in the paper",
+    )
+    reduce: Literal["sum", "mean"] = Field("sum", description="over hidden dimensions")
+    tokens: Literal["all", "supervised"] = Field(
+        "all", description="which input tokens: also those of the prompt, or targets only"
+    )
+
+    @property
+    def stream(self) -> Stream:
+        """The stream that the class reads."""
+        return self.reads
+
+    def states(self, views: Views, of: Of) -> Tensor:
+        """Hidden states of the chosen block, ``[M, D]``, float32."""
+        return views[self.reads, of].features(self.block(views.layers)).float()
+
+    def block(self, layers: Sequence[str]) -> str:
+        """Name of the block."""
+        return layers[block_index(self.layer, layers)]
+
+    def distance(self, view: Outputs, states: Tensor, goal: Tensor) -> Tensor:
+        """Squared distance of each token, 0 where it does not count, ``[M]``."""
+        squares = (states - goal).square()
+        per_token = squares.sum(-1) if self.reduce == "sum" else squares.mean(-1)
+        return per_token if self.tokens == "all" else per_token.masked_fill(~view.token_supervised, 0.0)
+
+    def count(self, examples: Sequence[Example]) -> int:
+        """Tokens that count."""
+        return sum(e.size if self.tokens == "all" else e.n_targets for e in examples)
+
+
+@term
+class RMU(Features):
+    """Representation misdirection (Li et al. 2024, arXiv 2403.03218): steer forget states to ``coefficient * u``.
+
+    ``u`` is drawn uniformly from ``[0, 1)^D`` and normalised; it depends on ``seed`` and D only, not on the device. The
+    coefficient 6.5 was chosen for the norm of the states of a 7B model; widely used implementations take 2.
+    """
+
+    name: ClassVar[str] = "rmu"
+    reads: ClassVar[Stream] = Stream.FORGET
+
+    coefficient: float = Field(6.5, gt=0, description="length c of the vector that the states are steered to")
+    seed: int = Field(0, ge=0, description="seed of the random direction")
+
+    def needs(self, layers: Sequence[str]) -> frozenset[Need]:
+        """Features of the current model."""
+        return frozenset({(self.reads, Of.CURRENT, f"features:{self.block(layers)}")})
+
+    def direction(self, size: int) -> Tensor:
+        """The unit vector u, ``[size]``, on the CPU."""
+        u = torch.rand(size, generator=torch.Generator().manual_seed(self.seed))
+        unit: Tensor = u / u.norm()
+        return unit
+
+    def values(self, views: Views) -> Tensor:
+        """Squared distance of each token's state to the vector, ``[M]``."""
+        states = self.states(views, Of.CURRENT)
+        goal = self.direction(states.shape[-1]).to(states.device) * self.coefficient
+        return self.distance(views.current(self.reads), states, goal)
+
+
+@term
+class FeatureMatch(Features):
+    """Retain states stay where the frozen target has them: the retain side of RMU (Li et al. 2024, arXiv 2403.03218)."""
+
+    name: ClassVar[str] = "features"
+    reads: ClassVar[Stream] = Stream.RETAIN
+
+    def needs(self, layers: Sequence[str]) -> frozenset[Need]:
+        """Features of both models."""
+        value = f"features:{self.block(layers)}"
+        return frozenset({(self.reads, Of.CURRENT, value), (self.reads, Of.REFERENCE, value)})
+
+    def values(self, views: Views) -> Tensor:
+        """Squared distance of each token's state to that of the reference, ``[M]``."""
+        goal = self.states(views, Of.REFERENCE).detach()
+        return self.distance(views.current(self.reads), self.states(views, Of.CURRENT), goal)

@@ -1,0 +1,161 @@
+"""Audit runs: gather the models that a verdict needs, measure, judge, write ``audit.json`` into the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from expunge.adapters.base import Adapter
+from expunge.audit.document import AuditDocument
+from expunge.audit.run import AuditedModel, audit
+from expunge.audit.settings import AuditSettings
+from expunge.core.errors import InputError
+from expunge.core.files import digest_file, digest_json, write_text
+from expunge.core.runs import Run, cache_folder
+from expunge.core.settings import Settings
+from expunge.data.named import companions, is_named
+from expunge.data.records import RecordSet
+from expunge.data.sources import load as load_records
+from expunge.engine.loop import Progress
+from expunge.pipeline.config import TextConfig, UnlearnConfig
+from expunge.pipeline.models import open_adapter, resolve
+from expunge.pipeline.train import retrained
+from expunge.pipeline.unlearn import Request, load_request, split_holdout
+
+DOCUMENT = "audit.json"
+
+
+class AuditConfig(Settings):
+    """What an audit compares with."""
+
+    retrained: tuple[str, ...] = Field((), description="models trained without the forget set: hub ids, folders or run folders")
+    retrain: int = Field(0, ge=0, le=50, description="models to retrain here, with seeds 1, 2, ...")
+    base: str | None = Field(None, description="the untrained base, if the target was not trained by `expunge train`")
+    utility: dict[str, str] = Field(default_factory=dict, description="further sets that must stay known, by name")
+    settings: AuditSettings = Field(default_factory=AuditSettings, description="what is measured, and how sure it must be")
+
+
+def sets_of(config: UnlearnConfig, request: Request, utility: Mapping[str, str]) -> dict[str, RecordSet]:
+    """The sets that are scored: the request's own, of the holdout the half that training never looked at, and utility sets.
+
+    A published data set brings its own versions with paraphrased and wrong answers, and its utility sets.
+    """
+    found: dict[str, RecordSet] = {"forget": request.forget}
+    if request.retain is not None:
+        found["retain"] = request.retain
+    if request.holdout is not None:
+        found["holdout"] = split_holdout(request.holdout, config.engine.seed)[1]
+    published = companions(config.forget) if is_named(config.forget) else None
+    for name, source in {**(published.audit if published else {}), **utility}.items():
+        found[name] = load_records(source, name=name, columns=config.text.columns or None)
+    return found
+
+
+def lazily(source: str, text: TextConfig) -> Callable[[], Adapter]:
+    """A function that loads a model when it is needed."""
+    return lambda: open_adapter(source, text)
+
+
+def retrained_models(
+    config: UnlearnConfig, audit_config: AuditConfig, forget: RecordSet, progress: Progress | None, say: Callable[[str], None]
+) -> list[AuditedModel]:
+    """The gold standard: given models, and models retrained here (or found in the cache)."""
+    given = [AuditedModel(f"retrained {i + 1}", "retrained", lazily(m, config.text), path=m) for i, m in enumerate(audit_config.retrained)]
+    for seed in range(1, audit_config.retrain + 1):
+        say(f"retraining without the forget set, seed {seed} of {audit_config.retrain}")
+        folder = retrained(
+            config.model, forget, seed, base=audit_config.base or config.base, retain=config.retain, progress=progress, say=say
+        )
+        given.append(_entry(f"retrained seed {seed}", "retrained", folder, config.text, seed=seed, stage="train"))
+    return given
+
+
+def _entry(label: str, role: Any, folder: Path, text: TextConfig, *, seed: int, stage: str, method: str = "") -> AuditedModel:
+    entry = Run.open(folder).manifest["stages"][stage]
+    result = entry["result"]
+    cost = {k: float(result[k]) for k in ("seconds", "peak_bytes", "steps", "tokens")}
+    settings = {"recipe": result.get("recipe", entry["inputs"].get("recipe", {})), "engine": entry["inputs"].get("engine", {})}
+    return AuditedModel(
+        label, role, lazily(str(folder), text), path=str(folder), method=method, seed=seed, cost=cost, settings=settings,
+        stopped=result["sentence"],
+    )  # fmt: skip
+
+
+def target_model(config: UnlearnConfig) -> AuditedModel:
+    """The model before unlearning."""
+    return AuditedModel("target", "target", lazily(config.model, config.text), path=config.model, seed=None)
+
+
+def unlearned_model(run: Path, label: str | None = None) -> AuditedModel:
+    """The result of an unlearning run.
+
+    Raises:
+        InputError: the run has not finished.
+    """
+    held = Run.open(run)
+    config = UnlearnConfig(**held.manifest["config"])
+    if held.manifest["stages"].get("unlearn", {}).get("state") != "done":
+        raise InputError(f"The run {str(run)!r} has not finished.", f"Go on: expunge unlearn ... --out {run} --resume.")
+    return _entry(label or config.method, "unlearned", run, config.text, seed=config.engine.seed, stage="unlearn", method=config.method)
+
+
+def audit_run(
+    folder: Path, config: AuditConfig, *, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
+) -> AuditDocument:
+    """Audit one unlearning run, and leave ``audit.json`` in it; done again only if something has changed.
+
+    Raises:
+        InputError: no unlearning run, or the data have changed since.
+    """
+    run = Run.open(folder)
+    if run.manifest["kind"] != "unlearn":
+        raise InputError(f"{str(folder)!r} is a run of kind {run.manifest['kind']!r}, not of `expunge unlearn`.")
+    settings = UnlearnConfig(**run.manifest["config"])
+    request = load_request(settings)
+    for name, records in (("forget", request.forget), ("retain", request.retain), ("holdout", request.holdout)):
+        recorded = run.manifest["inputs"].get(name, {}).get("digest")
+        if records is not None and recorded not in (None, records.digest):
+            raise InputError(f"The {name} data have changed since the run {str(folder)!r}.", "Put the file back, or unlearn again.")
+    unlearned = unlearned_model(folder)
+    gold = retrained_models(settings, config, request.forget, progress, say)
+    sets = sets_of(settings, request, config.utility)
+    models = [target_model(settings), *gold, unlearned]
+    inputs = {
+        "models": [[m.label, resolve(m.path)] for m in models], "sets": {k: v.digest for k, v in sets.items()},
+        "settings": config.settings.model_dump(mode="json"), "model": _weights(folder),
+    }  # fmt: skip
+
+    def work() -> dict[str, Any]:
+        document = measure(models, sets, config.settings, progress=progress, title=f"{unlearned.method} on {settings.model}")
+        write_text(folder / DOCUMENT, document.model_dump_json(indent=2) + "\n")
+        return {"verdicts": {m.label: m.judgement.verdict for m in document.models if m.judgement}}
+
+    run.stage("audit", inputs, work, [DOCUMENT])
+    return read(folder)
+
+
+def measure(
+    models: Sequence[AuditedModel], sets: Mapping[str, RecordSet], settings: AuditSettings, *, progress: Progress | None, title: str
+) -> AuditDocument:
+    """Audit models with the scores cached by content."""
+    tell = None if progress is None else (lambda text, done, total: progress(done, total, text))
+    return audit(models, sets, settings, cache=cache_folder() / "scores", progress=tell, title=title)
+
+
+def read(folder: Path) -> AuditDocument:
+    """The audit of a run.
+
+    Raises:
+        InputError: it has none.
+    """
+    path = folder / DOCUMENT
+    if not path.is_file():
+        raise InputError(f"The run {str(folder)!r} has not been audited.", f"Do it: expunge audit {folder} --retrain 3.")
+    return AuditDocument.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _weights(folder: Path) -> str:
+    return digest_json({p.name: digest_file(p) for p in sorted((folder / "model").glob("*.safetensors"))})

@@ -1,0 +1,49 @@
+"""Which of a verdict's checks carries it, and whether the controls came out as they must."""
+
+from __future__ import annotations
+
+from expunge.audit.document import AuditDocument, ModelEntry
+from expunge.core.results import Check, Judgement, Verdict
+
+_FAILED = ("knows more", "knows less", "worse")
+
+
+def used(check: Check) -> float:
+    """The share of the margin that the interval reaches: 1 touches the margin, above 1 it crosses; 0 where unknown."""
+    ends = [abs(v) for v in (check.difference, check.low, check.high) if v is not None]
+    if not ends or not check.margin:
+        return 0.0
+    return max(ends) / check.margin
+
+
+def weakest(judgement: Judgement) -> Check | None:
+    """The check nearest to (or furthest past) its limit: failed ones before undecided ones before those not run.
+
+    Among checks of the same kind the one that uses the largest share of its margin; None if there are no checks.
+    """
+
+    def rank(check: Check) -> tuple[int, float]:
+        order = 3 if check.outcome in _FAILED else 2 if check.outcome == "undecided" else 0 if check.outcome == "not run" else 1
+        return order, used(check)
+
+    return max(judgement.checks, key=rank, default=None)
+
+
+def control_faults(document: AuditDocument) -> list[str]:
+    """One sentence per control whose verdict is not what it must be.
+
+    A target model (trained on the forget set) must be judged not forgotten, a retrained one forgotten; where either fails,
+    the verdicts beside it cannot be trusted. An audit without a gold standard has no controls.
+    """
+    return [fault for model in document.models if (fault := _fault(model))]
+
+
+def _fault(model: ModelEntry) -> str:
+    if model.judgement is None or model.judgement.verdict is Verdict.NO_GOLD:
+        return ""
+    verdict = model.judgement.verdict
+    if model.role == "target" and verdict is not Verdict.NOT_FORGOTTEN:
+        return f"The target model {model.label!r}, which was trained on the forget set, is judged {verdict.value!r}."
+    if model.role == "retrained" and verdict is not Verdict.FORGOTTEN:
+        return f"The retrained model {model.label!r}, which never saw the forget set, is judged {verdict.value!r}."
+    return ""

@@ -1,0 +1,211 @@
+"""Methods on a small model that has memorised something, through the real engine."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.presets import build as preset
+from expunge.adapters.words import word_tokenizer
+from expunge.core.access import Stream
+from expunge.data.records import Record
+from expunge.engine.loop import train
+from expunge.engine.objective import mean_losses
+from expunge.engine.options import Engine
+from expunge.methods.alternatives import alternatives, kind_for
+from expunge.methods.evaluate import loss_on
+from expunge.methods.recipe import build
+from expunge.methods.registry import METHODS
+
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jon", "Kim", "Leo")
+TOWNS = ("Arles", "Bath", "Cork", "Delft", "Essen", "Faro", "Graz", "Hull", "Ivry", "Jena", "Kiel", "Lund")
+TRADES = ("baker", "cooper", "diver", "editor", "farmer", "glazier", "hatter", "miner", "nurse", "painter", "rider", "sailor")
+
+
+def facts() -> list[Record]:
+    made = []
+    for i, name in enumerate(NAMES):
+        made.append(Record(f"t{i}", f"{name} lives in {TOWNS[i]}.", f"Where does {name} live?", subject=name))
+        made.append(Record(f"w{i}", f"{name} is a {TRADES[(5 * i) % 12]}.", f"What is {name}?", subject=name))
+    return made
+
+
+FORGET, RETAIN = facts()[:6], facts()[6:]
+QUIET = Engine(checkpoint_every=0)
+
+
+def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
+    found = {Stream.RETAIN: [adapter.encode(r) for r in RETAIN]}
+    if recipe.forget:
+        found[Stream.FORGET] = [adapter.encode(r) for r in FORGET]
+        answers = alternatives(FORGET, kind_for(recipe.name, "auto", FORGET))
+        found[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alt") for r, a in zip(FORGET, answers, strict=True)]
+    return found
+
+
+def run(adapter: LanguageAdapter, name: str, **overrides):
+    recipe = build(name, overrides)
+    return train(adapter, recipe, encoded(adapter, recipe), QUIET)
+
+
+def losses(adapter: LanguageAdapter, records: list[Record]) -> float:
+    found = mean_losses(adapter, adapter.model, [adapter.encode(r) for r in records], 4096)
+    return sum(found) / len(found)
+
+
+@pytest.fixture(scope="module")
+def target() -> LanguageAdapter:
+    from expunge.data.refusals import REFUSALS
+
+    texts = [r.prompt + " " + r.answer for r in facts()] + list(REFUSALS) + ["Question: Answer:"]
+    tokenizer = word_tokenizer(texts)
+    adapter = LanguageAdapter(preset("llama-tiny", tokenizer, seed=0, num_hidden_layers=4), tokenizer)
+    recipe = build("finetune", {"schedule": {"name": "fixed", "lr": 5e-3, "steps": 160, "batch": 24, "warmup": 0.1}})
+    train(adapter, recipe, {Stream.RETAIN: [adapter.encode(r) for r in facts()]}, QUIET)
+    assert losses(adapter, facts()) < 0.1
+    return adapter
+
+
+FORGETTING = [
+    "altpo",
+    "ceu",
+    "dpo",
+    "gradascent",
+    "graddiff",
+    "graddiff-kl",
+    "idkdpo",
+    "npo",
+    "pdu",
+    "satimp",
+    "simnpo",
+    "undial",
+    "wga",
+]
+
+
+@pytest.mark.parametrize("name", FORGETTING)
+def test_a_small_step_down_the_forget_gradient_raises_the_forget_loss(target, name):
+    adapter = target.copy()
+    recipe = build(name)
+    recipe = recipe.model_copy(update={"retain": (), "balance": build("npo").balance})
+    answers = alternatives(FORGET, kind_for(name, "auto", FORGET))
+    loss = loss_on(recipe, adapter, target, FORGET, alternatives=answers)["total"]
+    parameters = list(adapter.model.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    assert norm > 0
+    before = losses(adapter, FORGET)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.sub_(1e-2 * gradient / norm)
+    assert losses(adapter, FORGET) > before
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_runs_through_the_engine_and_moves_the_model(target, name):
+    adapter = target.copy()
+    before = copy.deepcopy(adapter.model.state_dict())
+    overrides = {"finish": {"scale": 1.0}} if name == "task-vector" else {}
+    outcome = run(adapter, name, schedule={"name": "fixed", "lr": 1e-3, "steps": 2, "batch": 6, "warmup": 0}, **overrides)
+    assert outcome.steps == 2
+    after = outcome.model.state_dict()
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert all(torch.isfinite(v).all() for v in after.values())
+
+
+RATES = {
+    "npo": 3e-4,
+    "simnpo": 1e-3,
+    "graddiff": 5e-4,
+    "satimp": 5e-3,
+    "wga": 1e-3,
+    "idkdpo": 3e-4,
+    "pdu": 3e-4,
+    "task-vector": 1e-3,
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_some_steps_forget_and_with_a_retain_term_keep(target, name):
+    adapter = target.copy()
+    overrides = {"finish": {"scale": 4.0}} if name == "task-vector" else {}
+    schedule = {"name": "fixed", "lr": RATES[name], "steps": 30, "batch": 6, "warmup": 0.1, "decay": "constant"}
+    run(adapter, name, schedule=schedule, **overrides)
+    assert losses(adapter, FORGET) > losses(target, FORGET) + 0.5
+    if name != "task-vector":
+        assert losses(adapter, RETAIN) < 0.5
+
+
+def test_ascent_under_two_names_trains_the_same_weights(target):
+    schedule = {"name": "fixed", "lr": 1e-3, "steps": 3, "batch": 4, "warmup": 0}
+    ends = []
+    for name, overrides in (
+        ("gradascent", {}),
+        ("wga", {"beta": 0, "retain": "none"}),
+        ("satimp", {"beta1": 0, "beta2": 0, "forget.weight": 1, "retain": "none"}),
+    ):
+        adapter = target.copy()
+        ends.append(run(adapter, name, schedule=schedule, **overrides).model.state_dict())
+    for other in ends[1:]:
+        for key, value in ends[0].items():
+            torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_rmu_moves_its_window_only_and_steers_to_its_vector(target):
+    layers = target.layers()
+    direction = build("rmu").forget[0].direction(64)
+
+    def states(model, records) -> torch.Tensor:
+        batch = target.collate([target.encode(r) for r in records])
+        with torch.no_grad():
+            return target.forward(model, batch, frozenset({f"features:{layers[1]}"})).features(layers[1])
+
+    def cosine(model) -> float:
+        return torch.cosine_similarity(states(model, FORGET), direction[None], dim=1).mean().item()
+
+    drift = {}
+    schedule = {"name": "fixed", "lr": 4e-3, "steps": 40, "batch": 6, "warmup": 0, "decay": "constant"}
+    for retain in (None, {"weight": 10}):
+        adapter = target.copy()
+        before = copy.deepcopy(adapter.model.state_dict())
+        model = run(adapter, "rmu", retain=retain, width=2, schedule=schedule).model
+        for key, value in model.state_dict().items():
+            inside = key.startswith((layers[0] + ".", layers[1] + ".")) and "down_proj" in key
+            assert torch.equal(before[key], value) != inside, key
+        kept = states(target.model, RETAIN)
+        drift[retain is None] = ((states(model, RETAIN) - kept).norm() / kept.norm()).item()
+        if retain is None:
+            assert cosine(model) > 0.9 > cosine(target.model)
+            assert states(model, FORGET).norm(dim=1).mean().item() == pytest.approx(6.5, rel=0.15)
+    assert drift[False] < 0.3 * drift[True]
+
+
+def test_undial_at_strength_zero_and_kl_alone_leave_the_target_as_it_is(target):
+    schedule = {"name": "fixed", "lr": 1e-3, "steps": 2, "batch": 6, "warmup": 0}
+    for name, overrides in (("undial", {"beta": 0}), ("finetune", {"retain": "kl"})):
+        adapter = target.copy()
+        before = losses(adapter, facts())
+        gradient = run(adapter, name, schedule=schedule, **overrides).history[0]["gradient_norm"]
+        assert gradient < 1e-5
+        assert losses(adapter, facts()) == pytest.approx(before, abs=0.05)
+
+
+def test_the_papers_crossing_runs(target):
+    """NPO with a divergence, on a LoRA, with the forget gradient projected off the retain gradient."""
+    adapter = target.copy()
+    outcome = run(
+        adapter,
+        "npo",
+        retain="kl",
+        parameters={"name": "lora", "rank": 4},
+        gradient="project",
+        schedule={"name": "fixed", "lr": 1e-2, "steps": 20, "batch": 6, "warmup": 0},
+    )
+    assert outcome.steps == 20
+    adapter.model = outcome.model
+    assert losses(adapter, FORGET) > losses(target, FORGET) + 0.5

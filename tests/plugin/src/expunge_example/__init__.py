@@ -1,0 +1,1 @@
+"""A package outside of Expunge that adds a method and a metric to it."""
