@@ -99,9 +99,8 @@ def audit(
     signature = _gather(evidence, ordered, metrics, settings)
     entries = {m.label: _entry(evidence, m, metrics) for m in ordered}
     labels = [m.label for m in models]
-    shown = samples(evidence, "forget", settings.samples_forget, labels) + samples(
-        evidence, "retain", settings.samples_retain, labels
-    )
+    asked = {"forget": settings.samples_forget, "retain": settings.samples_retain}
+    shown = [s for name, count in asked.items() for s in samples(evidence, name, count, labels)]
     membership = [m for m in metrics if isinstance(m, Membership)]
     curves = [c for m in membership for c in roc_curves(evidence, m, labels)]
     distributions = [loss_distribution(evidence, label) for label in labels]
