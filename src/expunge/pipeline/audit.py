@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from expunge.adapters.base import Adapter
-from expunge.audit.document import AuditDocument
+from expunge.audit.document import AuditDocument, Role
 from expunge.audit.run import AuditedModel, audit
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError
@@ -72,11 +72,12 @@ def retrained_models(
         folder = retrained(
             config.model, forget, seed, base=audit_config.base or config.base, retain=config.retain, progress=progress, say=say
         )
-        given.append(_entry(f"retrained seed {seed}", "retrained", folder, config.text, seed=seed, stage="train"))
+        given.append(entry_of(f"retrained seed {seed}", "retrained", folder, config.text, seed=seed, stage="train"))
     return given
 
 
-def _entry(label: str, role: Any, folder: Path, text: TextConfig, *, seed: int, stage: str, method: str = "") -> AuditedModel:
+def entry_of(label: str, role: Role, folder: Path, text: TextConfig, *, seed: int, stage: str, method: str = "") -> AuditedModel:
+    """A model that a finished run holds, with what making it cost."""
     entry = Run.open(folder).manifest["stages"][stage]
     result = entry["result"]
     cost = {k: float(result[k]) for k in ("seconds", "peak_bytes", "steps", "tokens")}
@@ -102,7 +103,7 @@ def unlearned_model(run: Path, label: str | None = None) -> AuditedModel:
     config = UnlearnConfig(**held.manifest["config"])
     if held.manifest["stages"].get("unlearn", {}).get("state") != "done":
         raise InputError(f"The run {str(run)!r} has not finished.", f"Go on: expunge unlearn ... --out {run} --resume.")
-    return _entry(
+    return entry_of(
         label or config.method, "unlearned", run, config.text, seed=config.engine.seed, stage="unlearn", method=config.method
     )
 

@@ -20,7 +20,7 @@ from expunge.engine.loop import Progress
 from expunge.engine.options import Engine
 from expunge.pipeline import train as training
 from expunge.pipeline import unlearn as unlearning
-from expunge.pipeline.audit import DOCUMENT, _entry, measure, read, sets_of, unlearned_model
+from expunge.pipeline.audit import DOCUMENT, entry_of, measure, read, sets_of, unlearned_model
 from expunge.pipeline.config import TextConfig, TrainConfig, UnlearnConfig
 
 WORLD = "persons=40&forget=4&holdout=8&authors=12&countries=8"
@@ -67,7 +67,7 @@ def run(folder: Path, *, bars: Bars, say: Callable[[str], None], methods: Mappin
     request = unlearning.load_request(base)
     gold = [_retrain(target, request.forget, seed, bars, say) for seed in SEEDS]
     runs = [_unlearn(_unlearn_config(target, m, parts), folder / m, bars, say) for m, parts in methods.items()]
-    models = [_entry("target", "target", target, TextConfig(), seed=0, stage="train"), *gold, *map(unlearned_model, runs)]
+    models = [entry_of("target", "target", target, TextConfig(), seed=0, stage="train"), *gold, *map(unlearned_model, runs)]
     document = _audit(folder, models, sets_of(base, request, {}), bars, say)
     return Demo(document, folder, time.perf_counter() - started)
 
@@ -90,7 +90,7 @@ def _train(config: TrainConfig, out: Path, what: str, bars: Bars, say: Callable[
 def _retrain(target: Path, forget: RecordSet, seed: int, bars: Bars, say: Callable[[str], None]) -> AuditedModel:
     with bars(f"retraining without the forget set, seed {seed}") as bar:
         out = training.retrained(str(target), forget, seed, progress=bar, say=say)
-    return _entry(f"retrained seed {seed}", "retrained", out, TextConfig(), seed=seed, stage="train")
+    return entry_of(f"retrained seed {seed}", "retrained", out, TextConfig(), seed=seed, stage="train")
 
 
 def _unlearn(config: UnlearnConfig, out: Path, bars: Bars, say: Callable[[str], None]) -> Path:
