@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -54,18 +54,18 @@ def generate(
             done = _generate_block(adapter, block, max_new_tokens, batch_tokens)
             if store is not None:
                 store.save_lines(key, [{"limit": max_new_tokens, **_line(g)} for g in done])
-        out += [shorten(adapter, g, max_new_tokens) for g in done]
+        out += [shorten(adapter.decode, g, max_new_tokens) for g in done]
         if progress is not None:
             progress(what, len(out), len(examples))
     return out
 
 
-def shorten(adapter: Adapter, generation: Generation, limit: int) -> Generation:
-    """What generating with the smaller ``limit`` would have given."""
+def shorten(decode: Callable[[Sequence[int]], str], generation: Generation, limit: int) -> Generation:
+    """What generating with the smaller ``limit`` would have given; ``decode`` writes tokens as text, where some are cut."""
     if len(generation.tokens) <= limit and (not generation.ended or len(generation.tokens) < limit):
         return generation
     tokens = generation.tokens[:limit]
-    text = generation.text if len(tokens) == len(generation.tokens) else adapter.decode(tokens)
+    text = generation.text if len(tokens) == len(generation.tokens) else decode(tokens)
     return replace(generation, tokens=tokens, text=text, ended=generation.ended and len(generation.tokens) < limit)
 
 
