@@ -208,7 +208,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_one_version_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "expunge.__version__"}
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "expunge.core.version.__version__"}
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == expunge.__version__
     assert citation["license"] == project["project"]["license"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from expunge.core.version import __version__
 
 _LAZY = {
     "unlearn": "expunge.api:unlearn",
