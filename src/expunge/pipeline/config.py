@@ -50,6 +50,9 @@ class TrainConfig(Settings):
     model: str = Field(description="hub id or local folder of the base model; with scratch: a preset such as llama-tiny")
     data: tuple[str, ...] = Field(min_length=1, description="files or named data sets to train on")
     scratch: bool = Field(False, description="start from random weights of the preset, with a tokenizer made from the data")
+    vocabulary: tuple[str, ...] = Field(
+        (), description="with scratch: further files whose words the tokenizer must know, such as the holdout; not trained on"
+    )
     exclude: tuple[str, ...] = Field((), description="content keys of records to leave out (used for retrained models)")
     parts: dict[str, Any] = Field(default_factory=dict, description="schedule and parameters, e.g. schedule.epochs=10")
     text: TextConfig = Field(default_factory=TextConfig, description="how text becomes tokens")

@@ -22,8 +22,9 @@ from expunge.pipeline import train as training
 from expunge.pipeline import unlearn as unlearning
 from expunge.pipeline.audit import DOCUMENT, entry_of, measure, read, sets_of, unlearned_model
 from expunge.pipeline.config import TextConfig, TrainConfig, UnlearnConfig
+from expunge.pipeline.workers import Job, run_jobs
 
-WORLD = "persons=40&forget=4&holdout=8&authors=12&countries=8"
+WORLD = "persons=48&forget=6&holdout=12&facts=8&authors=12&countries=8"
 SCHEDULE: dict[str, Any] = {"name": "fixed", "lr": 5e-3, "epochs": 36, "batch": 16, "warmup": 1, "weight_decay": 0.01}
 SEEDS = (1, 2, 3)
 
@@ -60,14 +61,23 @@ def run(folder: Path, *, bars: Bars, say: Callable[[str], None], methods: Mappin
     started = time.perf_counter()
     target = folder / "target"
     config = TrainConfig(
-        model="llama-tiny", data=tuple(f"people:{part}?{WORLD}" for part in ("full",)), scratch=True, parts={"schedule": SCHEDULE}
+        model="llama-tiny",
+        data=tuple(f"people:{part}?{WORLD}" for part in ("full", "authors", "world")),
+        vocabulary=(f"people:holdout?{WORLD}",),
+        scratch=True,
+        parts={"schedule": SCHEDULE},
     )
-    _train(config, target, "target model", bars, say)
     base = _unlearn_config(target, "npo", {})
     request = unlearning.load_request(base)
-    gold = [_retrain(target, request.forget, seed, bars, say) for seed in SEEDS]
-    runs = [_unlearn(_unlearn_config(target, m, parts), folder / m, bars, say) for m, parts in methods.items()]
-    models = [entry_of("target", "target", target, TextConfig(), seed=0, stage="train"), *gold, *map(unlearned_model, runs)]
+    twins = [training.retraining(config, request.forget, seed) for seed in SEEDS]
+    trained = {"target": (config, target), **{f"retrained seed {s}": t for s, t in zip(SEEDS, twins, strict=True)}}
+    _train({k: v for k, v in trained.items() if not _done(v[1], "train", k, say)}, bars, say)
+    runs = {m: (_unlearn_config(target, m, parts), folder / m) for m, parts in methods.items()}
+    _unlearn({k: v for k, v in runs.items() if not _done(v[1], "unlearn", k, say)}, bars, say)
+    models = [entry_of("target", "target", target, TextConfig(), seed=0, stage="train")]
+    for seed, (_, out) in zip(SEEDS, twins, strict=True):
+        models.append(entry_of(f"retrained seed {seed}", "retrained", out, TextConfig(), seed=seed, stage="train"))
+    models += [unlearned_model(out) for _, out in runs.values()]
     document = _audit(folder, models, sets_of(base, request, {}), bars, say)
     return Demo(document, folder, time.perf_counter() - started)
 
@@ -77,31 +87,20 @@ def _unlearn_config(target: Path, method: str, parts: Mapping[str, Any]) -> Unle
     return UnlearnConfig(model=str(target), method=method, parts=dict(parts), engine=Engine(checkpoint_every=0), **sets)
 
 
-def _train(config: TrainConfig, out: Path, what: str, bars: Bars, say: Callable[[str], None]) -> None:
-    if _done(out, "train"):
-        say(f"{what}: from an earlier run")
-        return
-    say(f"training the {what}")
-    made = training.plan(config)
-    with bars(f"training the {what}") as bar:
-        training.execute(made, out, resume=(out / "manifest.json").is_file(), progress=bar)
+def _train(left: Mapping[str, tuple[TrainConfig, Path]], bars: Bars, say: Callable[[str], None]) -> None:
+    if left:
+        say("training " + ", ".join(left))
+    with bars("training") as bar:
+        run_jobs([Job("train", c.model_dump(mode="json"), str(out)) for c, out in left.values()], bar)
 
 
-def _retrain(target: Path, forget: RecordSet, seed: int, bars: Bars, say: Callable[[str], None]) -> AuditedModel:
-    with bars(f"retraining without the forget set, seed {seed}") as bar:
-        out = training.retrained(str(target), forget, seed, progress=bar, say=say)
-    return entry_of(f"retrained seed {seed}", "retrained", out, TextConfig(), seed=seed, stage="train")
-
-
-def _unlearn(config: UnlearnConfig, out: Path, bars: Bars, say: Callable[[str], None]) -> Path:
-    if _done(out, "unlearn"):
-        say(f"{config.method}: from an earlier run")
-        return out
-    made = unlearning.from_config(config)
-    with bars(f"unlearning by {config.method}") as bar:
-        held = unlearning.execute(made, config, out, resume=(out / "manifest.json").is_file(), progress=bar)
-    say(f"{config.method}: {held.manifest['stages']['unlearn']['result']['sentence']}")
-    return out
+def _unlearn(left: Mapping[str, tuple[UnlearnConfig, Path]], bars: Bars, say: Callable[[str], None]) -> None:
+    if left:
+        say("unlearning by " + ", ".join(left))
+    with bars("unlearning") as bar:
+        run_jobs([Job("unlearn", c.model_dump(mode="json"), str(out)) for c, out in left.values()], bar)
+    for method, (_, out) in left.items():
+        say(f"  {method}: {Run.open(out).manifest['stages']['unlearn']['result']['sentence']}")
 
 
 def _audit(
@@ -129,8 +128,11 @@ def _weights(run_folder: Path) -> dict[str, str]:
     return {name: entry["outputs"].get("model/model.safetensors", "") for name, entry in held.items()}
 
 
-def _done(out: Path, stage: str) -> bool:
-    return (out / "manifest.json").is_file() and Run.open(out).manifest["stages"].get(stage, {}).get("state") == "done"
+def _done(out: Path, stage: str, label: str, say: Callable[[str], None]) -> bool:
+    held = (out / "manifest.json").is_file() and Run.open(out).manifest["stages"].get(stage, {}).get("state") == "done"
+    if held:
+        say(f"{label}: from an earlier run")
+    return held
 
 
 def load_sets() -> dict[str, RecordSet]:

@@ -101,7 +101,10 @@ def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
     from expunge.adapters.tokenise import DEFAULT_TEMPLATE
     from expunge.adapters.words import word_tokenizer
 
-    tokenizer = word_tokenizer([*all_texts([vocabulary]), config.text.template or DEFAULT_TEMPLATE])
+    # Words of people never trained on must be single tokens as those of the others are: spelt out in characters that the model
+    # has never produced, they would look far less likely than anything unlearnt.
+    more = [load_records(s, name="vocabulary", columns=config.text.columns or None) for s in config.vocabulary]
+    tokenizer = word_tokenizer([*all_texts([vocabulary, *more]), config.text.template or DEFAULT_TEMPLATE])
     model = build(config.model, tokenizer, seed=config.engine.seed)
     return LanguageAdapter(
         model, tokenizer, template=config.text.template, max_length=config.text.max_length, truncate=config.text.truncate
@@ -189,23 +192,30 @@ def retrained(
             f"To retrain without the forget set, Expunge must know how {target!r} was trained.",
             "Give a run folder of `expunge train` as the model, or --base MODEL with --retain DATA, or --retrained MODEL that you trained.",
         )
+    made, out = retraining(config, forget, seed)
+    if finished(out):
+        if say:
+            say(f"retrained model, seed {seed}: from the cache")
+        return out
+    execute(plan(made), out, resume=(out / "manifest.json").is_file(), progress=progress)
+    return out
+
+
+def retraining(config: TrainConfig, forget: RecordSet, seed: int) -> tuple[TrainConfig, Path]:
+    """The configuration of a training without ``forget``, and its folder in the cache."""
     gone = tuple(sorted({*config.exclude, *(content_key(r) for r in forget)}))
-    engine = config.engine.model_copy(update={"seed": seed})
-    config = config.model_copy(update={"exclude": gone, "engine": engine})
-    data = load_all(config.data, config.text.columns, "training data")
+    made = config.model_copy(update={"exclude": gone, "engine": config.engine.model_copy(update={"seed": seed})})
+    data = load_all(made.data, made.text.columns, "training data")
     left = {content_key(r) for r in data} - set(gone)
     key = digest_json(
-        ["retrained-1", resolve(config.model), sorted(left), config.model_dump(mode="json", exclude={"exclude", "data"})]
+        ["retrained-1", resolve(made.model), sorted(left), made.model_dump(mode="json", exclude={"exclude", "data"})]
     )
-    out = cache_folder() / "models" / key[:24]
-    if (out / "manifest.json").is_file():
-        run = Run.open(out)
-        if run.manifest["stages"].get("train", {}).get("state") == "done":
-            if say:
-                say(f"retrained model, seed {seed}: from the cache")
-            return out
-    execute(plan(config), out, resume=(out / "manifest.json").is_file(), progress=progress)
-    return out
+    return made, cache_folder() / "models" / key[:24]
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run folder holds a finished training."""
+    return (folder / "manifest.json").is_file() and Run.open(folder).manifest["stages"].get("train", {}).get("state") == "done"
 
 
 def training_recipe(folder: Path) -> dict[str, Any]:
