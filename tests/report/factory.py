@@ -116,6 +116,11 @@ def document(
     return AuditDocument(**(fields | changes))
 
 
+def light(models: Sequence[Character] = (TARGET, GOLD, NPO), **changes: Any) -> AuditDocument:
+    """A document without curves, distributions and samples, for tests that look at words and tables only."""
+    return document(models, **({"curves": [], "distributions": [], "samples": []} | changes))
+
+
 def full() -> AuditDocument:
     """Target, two retrained seeds and eight methods with every verdict but one."""
     return document((TARGET, GOLD, GOLD_2, *METHODS), title="Forget 10 fictitious people: eight methods")
