@@ -19,6 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import expunge
+from expunge.audit.settings import AuditSettings
 from expunge.core.settings import parse_overrides
 from expunge.methods.recipe import build
 
@@ -133,6 +134,8 @@ def test_commands_in_documents_exist(document: str, words: list[str]) -> None:
     if words[0] == "unlearn" and given.get("--method", "npo") != "NAME":
         overrides = parse_overrides(parts)
         build(given.get("--method", "npo"), {k: v for k, v in overrides.items() if k not in ("engine", "text")})
+    if words[0] == "audit":
+        AuditSettings(**parse_overrides(parts))
 
 
 def test_options_in_prose_exist() -> None:
@@ -205,7 +208,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_one_version_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "expunge.__version__"}
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "expunge.core.version.__version__"}
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == expunge.__version__
     assert citation["license"] == project["project"]["license"]

@@ -129,21 +129,25 @@ def _exit_codes() -> str:
     return markdown(inspect.cleandoc(errors.__doc__ or "").partition("\n\n")[2])
 
 
-_PREFIX = {"TextConfig": "text."}
+_CLASSES = (
+    ("Unlearning", "expunge.pipeline.config", "UnlearnConfig", ""),
+    ("Training", "expunge.pipeline.config", "TrainConfig", ""),
+    ("Text", "expunge.pipeline.config", "TextConfig", "text."),
+    ("Engine", "expunge.engine.options", "Engine", "engine."),
+    ("Audit: what is compared", "expunge.pipeline.audit", "AuditConfig", ""),
+    ("Audit: what is measured", "expunge.audit.settings", "AuditSettings", ""),
+)  #: heading, module, class, prefix of its keys on the command line
 
 
 def _settings() -> str:
-    config = importlib.import_module("expunge.pipeline.config")
-    engine = importlib.import_module("expunge.engine.options").Engine
     blocks = [
         "The same typed objects serve Python, YAML (`--config FILE`) and the command line (`key=value`, dotted keys nest). An "
-        "unknown key or a value out of range is refused before anything starts.",
+        "unknown key or a value out of range is refused before anything starts. The parameters of methods are on the pages of "
+        "their [parts](../parts/index.md), those of the verdict [here](verdict.md#thresholds).",
     ]
-    for name, cls in vars(config).items():
-        if inspect.isclass(cls) and issubclass(cls, Settings) and cls.__module__ == config.__name__:
-            prefix = _PREFIX.get(name, "")
-            blocks += [f"## {name}", inline(inspect.cleandoc(cls.__doc__ or "")), parameters(cls, prefix=prefix)]
-    blocks += ["## Engine", inline(inspect.cleandoc(engine.__doc__ or "")), parameters(engine, prefix="engine.")]
+    for heading, module, name, prefix in _CLASSES:
+        cls = getattr(importlib.import_module(module), name)
+        blocks += [f"## {heading}", inline(inspect.cleandoc(cls.__doc__ or "")), parameters(cls, prefix=prefix)]
     return page("Settings", *blocks)
 
 

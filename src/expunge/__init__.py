@@ -1,3 +1,53 @@
-"""Expunge makes a trained model forget, and proves it."""
+"""Expunge makes a trained model forget, and proves it.
 
-__version__ = "0.1.0"
+The public names are loaded when they are first used, so ``import expunge`` is cheap and needs no optional package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from expunge.core.version import __version__
+
+_LAZY = {
+    "unlearn": "expunge.api:unlearn",
+    "audit_model": "expunge.api:audit_model",
+    "load": "expunge.data.sources:load",
+    "build_recipe": "expunge.methods.recipe:build",
+    "loss_terms": "expunge.methods.evaluate:loss_terms",
+    "loss_on": "expunge.methods.evaluate:loss_on",
+    "evaluate_metric": "expunge.audit.metrics.registry:evaluate_metric",
+    "METHODS": "expunge.methods.registry:METHODS",
+    "METRICS": "expunge.audit.metrics.registry:METRICS",
+}
+
+if TYPE_CHECKING:
+    from expunge.api import audit_model, unlearn
+    from expunge.audit.metrics.registry import METRICS, evaluate_metric
+    from expunge.data.sources import load
+    from expunge.methods.evaluate import loss_on, loss_terms
+    from expunge.methods.recipe import build as build_recipe
+    from expunge.methods.registry import METHODS
+
+__all__ = [
+    "METHODS",
+    "METRICS",
+    "__version__",
+    "audit_model",
+    "build_recipe",
+    "evaluate_metric",
+    "load",
+    "loss_on",
+    "loss_terms",
+    "unlearn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'expunge' has no attribute {name!r}")
+    module, _, attribute = _LAZY[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value

@@ -57,7 +57,7 @@ def test_gradcheck(keep):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 def test_low_precision_weights_have_float32_losses(dtype, tolerance, keep):
     leaves, targets = inputs(33, 16, 101, dtype, True)
     expected, got = plain(leaves, targets), fused(leaves, targets, rows=8, keep=keep)
@@ -77,6 +77,16 @@ def test_huge_and_tiny_scores_stay_finite(keep):
     got = fused(leaves, targets, rows=4, keep=keep)
     torch.testing.assert_close(got, plain(leaves, targets), rtol=1e-5, atol=1e-3)
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(got.sum(), leaves))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_half_precision_holds_a_large_flat_vocabulary(keep):
+    """The sum of exponentials over 70,000 equal scores does not fit into float16; the gradient must not need it there."""
+    hidden = torch.zeros(2, 2, dtype=torch.float16, requires_grad=True)
+    weight = torch.ones(70_000, 2, dtype=torch.float16, requires_grad=True)
+    got = linear_cross_entropy(hidden, weight, torch.tensor([0, 5]), keep=keep)
+    torch.testing.assert_close(got, torch.full((2,), 70_000.0).log())
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(got.sum(), [hidden, weight]))
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -90,6 +90,6 @@ class Counter:
 @pytest.fixture
 def text_records() -> RecordSet:
     words = "the old house by the river stood empty for many years until one spring a family came"
-    words = words.split()  # noqa: SIM905
+    words = words.split()
     rows = [Record(id=f"t{i}", answer=" ".join(words[i:] + words[:i]), subject=f"book{i % 3}") for i in range(6)]
     return RecordSet("forget", tuple(rows))

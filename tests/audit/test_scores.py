@@ -186,7 +186,7 @@ def test_a_shorter_view_equals_a_fresh_shorter_generation(target, sets, tmp_path
         assert counted.passes == 0
         fresh = [target.generate(target.model, [e], limit)[0] for e in examples]
         assert view == fresh
-        assert view == [shorten(target, g, limit) for g in long]
+        assert view == [shorten(target.decode, g, limit) for g in long]
     assert len({g.ended for g in generate(target, examples, 8, store=store)} | {g.ended for g in long}) == 2
 
 

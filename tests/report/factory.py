@@ -97,7 +97,10 @@ def document(
             "The model is small; what holds here need not hold for a model a thousand times its size.",
         ],
         "protocol": {
-            "metrics": ["probability", "rouge-l-recall", "truth-ratio", "model-utility"],
+            "metrics": {
+                "probability": {"formula": "exp(mean log p)", "eos": True},
+                "truth-ratio": {"formula": "P(wrong) / P(paraphrase)"},
+            },
             "relearn": {"steps": 50, "share": 0.5, "learning_rates": [1e-5, 1e-4, 1e-3]},
             "bootstrap": {"draws": 2000, "level": 0.95, "seed": 0},
         },
@@ -174,22 +177,22 @@ def _entry(model: Character, losses: dict[str, np.ndarray]) -> ModelEntry:
         numbers[f"{name}.rouge-l-recall"] = _number(
             float(0.2 + 0.78 * chance.mean() ** 0.6), 0.03, direction, n, flags=model.flags
         )
-        numbers[f"{name}.nll"] = _number(float(losses[name].mean()), 0.12, Direction.REFERENCE, n, None)
+        numbers[f"{name}.loss"] = _number(float(losses[name].mean()), 0.12, Direction.REFERENCE, n, None)
     numbers["forget.truth-ratio"] = _number(float(0.2 + 0.16 * model.forget), 0.05, Direction.REFERENCE, 200, None)
-    numbers["holdout.nll"] = _number(float(losses["holdout"].mean()), 0.2, Direction.REFERENCE, 200, None)
+    numbers["holdout.loss"] = _number(float(losses["holdout"].mean()), 0.2, Direction.REFERENCE, 200, None)
     numbers["model-utility"] = _number(float(0.72 * np.exp(-1.1 * model.retain)), 0.02, Direction.UTILITY_UP, 1200)
     quality = 10 ** (-abs(model.forget - 3.05) * 9 - 0.02)
     numbers["forget-quality"] = Number(value=quality, over="none", n=200, direction=Direction.REFERENCE, range=(0.0, 1.0))
     leak = float(np.clip(100 * (model.forget - 3.05) / 3.05, -99, 97))
     numbers["privleak.min-k"] = _number(leak, 14.0, Direction.ZERO, 400, None)
-    numbers["auc.loss"] = _number(float(np.clip(0.5 + leak / 205, 0, 1)), 0.04, Direction.REFERENCE, 400)
+    numbers["membership.loss"] = _number(float(np.clip(0.5 + leak / 205, 0, 1)), 0.04, Direction.REFERENCE, 400)
     if model.role == "unlearned" and "lora" in model.label:
         missing = "The adapter cannot give gradient norms of merged weights."
-        numbers["auc.gradnorm"] = Number(value=None, direction=Direction.REFERENCE, note=missing)
+        numbers["membership.gradient-norm"] = Number(value=None, direction=Direction.REFERENCE, note=missing)
     else:
-        numbers["auc.gradnorm"] = _number(float(np.clip(0.5 + leak / 240, 0, 1)), 0.04, Direction.REFERENCE, 400)
+        numbers["membership.gradient-norm"] = _number(float(np.clip(0.5 + leak / 240, 0, 1)), 0.04, Direction.REFERENCE, 400)
     if model.verdict is Verdict.DAMAGED:
-        numbers["auc.zlib"] = Number(
+        numbers["membership.zlib"] = Number(
             value=1.204, low=1.1, high=1.3, n=400, direction=Direction.REFERENCE, range=(0.0, 1.0)
         ).checked()
     numbers["relearn.area"] = _number(float(np.exp(-model.relearn)), 0.05, Direction.FORGET_DOWN, 100)
@@ -281,7 +284,11 @@ def _roc(name: str, models: Sequence[Character], losses: dict[str, dict[str, np.
         tpr = [0.0, *[float((member >= c).mean()) for c in cuts]]
         series.append(Series(label=m.label, x=fpr, y=tpr))
     return Curve(
-        name=f"roc.{name}", title=f"{name} attack", x_label="false positive rate", y_label="true positive rate", series=series
+        name=f"roc.{name}",
+        title=f"Membership attack {name}",
+        x_label="false positive rate",
+        y_label="true positive rate",
+        series=series,
     )
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 from expunge.audit.document import AuditDocument, ModelEntry, Role
 from expunge.core.errors import InputError
 from expunge.core.results import Direction, Number
-from expunge.report.compare import check_comparable, compare, seed_interval
+from expunge.report.compare import check_comparable, compare
 
 from . import factory
 
@@ -148,8 +148,8 @@ def test_without_gold_or_target_there_is_no_distance_and_the_reason_is_told() ->
 
 
 def test_axes_can_be_chosen_and_a_wrong_name_gets_the_nearest() -> None:
-    found = compare([factory.full()], forget="forget.nll", utility="retain.probability")
-    assert (found.forget_key, found.utility_key) == ("forget.nll", "retain.probability")
+    found = compare([factory.full()], forget="forget.loss", utility="retain.probability")
+    assert (found.forget_key, found.utility_key) == ("forget.loss", "retain.probability")
     with pytest.raises(InputError, match=r"forget\.probability"):
         compare([factory.full()], forget="forget.probabilty")
 
@@ -184,12 +184,3 @@ def test_another_protocol_is_a_note() -> None:
 def test_no_number_for_an_axis_is_an_error() -> None:
     with pytest.raises(InputError, match="forget number"):
         compare([audit(ModelEntry(label="a", role="target", fingerprint="a"))])
-
-
-def test_seed_interval() -> None:
-    assert seed_interval([0.3]) == (0.3, None, None)
-    assert seed_interval([0.5, 0.5, 0.5]) == (0.5, 0.5, 0.5)
-    mean, low, high = seed_interval([1.0, 2.0, 4.0], level=0.9)
-    assert low is not None
-    assert high is not None
-    assert (mean, low, high) == pytest.approx((7 / 3, *stats.t.interval(0.9, 2, loc=7 / 3, scale=stats.sem([1, 2, 4]))))

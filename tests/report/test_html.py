@@ -135,7 +135,7 @@ def test_verdict_reason_weakest_link_and_thresholds_come_first(full: AuditDocume
 
 
 def test_flags_are_never_dropped(text: str) -> None:
-    impossible = re.search(r'<td class="num flagged"[^>]*>1\.20<sup class="end">!(\d+)</sup>', text)
+    impossible = re.search(r'<td class="num flagged"[^>]*><sup>!(\d+)</sup>&#8239;1\.20<', text)
     assert impossible, "the impossible value is marked"
     notes = re.findall(r'<ol class="notes">(.*?)</ol>', text)
     assert any("impossible value 1.204: outside [0.0, 1.0]" in n for n in notes)
@@ -143,8 +143,34 @@ def test_flags_are_never_dropped(text: str) -> None:
 
 
 def test_missing_is_a_dash_with_its_reason(text: str) -> None:
-    assert re.search(r'<td class="num" data-sort="">\u2013<sup class="end">\d+</sup></td>', text)
+    assert re.search(r'<td class="num" data-sort=""><sup>\d+</sup>&#8239;\u2013</td>', text)
     assert "The adapter cannot give gradient norms of merged weights." in text
+
+
+def test_what_no_model_has_is_told_once_below_the_table() -> None:
+    made = factory.document()
+    for model in made.models:
+        for name in ("loss", "zlib"):
+            model.numbers[f"membership.{name}.tpr-at-1"] = Number(
+                value=None, direction=Direction.REFERENCE, flags=("too few: 200",)
+            )
+    text = page.html([made])
+    told = re.findall(r"Not measured: ([^<]*)", text)
+    assert len(told) == 1
+    assert "membership.loss.tpr-at-1" in told[0]
+    assert "membership.zlib.tpr-at-1): too few: 200." in told[0]
+
+
+def test_a_note_of_a_whole_row_stands_at_its_name_and_others_at_their_cells() -> None:
+    made = factory.document()
+    for i, model in enumerate(made.models):
+        number = model.numbers["model-utility"]
+        model.numbers["model-utility"] = number.model_copy(update={"note": "nine parts"})
+        model.numbers["forget-quality"] = model.numbers["forget-quality"].model_copy(update={"note": f"against {i}"})
+    text = page.html([made])
+    assert re.search(r"<th scope=\"row\">Model utility <sup>[a-z]</sup>", text)
+    assert all(re.search(rf"<ol class=\"notes remarks\">.*<li>against {i}</li>", text) for i in range(3))
+    assert len(re.findall(r"<li>nine parts</li>", text)) == 2  # at a glance and in the full table
 
 
 def test_untrusted_text_is_shown_and_not_run() -> None:

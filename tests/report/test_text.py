@@ -37,9 +37,9 @@ def test_two_significant_digits_of_the_interval(given_number: Number, value: str
 
 
 @given(st.floats(-1e4, 1e4), st.floats(1e-4, 1e3))
-def test_what_is_written_is_within_a_tenth_of_the_interval(value: float, half: float) -> None:
+def test_what_is_written_is_within_a_tenth_of_the_interval_or_the_third_decimal(value: float, half: float) -> None:
     made = number(value, value - half, value + half)
-    assert abs(float(text.value_text(made, minus="-")) - value) <= 0.1 * half + 1e-6
+    assert abs(float(text.value_text(made, minus="-")) - value) <= 0.1 * half + 5.001e-4
 
 
 def test_durations_amounts_and_moments() -> None:
@@ -57,6 +57,11 @@ def test_words_shared_with_the_true_answer() -> None:
     assert view.shared("Born in Tessaly, I think.", gold, prompt)[0] == ("Born in Tessaly,", True)
     assert "".join(p for p, _ in view.shared("  a\n b  c", gold, prompt)) == "  a\n b  c"
     assert view.shared("", gold) == ()
+    assert view.shared("Perhaps born in Tessaly or so.", gold, prompt) == (
+        ("Perhaps ", False),
+        ("born in Tessaly", True),
+        (" or so.", False),
+    )
 
 
 def test_weakest_link_is_the_failed_then_the_tightest() -> None:
@@ -66,21 +71,27 @@ def test_weakest_link_is_the_failed_then_the_tightest() -> None:
     bad = Check(name="bad", outcome="worse", difference=-0.2, low=-0.21, high=-0.19, margin=0.1)
     skipped = Check(name="skipped", outcome="not run")
 
-    def found(*checks: Check) -> str | None:
-        link = weakest(Judgement(verdict=Verdict.UNDECIDED, reason="", checks=checks))
+    gain = Check(name="gain", outcome="equivalent", difference=0.3, low=0.2, high=0.4, margin=0.1)
+
+    def found(*checks: Check, reason: str = "") -> str | None:
+        link = weakest(Judgement(verdict=Verdict.UNDECIDED, reason=reason, checks=checks))
         return link.name if link else None
 
     assert found(easy, tight, skipped) == "tight"
     assert found(easy, thin, tight) == "thin"
     assert found(thin, bad, easy) == "bad"
+    assert found(gain, tight) == "tight"  # past its margin on the side that is no fault
+    named = easy.model_copy(update={"text": "This is easy."})
+    assert found(bad, named, reason="Look: This is easy.") == "easy"
     assert found() is None
 
 
-def test_strip_says_whether_the_interval_is_inside() -> None:
+def test_strip_shows_the_outcome() -> None:
     inside = margin_strip(Check(name="a", outcome="equivalent", difference=0.01, low=-0.02, high=0.04, margin=0.05))
     outside = margin_strip(Check(name="a", outcome="undecided", difference=0.01, low=-0.02, high=0.06, margin=0.05))
-    assert ", inside the margin of 0.05" in inside
+    assert "equivalent: difference +0.010" in inside
+    assert "margin 0.05" in inside
     assert 'class="dot in"' in inside
-    assert "not inside the margin" in outside
+    assert "undecided: difference" in outside
     assert 'class="dot out"' in outside
     assert margin_strip(Check(name="a", outcome="not run")) == ""

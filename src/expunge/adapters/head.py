@@ -21,23 +21,30 @@ BLOCK_BYTES = 16 * 2**20  #: size of one block of scores: small enough for a pro
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """``-log softmax(h W' + b)[target]`` per row; holds one block of scores, or one ``[N, V]`` of exponentials if kept."""
+    """``-log softmax(h W' + b)[target]`` per row; holds one block of scores, or one ``[N, V]`` matrix if that is kept.
+
+    With ``e = exp(scores - max)``, ``s = sum(e)`` and ``D = e - s * onehot(target)``, the gradient of the scores is
+    ``D * (g / s)`` for an upstream gradient ``g``. ``D`` does not depend on ``g``, so it can be kept, and the factor is applied
+    to the small side of each product: nothing of size ``[N, V]`` is touched again but by the two products themselves.
+    """
 
     @staticmethod
     def forward(  # noqa: PLR0917  (autograd passes by position)
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, keep: bool
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        kept = hidden.new_empty((len(targets), len(weight)), dtype=exact) if keep else None
+        kept = hidden.new_empty((len(targets), len(weight))) if keep else None
         losses = hidden.new_empty(len(targets), dtype=exact)
         tops, sums = torch.empty_like(losses), torch.empty_like(losses)
         for a in range(0, len(targets), rows):
             b = min(a + rows, len(targets))
             scores = _scores(hidden[a:b], weight, bias, None if kept is None else kept[a:b])
-            top = scores.amax(1, keepdim=True)
+            tops[a:b] = scores.amax(1)
             losses[a:b] = scores.gather(1, targets[a:b, None]).squeeze(1)
-            scores.sub_(top).exp_()
-            tops[a:b], sums[a:b] = top.squeeze(1), scores.sum(1)
+            sums[a:b] = _direction_(scores, targets[a:b], tops[a:b])
+            if kept is not None and scores.dtype != kept.dtype:
+                # Divided here, because half precision could not hold a sum over a whole vocabulary.
+                kept[a:b] = scores.div_(sums[a:b, None])
         losses.neg_().add_(tops).add_(sums.log())
         ctx.rows = rows
         ctx.save_for_backward(hidden, weight, bias, targets, tops, sums, kept)
@@ -46,56 +53,79 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, bias, targets, tops, sums, kept = ctx.saved_tensors
-        upstream = grads[0].contiguous()
+        upstream = grads[0]
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         # Rows without gradient (the other half of a forget + retain batch, say) cost nothing.
         live = upstream.nonzero().squeeze(1)
-        everything = len(live) == len(upstream)
-        exact = sums.dtype
-        d_hidden = (torch.empty_like if everything else torch.zeros_like)(hidden) if want_hidden else None
-        d_weight = torch.empty_like(weight, dtype=exact) if want_weight else None
-        if d_weight is not None and len(live) == 0:
-            d_weight.zero_()
-        d_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
-        scratch = hidden.new_empty((min(ctx.rows, max(len(live), 1)), len(weight)), dtype=exact)
-        for a in range(0, len(live), ctx.rows):
-            at: Any = slice(a, min(a + ctx.rows, len(live))) if everything else live[a : a + ctx.rows]
-            rows, grad = hidden[at], upstream[at]
-            factor = (grad / sums[at])[:, None]
-            block = scratch[: len(rows)]
+        d_hidden = torch.zeros_like(hidden) if want_hidden else None
+        d_weight = _Sum(weight) if want_weight else None
+        d_bias = _Sum(bias) if want_bias and bias is not None else None
+        for at in _portions(live, len(live) if kept is not None else ctx.rows):
+            rows, factor = hidden[at], upstream[at][:, None]
             if kept is None:
-                block = _scores(rows, weight, bias, block).sub_(tops[at][:, None]).exp_().mul_(factor)
+                block = _scores(rows, weight, bias, None)
+                _direction_(block, targets[at], tops[at])
+                block = block.div_(sums[at][:, None]).to(weight.dtype)
             else:
-                torch.mul(kept[at], factor, out=block)
-            block.scatter_add_(1, targets[at][:, None], -grad[:, None])
-            if d_bias is not None:
-                d_bias += block.sum(0)
-            low = block.to(weight.dtype)
+                block = kept[at]
+                factor = factor if block.dtype != sums.dtype else factor / sums[at][:, None]
             if d_hidden is not None:
-                d_hidden[at] = low @ weight
+                d_hidden[at] = ((block @ weight) * factor).to(hidden.dtype)
             if d_weight is not None:
-                if low.dtype == exact:
-                    torch.addmm(d_weight, low.t(), rows, beta=0 if a == 0 else 1, out=d_weight)
-                elif a == 0:
-                    d_weight.copy_(low.t() @ rows)
-                else:
-                    d_weight += low.t() @ rows
-        return (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            None, None, None,
-        )  # fmt: skip
+                d_weight.add(block.t(), (rows * factor).to(block.dtype))
+            if d_bias is not None:
+                d_bias.add(block.t(), factor.to(block.dtype))
+        weights = None if d_weight is None else d_weight.value()
+        return d_hidden, weights, None if d_bias is None else d_bias.value(), None, None, None
 
 
 def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """``h W' + b`` in at least float32, written to ``out`` where no conversion is needed."""
-    if out is not None and out.dtype == hidden.dtype:
+    """``h W' + b`` in at least float32, written to ``out`` if that is its type."""
+    if out is not None and out.dtype in (torch.float32, torch.float64):
         return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
     low = functional.linear(hidden, weight, bias)
-    if out is None:
-        return low.to(torch.promote_types(low.dtype, torch.float32))
-    return out.copy_(low)
+    return low.to(torch.promote_types(low.dtype, torch.float32))
+
+
+def _direction_(scores: Tensor, targets: Tensor, tops: Tensor) -> Tensor:
+    """Turn scores into ``D``, in place, and give the sums ``s``."""
+    sums = scores.sub_(tops[:, None]).exp_().sum(1)
+    scores.scatter_add_(1, targets[:, None], -sums[:, None])
+    return sums
+
+
+def _portions(live: Tensor, size: int) -> Iterator[slice | Tensor]:
+    """The rows of ``live`` in portions: as slices if they stand together, which copies nothing."""
+    if not len(live):
+        return
+    first, last = int(live[0]), int(live[-1])
+    together = last - first + 1 == len(live)
+    for a in range(0, len(live), size):
+        yield slice(first + a, min(first + a + size, last + 1)) if together else live[a : a + size]
+
+
+class _Sum:
+    """A sum of products in float32, rounded once at the end to the type of what it is the gradient of."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.total: Tensor | None = None
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add ``left @ right`` (a column for a vector)."""
+        exact = torch.promote_types(left.dtype, torch.float32)
+        if self.total is None:
+            self.total = (left @ right).to(exact)
+        elif left.dtype == exact:
+            self.total.addmm_(left, right)
+        else:
+            self.total += left @ right
+
+    def value(self) -> Tensor:
+        """The sum, in the shape and type of the parameter."""
+        if self.total is None:
+            return torch.zeros_like(self.like)
+        return self.total.reshape(self.like.shape).to(self.like.dtype)
 
 
 def linear_cross_entropy(
@@ -127,7 +157,7 @@ def linear_cross_entropy(
     width = len(weight) * (8 if hidden.dtype == torch.float64 else 4)
     rows = rows or max(16, BLOCK_BYTES // width)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    keep = needed and (len(targets) * width <= KEEP_BYTES if keep is None else keep)
+    keep = needed and (targets.numel() * len(weight) * hidden.element_size() <= KEEP_BYTES if keep is None else keep)
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, keep)  # type: ignore[no-untyped-call]
     return losses
 

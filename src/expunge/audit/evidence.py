@@ -138,6 +138,10 @@ class Evidence:
             self._open = (label, source())
         return self._open[1]
 
+    def decoder(self, label: str) -> Callable[[Sequence[int]], str]:
+        """Writes a model's tokens as text; loads the model only when it is called."""
+        return lambda tokens: self.adapter(label).decode(tokens)
+
     def labels(self, role: Role, but: str = "") -> list[str]:
         """Labels of the models of a role, without the model ``but`` and without models of its very weights.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from expunge.adapters.base import Adapter, Example, Generation
-from expunge.audit.scores import Progress, by_length, evaluating
+from expunge.audit.scores import Progress, evaluating
 from expunge.audit.store import ScoreStore, compute_signature, examples_digest
 
 
@@ -35,7 +35,7 @@ def generate(
         max_new_tokens: limit per continuation, the end token not counted.
         store: where generations are kept; None keeps none.
         fingerprint: the adapter's fingerprint, if it is known already.
-        batch_tokens: prompt and new tokens per batch, padding included.
+        batch_tokens: padded tokens per batch of scoring; a batch of prompts may have four times as many, new ones included.
         shard_examples: examples per file.
         progress: called after each file.
         what: its first argument.
@@ -54,18 +54,18 @@ def generate(
             done = _generate_block(adapter, block, max_new_tokens, batch_tokens)
             if store is not None:
                 store.save_lines(key, [{"limit": max_new_tokens, **_line(g)} for g in done])
-        out += [shorten(adapter, g, max_new_tokens) for g in done]
+        out += [shorten(adapter.decode, g, max_new_tokens) for g in done]
         if progress is not None:
             progress(what, len(out), len(examples))
     return out
 
 
-def shorten(adapter: Adapter, generation: Generation, limit: int) -> Generation:
-    """What generating with the smaller ``limit`` would have given."""
+def shorten(decode: Callable[[Sequence[int]], str], generation: Generation, limit: int) -> Generation:
+    """What generating with the smaller ``limit`` would have given; ``decode`` writes tokens as text, where some are cut."""
     if len(generation.tokens) <= limit and (not generation.ended or len(generation.tokens) < limit):
         return generation
     tokens = generation.tokens[:limit]
-    text = generation.text if len(tokens) == len(generation.tokens) else adapter.decode(tokens)
+    text = generation.text if len(tokens) == len(generation.tokens) else decode(tokens)
     return replace(generation, tokens=tokens, text=text, ended=generation.ended and len(generation.tokens) < limit)
 
 
@@ -78,12 +78,29 @@ def cut(text: str, stops: Sequence[str]) -> str:
 @torch.no_grad()
 def _generate_block(adapter: Adapter, block: Sequence[Example], limit: int, batch_tokens: int) -> list[Generation]:
     out: list[Generation | None] = [None] * len(block)
-    lengths = [max(e.size - e.n_targets, 1) + limit for e in block]
     with evaluating(adapter.model):
-        for chosen in by_length(lengths, batch_tokens):
+        for chosen in _batches(block, limit, 4 * batch_tokens):
             for i, made in zip(chosen, adapter.generate(adapter.model, [block[i] for i in chosen], limit), strict=True):
                 out[i] = made
     return [g for g in out if g is not None]
+
+
+def _batches(block: Sequence[Example], limit: int, budget: int) -> Iterator[list[int]]:
+    """Prompts whose gold answers are about equally long: a batch takes as many steps as its longest answer.
+
+    Padded prompts and ``limit`` new tokens stay under the budget. It is four times that of scoring, for what generation keeps
+    of a token (keys and values) is far less than what a forward pass has in flight.
+    """
+    chosen: list[int] = []
+    longest = 0
+    for i in sorted(range(len(block)), key=lambda i: (-block[i].n_targets, -block[i].size, i)):
+        room = max(longest, block[i].size - block[i].n_targets + limit)
+        if chosen and room * (len(chosen) + 1) > budget:
+            yield chosen
+            chosen, room = [], block[i].size - block[i].n_targets + limit
+        chosen, longest = [*chosen, i], room
+    if chosen:
+        yield chosen
 
 
 def _line(generation: Generation) -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import Any
 from expunge.adapters.base import Adapter
 from expunge.audit.document import AuditDocument, ModelEntry, Role
 from expunge.audit.evidence import Evidence, Subject, need_sets
+from expunge.audit.judging import Attacked, attack_copy, attack_numbers, judge_models, relearn_curve
 from expunge.audit.metrics.membership import Membership
 from expunge.audit.metrics.registry import Metric, Need
 from expunge.audit.metrics.rouge import lacks_questions
@@ -21,6 +22,7 @@ from expunge.audit.scores import Progress
 from expunge.audit.settings import AuditSettings
 from expunge.audit.store import ScoreStore, compute_signature
 from expunge.core.errors import InputError
+from expunge.core.results import Number
 from expunge.data.records import RecordSet
 
 _ORDER: dict[Role, int] = {"base": 0, "target": 1, "retrained": 2, "unlearned": 3}
@@ -96,24 +98,26 @@ def audit(
     store = ScoreStore(cache) if cache is not None else None
     evidence = Evidence({}, used, settings.evidence_protocol(), store, progress)
     ordered = sorted(models, key=lambda m: _ORDER[m.role])
-    signature = _gather(evidence, ordered, metrics, settings)
-    entries = {m.label: _entry(evidence, m, metrics) for m in ordered}
+    attacked = Attacked()
+    signature = _gather(evidence, ordered, metrics, settings, attacked)
+    entries = {m.label: _entry(evidence, m, metrics, attacked) for m in ordered}
+    utilities = {label: e.numbers["model-utility"].value for label, e in entries.items() if "model-utility" in e.numbers}
+    judgements = judge_models(evidence, attacked, settings, {n for m in metrics for n in m.needs}, utilities)
     labels = [m.label for m in models]
-    shown = samples(evidence, "forget", settings.samples_forget, labels) + samples(
-        evidence, "retain", settings.samples_retain, labels
-    )
+    asked = {"forget": settings.samples_forget, "retain": settings.samples_retain}
+    shown = [s for name, count in asked.items() for s in samples(evidence, name, count, labels)]
     membership = [m for m in metrics if isinstance(m, Membership)]
-    curves = [c for m in membership for c in roc_curves(evidence, m, labels)]
+    curves = relearn_curve(evidence, attacked, labels) + [c for m in membership for c in roc_curves(evidence, m, labels)]
     distributions = [loss_distribution(evidence, label) for label in labels]
     return AuditDocument(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         title=title,
         data={name: _describe(sets[name], used[name]) for name in sets},
-        models=[entries[label] for label in labels],
+        models=[entries[n].model_copy(update={"judgement": judgements.get(n)}) for n in labels],
         curves=curves,
         distributions=distributions,
         samples=shown,
-        not_shown=[*evidence.missing, *_general(models, used), *ALWAYS_NOT_SHOWN],
+        not_shown=[*evidence.missing, *_general(models, used, settings), *ALWAYS_NOT_SHOWN],
         protocol=_protocol(settings, metrics),
         signature=signature,
         cost={"seconds": time.perf_counter() - started},
@@ -140,10 +144,9 @@ def _check(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet]) -> Non
 
 
 def _gather(
-    evidence: Evidence, models: Sequence[AuditedModel], metrics: Sequence[Metric], settings: AuditSettings
+    evidence: Evidence, models: Sequence[AuditedModel], metrics: Sequence[Metric], settings: AuditSettings, attacked: Attacked
 ) -> dict[str, str]:
-    """Visit each model once: fingerprint, scores of everything that a metric reads, generations."""
-    needs = {n for m in metrics for n in m.needs}
+    """Visit each model once: fingerprint, scores of everything that a metric reads, generations, attacks on copies."""
     signature: dict[str, str] = {}
     for model in models:
         evidence.subjects[model.label] = Subject(model.label, model.role, "", model.adapter)
@@ -152,7 +155,8 @@ def _gather(
         _comparable(signature or found, found, model.label)
         signature = signature or found
         evidence.subjects[model.label] = Subject(model.label, model.role, adapter.fingerprint(), model.adapter)
-        _visit(evidence, model.label, needs)
+        _visit(evidence, model.label, metrics)
+        attack_copy(evidence, model.label, settings, attacked)
     return signature
 
 
@@ -165,7 +169,8 @@ def _comparable(first: Mapping[str, str], other: Mapping[str, str], label: str) 
             )
 
 
-def _visit(evidence: Evidence, label: str, needs: set[Need]) -> None:
+def _visit(evidence: Evidence, label: str, metrics: Sequence[Metric]) -> None:
+    needs = {n for m in metrics for n in m.needs}
     kinds: dict[Need, Kind] = {Need.PARAPHRASE: "paraphrase", Need.PERTURBED: "perturbed"}
     for name in evidence.sets:
         evidence.scores(label, name)
@@ -174,12 +179,15 @@ def _visit(evidence: Evidence, label: str, needs: set[Need]) -> None:
                 evidence.scores(label, name, kind)
         if Need.GENERATION in needs and name != "holdout" and not lacks_questions(evidence, name):
             evidence.generations(label, name)
-
-
-def _entry(evidence: Evidence, model: AuditedModel, metrics: Sequence[Metric]) -> ModelEntry:
-    numbers = {}
     for metric in metrics:
-        numbers.update(metric.compute(evidence, model.label))
+        metric.visit(evidence, label)
+
+
+def _entry(evidence: Evidence, model: AuditedModel, metrics: Sequence[Metric], attacked: Attacked) -> ModelEntry:
+    numbers: dict[str, Number] = {}
+    for metric in metrics:
+        numbers |= metric.compute(evidence, model.label)
+    numbers |= attack_numbers(evidence, attacked, model.label)
     return ModelEntry(
         label=model.label, role=model.role, fingerprint=evidence.subject(model.label).fingerprint, path=model.path,
         method=model.method, seed=model.seed, numbers=numbers, cost=dict(model.cost), stopped=model.stopped,
@@ -205,8 +213,12 @@ def _protocol(settings: AuditSettings, metrics: Sequence[Metric]) -> dict[str, A
     }
 
 
-def _general(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet]) -> list[str]:
+def _general(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet], settings: AuditSettings) -> list[str]:
     out = []
+    if settings.relearn is None:
+        out.append("Relearning was not tried: what a few steps of training would bring back is not known.")
+    if not settings.quantise:
+        out.append("Rounding of the weights was not tried: what it would bring back is not known.")
     retrained = sum(m.role == "retrained" for m in models)
     if not retrained:
         out.append("There is no retrained model: nothing here can show that something was forgotten.")

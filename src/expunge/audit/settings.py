@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from expunge.audit.arrays import Thresholds
+from expunge.audit.attacks.relearn import RelearnSettings
 from expunge.audit.evidence import Protocol
 from expunge.audit.metrics.registry import METRICS, Metric
 from expunge.core.errors import unknown
 from expunge.core.settings import Settings
+
+QUICK_ATTACKS = ("loss", "zlib", "min-k", "min-k-plus-plus", "reference")
 
 
 class AuditSettings(Settings):
@@ -25,6 +29,14 @@ class AuditSettings(Settings):
     draws: int = Field(2000, ge=100, description="draws of the bootstrap")
     level: float = Field(0.95, gt=0.5, lt=1, description="level of the confidence intervals")
     seed: int = Field(0, ge=0, description="seed of bootstrap, budgets and samples")
+    relearn: RelearnSettings | None = Field(
+        default_factory=RelearnSettings, description="relearning attack on a copy; none: not tried"
+    )
+    quantise: tuple[Annotated[int, Field(ge=2, le=8)], ...] = Field(
+        (8, 4), description="bits to which the weights of a copy are rounded; none: not tried"
+    )
+    quantise_group: int | None = Field(None, ge=1, description="inputs that share a scale when rounding; none: a whole row")
+    thresholds: Thresholds = Field(default_factory=Thresholds, description="what a verdict takes for the same, lost and sure")
     samples_forget: int = Field(6, ge=0, description="forget prompts whose answers are shown")
     samples_retain: int = Field(3, ge=0, description="retain prompts whose answers are shown")
 
@@ -41,6 +53,13 @@ class AuditSettings(Settings):
         for name, options in value.items():
             METRICS.get(name)(**options)
         return value
+
+    @classmethod
+    def quick(cls, **changes: Any) -> AuditSettings:
+        """Scores and generations only: no attack that trains, rounds or differentiates, and so no verdict "forgotten"."""
+        asked = changes.get("metrics") or METRICS.names()
+        options = {n: {"attacks": QUICK_ATTACKS} for n in ("membership", "privleak") if n in asked}
+        return cls(**{"relearn": None, "quantise": (), "options": options, **changes})
 
     def chosen(self) -> list[Metric]:
         """The metrics with their settings, in the order asked for.

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-import expunge
 from expunge.cli import commands
 from expunge.cli.output import Output
 from expunge.core.errors import ExpungeError
+from expunge.core.version import __version__
 
 app = typer.Typer(
     name="expunge",
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"expunge {expunge.__version__}")
+        typer.echo(f"expunge {__version__}")
         raise typer.Exit
 
 

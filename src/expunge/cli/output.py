@@ -38,7 +38,7 @@ class Output:
     def note(self, text: str) -> None:
         """A line beside the result."""
         if not self.machine:
-            self.aside.print(Text(text))
+            self.aside.print(Text(text), soft_wrap=True)
 
     def result(self, value: Mapping[str, Any]) -> None:
         """The result for machines."""
@@ -48,15 +48,16 @@ class Output:
     def say(self, renderable: Any) -> None:
         """The result for people: text or any rich renderable."""
         if not self.machine:
-            self.console.print(Text(renderable) if isinstance(renderable, str) else renderable)
+            text = isinstance(renderable, str)
+            self.console.print(Text(renderable) if text else renderable, soft_wrap=text)
 
     def error(self, message: str, remedy: str = "") -> None:
         """An error for the user."""
         if self.machine:
             sys.stdout.write(json.dumps({"error": message, "remedy": remedy}, ensure_ascii=False) + "\n")
-        self.aside.print(Text.assemble(("Error: ", "bold red"), message))
+        self.aside.print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
         if remedy:
-            self.aside.print(Text(remedy))
+            self.aside.print(Text(remedy), soft_wrap=True)
 
     def unforeseen(self, error: Exception, trace: str) -> int:
         """An error that nobody foresaw, or a wrong option or argument; returns the exit code."""

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import expunge
 from expunge.core.errors import ExpungeError, InputError
 from expunge.core.files import digest_file, digest_json, write_json
+from expunge.core.version import __version__
 
 SCHEMA_VERSION = "1"
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "scipy", "scikit-learn")
@@ -31,7 +31,7 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python, Expunge and the packages that results depend on (those that are installed)."""
-    found = {"python": platform.python_version(), "expunge": expunge.__version__}
+    found = {"python": platform.python_version(), "expunge": __version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

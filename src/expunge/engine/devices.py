@@ -49,8 +49,8 @@ class Devices:
             for name, module in model.named_modules():
                 if any(name == layer or name.endswith("." + layer) for layer in layers):
                     fully_shard(module)
-            sharded: nn.Module = fully_shard(model)
-            return sharded, optimizer(sharded)
+            fully_shard(model)
+            return model, optimizer(model)
         if self.world == 1 and not self.sharded:
             return model.to(self.device), optimizer(model)
         prepared: tuple[nn.Module, Any] = self.accelerator.prepare(model, optimizer(model))
@@ -110,8 +110,8 @@ class Devices:
             return None
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        held: dict[str, Tensor] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return held
+        held = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return cast(dict[str, Tensor], held)
 
     def peak_bytes(self) -> int:
         """Peak memory of this process: the accelerator's if there is one, else resident memory."""

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from expunge.adapters.base import Adapter
-from expunge.audit.document import AuditDocument
+from expunge.audit.document import AuditDocument, Role
 from expunge.audit.run import AuditedModel, audit
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError
@@ -63,17 +63,21 @@ def retrained_models(
     config: UnlearnConfig, audit_config: AuditConfig, forget: RecordSet, progress: Progress | None, say: Callable[[str], None]
 ) -> list[AuditedModel]:
     """The gold standard: given models, and models retrained here (or found in the cache)."""
-    given = [AuditedModel(f"retrained {i + 1}", "retrained", lazily(m, config.text), path=m) for i, m in enumerate(audit_config.retrained)]
+    given = [
+        AuditedModel(f"retrained {i + 1}", "retrained", lazily(m, config.text), path=m)
+        for i, m in enumerate(audit_config.retrained)
+    ]
     for seed in range(1, audit_config.retrain + 1):
         say(f"retraining without the forget set, seed {seed} of {audit_config.retrain}")
         folder = retrained(
             config.model, forget, seed, base=audit_config.base or config.base, retain=config.retain, progress=progress, say=say
         )
-        given.append(_entry(f"retrained seed {seed}", "retrained", folder, config.text, seed=seed, stage="train"))
+        given.append(entry_of(f"retrained seed {seed}", "retrained", folder, config.text, seed=seed, stage="train"))
     return given
 
 
-def _entry(label: str, role: Any, folder: Path, text: TextConfig, *, seed: int, stage: str, method: str = "") -> AuditedModel:
+def entry_of(label: str, role: Role, folder: Path, text: TextConfig, *, seed: int, stage: str, method: str = "") -> AuditedModel:
+    """A model that a finished run holds, with what making it cost."""
     entry = Run.open(folder).manifest["stages"][stage]
     result = entry["result"]
     cost = {k: float(result[k]) for k in ("seconds", "peak_bytes", "steps", "tokens")}
@@ -99,7 +103,9 @@ def unlearned_model(run: Path, label: str | None = None) -> AuditedModel:
     config = UnlearnConfig(**held.manifest["config"])
     if held.manifest["stages"].get("unlearn", {}).get("state") != "done":
         raise InputError(f"The run {str(run)!r} has not finished.", f"Go on: expunge unlearn ... --out {run} --resume.")
-    return _entry(label or config.method, "unlearned", run, config.text, seed=config.engine.seed, stage="unlearn", method=config.method)
+    return entry_of(
+        label or config.method, "unlearned", run, config.text, seed=config.engine.seed, stage="unlearn", method=config.method
+    )
 
 
 def audit_run(
@@ -118,7 +124,9 @@ def audit_run(
     for name, records in (("forget", request.forget), ("retain", request.retain), ("holdout", request.holdout)):
         recorded = run.manifest["inputs"].get(name, {}).get("digest")
         if records is not None and recorded not in (None, records.digest):
-            raise InputError(f"The {name} data have changed since the run {str(folder)!r}.", "Put the file back, or unlearn again.")
+            raise InputError(
+                f"The {name} data have changed since the run {str(folder)!r}.", "Put the file back, or unlearn again."
+            )
     unlearned = unlearned_model(folder)
     gold = retrained_models(settings, config, request.forget, progress, say)
     sets = sets_of(settings, request, config.utility)
@@ -138,7 +146,12 @@ def audit_run(
 
 
 def measure(
-    models: Sequence[AuditedModel], sets: Mapping[str, RecordSet], settings: AuditSettings, *, progress: Progress | None, title: str
+    models: Sequence[AuditedModel],
+    sets: Mapping[str, RecordSet],
+    settings: AuditSettings,
+    *,
+    progress: Progress | None,
+    title: str,
 ) -> AuditDocument:
     """Audit models with the scores cached by content."""
     tell = None if progress is None else (lambda text, done, total: progress(done, total, text))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expunge.adapters.base import Adapter, Example
+from expunge.adapters.base import Example
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.memory import training_memory
 from expunge.core.access import Stream

@@ -140,14 +140,9 @@ def plan(
     """
     recipe = build_recipe(method, parts)
     notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
-    if recipe.start == "initial":
-        if base is None:
-            raise InputError(f"The method {method!r} starts from the untrained base model.", "Give it: --base MODEL.")
+    _check_sides(method, recipe, request.retain is not None, base is not None)
+    if recipe.start == "initial" and base is not None:
         adapter = base
-    if request.retain is None and recipe.retain:
-        raise InputError(
-            f"The method {method!r} keeps the retain set, and none was given.", "Give --retain DATA, or choose retain=none."
-        )
     needs = recipe.needs(adapter.layers())
     examples: dict[Stream, list[Example]] = {Stream.FORGET: [adapter.encode(r) for r in request.forget]}
     if request.retain is not None:
@@ -172,6 +167,15 @@ def plan(
     cost = estimate(recipe, examples, parameters, memory, disk=weights * 5)
     kept = request.retain.records if request.retain is not None else ()
     return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes)
+
+
+def _check_sides(method: str, recipe: Recipe, retain: bool, base: bool) -> None:
+    if recipe.start == "initial" and not base:
+        raise InputError(f"The method {method!r} starts from the untrained base model.", "Give it: --base MODEL.")
+    if recipe.retain and not retain:
+        raise InputError(
+            f"The method {method!r} keeps a retain set, and none was given.", "Give --retain DATA, or choose retain=none."
+        )
 
 
 def goal_of(made: UnlearnPlan) -> Goal | None:
@@ -245,7 +249,8 @@ def from_config(config: UnlearnConfig) -> UnlearnPlan:
     """
     if config.method != "custom":
         METHODS.get(config.method)
-    build_recipe(config.method, config.parts)  # wrong parameters are said before a large model is loaded
+    recipe = build_recipe(config.method, config.parts)  # what is wrong with it is said before a large model is loaded
+    _check_sides(config.method, recipe, config.retain is not None, config.base is not None)
     request = load_request(config)
     adapter = open_adapter(config.model, config.text)
     base = open_adapter(config.base, config.text) if config.base else None

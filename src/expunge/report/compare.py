@@ -17,13 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
 from expunge.audit.document import AuditDocument, ModelEntry
 from expunge.core.errors import InputError
 from expunge.core.files import digest_json
 from expunge.core.results import Direction, Number, Verdict
+from expunge.core.statistics import seed_interval
 from expunge.report.headline import checked_key
 
 DEFINITION = (
@@ -132,22 +130,13 @@ def distinct(documents: Iterable[AuditDocument]) -> list[ModelEntry]:
     return list(seen.values())
 
 
-def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float | None, float | None]:
-    """Mean of ``values`` and its t-interval over seeds; without bounds for a single seed."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None, None
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return mean, mean - half, mean + half
-
-
 def over_seeds(numbers: Sequence[Number]) -> Number:
     """One number of several seeds: their mean with a t-interval over seeds; a single one is returned as it is."""
     if len(numbers) == 1:
         return numbers[0]
-    mean, low, high = seed_interval([n.value for n in numbers if n.value is not None], numbers[0].level)
+    found = seed_interval([n.value for n in numbers if n.value is not None], numbers[0].level)
     flags = tuple(dict.fromkeys(f for n in numbers for f in n.flags))
-    update = {"value": mean, "low": low, "high": high, "over": "seeds", "flags": flags, "note": ""}
+    update = {"value": found.value, "low": found.low, "high": found.high, "over": "seeds", "flags": flags, "note": ""}
     return numbers[0].model_copy(update=update)
 
 
@@ -192,9 +181,7 @@ def _row(label: str, models: Sequence[ModelEntry], axes: _Axes, scale: _Scale | 
     distances = [d for m in models if scale is not None and (d := axes.distance(m, scale)) is not None]
     distance = None
     if distances:
-        mean, low, high = seed_interval(distances)
-        over = "seeds" if len(distances) > 1 else "none"
-        distance = Number(value=mean, low=low, high=high, over=over, direction=Direction.ZERO, range=(0.0, None))
+        distance = seed_interval(distances).number(Direction.ZERO, (0.0, None))
     return Row(
         label=label,
         models=tuple(m.label for m in models),

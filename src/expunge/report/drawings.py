@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from expunge.audit.document import AuditDocument, Curve, ModelEntry
 from expunge.core.results import Direction, Number
+from expunge.core.statistics import prediction_band
 from expunge.report import figures
-from expunge.report.compare import Comparison, Row, seed_interval
-from expunge.report.glossary import METRICS, term
+from expunge.report.compare import Comparison, Row
+from expunge.report.glossary import term
 from expunge.report.headline import ACTIVE, family, pick
 from expunge.report.text import clean, plural
 from expunge.report.view import ordered
@@ -150,10 +150,8 @@ def _gold(forget: Sequence[Number], utility: Sequence[Number]) -> tuple[figures.
 
 
 def _prediction(numbers: Sequence[Number]) -> tuple[float, float]:
-    values = [n.value for n in numbers if n.value is not None]
-    mean, low, _ = seed_interval(values)
-    half = (mean - (mean if low is None else low)) * math.sqrt(len(values) + 1)
-    return mean - half, mean + half
+    band = prediction_band([n.value for n in numbers if n.value is not None])
+    return band.value if band.low is None else band.low, band.value if band.high is None else band.high
 
 
 def _union(numbers: Sequence[Number]) -> tuple[float, float]:
@@ -171,15 +169,15 @@ def _distributions(document: AuditDocument, prefix: str) -> Iterator[Drawing]:
         spare = [d for d in parts if roles.get(d.model) == "retrained"][1:] if len(parts) > PANELS else []
         shown = [d for d in parts if d not in spare][:PANELS]
         left_out = [d.model for d in parts if d not in shown]
-        name = METRICS[quantity].title if quantity in METRICS else quantity
-        unit = " per token, nats" if quantity in ("loss", "nll") else ""
+        name = term(document, quantity).title
+        unit = " per token, nats" if quantity == "loss" else ""
         titles = {d.model: d.model for d in shown}
         groups = ", ".join(dict.fromkeys(g for d in shown for g in d.groups))
         alt = f"Histograms of {name.lower()} per example for the sets {groups}, one panel for each of: {', '.join(titles)}."
         caption = (
             "Share of examples per bin. Of a model that never saw the forget set, the forget and holdout lines lie on each "
             "other; a forget line to their left is memory, one far to the right is over-unlearning."
-            if quantity in ("loss", "nll")
+            if quantity == "loss"
             else "Share of examples per bin."
         )
         if left_out:

@@ -16,7 +16,7 @@ from expunge.report.text import clean, shorten
 
 WIDTH = 1056
 _LEGEND = 268  #: pixels kept for a legend on the right
-_GOLD = "#0063a6"
+_GOLD, _GOLD_MARKER = "#0063a6", "*"
 _COLOURS = ("#c8501e", "#00806a", "#9a4f96", "#b7791f", "#3f9cc7", "#7a5b3a", "#c2417c", "#5f7f1d")
 _MARKERS = ("o", "s", "^", "v", "P", "X", "h", "<", ">")
 _DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (3, 1.2)))
@@ -62,7 +62,7 @@ def looks(models: Sequence[ModelEntry]) -> dict[str, Look]:
         if model.role == "target":
             out[model.label] = Look(INK, "D", _DASHES[n % len(_DASHES)], 4)
         elif model.role == "retrained":
-            out[model.label] = Look(_GOLD, "*", _DASHES[(n + 1) % len(_DASHES)], 5)
+            out[model.label] = Look(_GOLD, _GOLD_MARKER, _DASHES[(n + 1) % len(_DASHES)], 5)
         elif model.role == "base":
             out[model.label] = Look("#8a93a0", "d", _DASHES[2], 2)
         else:
@@ -75,7 +75,7 @@ def unlearned_look(n: int) -> Look:
     return Look(_COLOURS[n % len(_COLOURS)], _MARKERS[n % len(_MARKERS)], _DASHES[n // len(_COLOURS) % len(_DASHES)])
 
 
-GOLD_LOOK = Look(_GOLD, "*", _DASHES[1], 5)
+GOLD_LOOK = Look(_GOLD, _GOLD_MARKER, _DASHES[1], 5)
 TARGET_LOOK = Look(INK, "D", "solid", 4)
 
 
@@ -142,6 +142,7 @@ def roc(curves: Sequence[Curve], looks_of: Mapping[str, Look], name: str, alt: s
     """One square panel per attack, a line per model, the diagonal of guessing; both axes logarithmic for low rates."""
     with drawing():
         labels = list(dict.fromkeys(s.label for c in curves for s in c.series))
+        titles = _without_common_start([c.title for c in curves])
         below = len(curves) == 4 or len(curves) > 6
         columns = 4 if below else min(len(curves), 3)
         side, gap, left, top = (208, 40, 56, 28) if below else (214, 40, 56, 28)
@@ -154,7 +155,7 @@ def roc(curves: Sequence[Curve], looks_of: Mapping[str, Look], name: str, alt: s
             row, column = divmod(i, columns)
             ax = place(figure, left + column * (side + gap), top + row * (side + 72), side, side)
             _roc_panel(ax, curve, looks_of, drawn, logarithmic)
-            ax.set_title(shorten(clean(curve.title), 27))
+            ax.set_title(shorten(clean(titles[i]), 27))
             ax.set_xlabel(clean(curve.x_label))
             if column == 0:
                 ax.set_ylabel(clean(curve.y_label))
@@ -185,7 +186,7 @@ def lines(curve: Curve, looks_of: Mapping[str, Look], name: str, alt: str) -> st
 
 
 def _surroundings(points: Sequence[Point], gold: Box | None) -> Box | None:
-    """The gold standard's region widened to thrice its size, if it holds several models and is a small part of the plot."""
+    """The gold standard's region widened to thrice its size, if it holds other models too and is a small part of the plot."""
     if gold is None:
         return None
     spans, shares = [], []
@@ -197,8 +198,9 @@ def _surroundings(points: Sequence[Point], gold: Box | None) -> Box | None:
         spans.append((max(floor, middle - half), middle + half))
         shares.append(min(1.0, 2 * half / whole) if whole else 1.0)
     box = Box(spans[0], spans[1])
-    inside = sum(_within(p.x, box.x) and _within(p.y, box.y) for p in points)
-    return box if inside >= 2 and inside < len(points) and shares[0] * shares[1] < 0.3 else None
+    inside = [p for p in points if _within(p.x, box.x) and _within(p.y, box.y)]
+    judged = any(p.look.marker != _GOLD_MARKER for p in inside)
+    return box if judged and len(inside) < len(points) and shares[0] * shares[1] < 0.3 else None
 
 
 def _within(number: Number, span: tuple[float, float]) -> bool:
@@ -240,13 +242,22 @@ def _from_zero(axes: Any, points: Sequence[Point]) -> None:
             getattr(axes, f"set_{which}lim")(-0.03 * high, high)
 
 
+def _without_common_start(titles: Sequence[str]) -> list[str]:
+    """The titles without the words that all of them begin with."""
+    words = [title.split() for title in titles]
+    common = 0
+    while all(len(w) > common + 1 for w in words) and len(words) > 1 and len({w[common] for w in words}) == 1:
+        common += 1
+    return [" ".join(w[common:]) for w in words]
+
+
 def _mark(axes: Any, point: Point) -> Any:
     look, errors = point.look, []
     for number in (point.x, point.y):
         value = number.value or 0.0
         ends = (value if number.low is None else number.low, value if number.high is None else number.high)
         errors.append([[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]])
-    size = 13 if look.marker == "*" else 8
+    size = 13 if look.marker == _GOLD_MARKER else 8
     style = {"color": look.colour, "marker": look.marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.8}
     axes.errorbar(
         [point.x.value],
@@ -339,14 +350,18 @@ def _density_axis(ax: Any, edges: np.ndarray, logarithmic: bool, tallest: float)
 
 
 def _log_axis(ax: Any, which: str, low: float, high: float) -> None:
-    """Powers of ten in plain digits, never more than six of them."""
+    """Powers of ten in plain digits, never more than six of them; thrice the powers too where there are fewer than three."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
     getattr(ax, f"set_{which}scale")("log")
     axis = getattr(ax, f"{which}axis")
     powers = list(range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1))
     powers = powers[:: max(1, math.ceil(len(powers) / 6))]
-    axis.set_ticks([10.0**p for p in powers], [f"{10.0**p:g}" for p in powers])
+    ticks = [10.0**p for p in powers]
+    if len(powers) < 3:
+        ticks = sorted(t for p in range(math.floor(math.log10(low)), math.ceil(math.log10(high))) for t in (10.0**p, 3 * 10.0**p))
+        ticks = [t for t in ticks if low <= t <= high] + [10.0**p for p in powers if 10.0**p == high]
+    axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
 
@@ -394,7 +409,7 @@ def _line(axes: Any, series: Series, look: Look) -> Any:
         color=look.colour,
         linestyle=look.dash,
         marker=look.marker,
-        markersize=6 if look.marker != "*" else 9,
+        markersize=6 if look.marker != _GOLD_MARKER else 9,
         markeredgecolor="white",
         markeredgewidth=0.6,
         zorder=look.order,

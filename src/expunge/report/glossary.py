@@ -51,27 +51,23 @@ DIRECTIONS: Mapping[Direction, str] = {
 
 @dataclass(frozen=True)
 class Term:
-    """A metric's name for people, and what it says."""
+    """A metric's name for people, what it says, and its formula."""
 
     title: str
     text: str = ""
+    formula: str = ""
 
-
-_PROBABILITY = "Geometric mean of the probabilities the model gives to the answer's tokens; between 0 and 1."
 
 METRICS: Mapping[str, Term] = {
-    "probability": Term("Answer probability", _PROBABILITY),
-    "nll": Term("Answer loss", "Mean negative log-likelihood per answer token, in nats; 0 is perfect recall."),
+    "probability": Term("Answer probability", "Geometric mean of the probabilities the model gives to the answer's tokens."),
+    "option-probability": Term("Probability among options", "The true answer's share of the probability of all offered answers."),
     "loss": Term("Answer loss", "Mean negative log-likelihood per answer token, in nats; 0 is perfect recall."),
     "rouge-l-recall": Term("ROUGE-L recall", "Share of the true answer's words that the generated answer repeats in order."),
-    "rouge-l": Term("ROUGE-L", "Overlap, in order, of the generated answer with the true one."),
     "truth-ratio": Term(
         "Truth ratio",
         "How probable wrong answers are against a correct paraphrase; large means the truth is no longer preferred.",
     ),
-    "model-utility": Term(
-        "Model utility", "Harmonic mean of probability, ROUGE-L recall and truth ratio over the sets that must be kept."
-    ),
+    "model-utility": Term("Model utility", "Harmonic mean over the sets that must be kept; the smallest part dominates it."),
     "forget-quality": Term(
         "Forget quality",
         "Kolmogorov-Smirnov p-value between the truth ratios of this model and the retrained one. A large p is no proof of "
@@ -80,59 +76,73 @@ METRICS: Mapping[str, Term] = {
     "extraction-strength": Term(
         "Extraction strength", "Share of the answer that the model completes exactly once it is given the part before."
     ),
-    "exact-memorization": Term("Exact memorisation", "Share of the answer's tokens that the model ranks first."),
     "exact-memorisation": Term("Exact memorisation", "Share of the answer's tokens that the model ranks first."),
-    "verbmem": Term("Verbatim memorisation", "ROUGE-L between the model's continuation of a passage and the true one."),
-    "knowmem": Term("Knowledge memorisation", "ROUGE-L of the answers to questions about the passages."),
+    "verbatim-memorisation": Term(
+        "Verbatim memorisation", "ROUGE-L between the model's continuation of a passage and the true one."
+    ),
+    "knowledge-memorisation": Term("Knowledge memorisation", "ROUGE-L of the answers to questions about the passages."),
+    "forget-quality.d": Term("Forget quality, KS statistic", "Largest distance of the two distributions of truth ratios."),
+    "forget-quality.log10-p": Term("Forget quality, log10 p", "The same p-value where it is too small to be written plainly."),
+    "membership.tpr-at-1": Term(
+        "Membership attack, TPR at 1% FPR", "Share of the forget set found when one non-member in a hundred is accused."
+    ),
     "privleak": Term(
         "PrivLeak",
         "How far a membership attack's AUC lies from its AUC on the retrained model, in per cent: one side is under-unlearning, "
         "the other over-unlearning.",
     ),
-    "auc": Term(
+    "membership": Term(
         "Membership attack AUC", "How well the attack tells forget examples from examples never trained on; 0.5 is guessing."
     ),
     "relearn": Term(
         "Relearning", "After a few steps on part of the forget set: what comes back of the other part, which was not shown."
     ),
     "quantise": Term("Quantisation", "The same measurement after the weights were rounded to few bits."),
-    "repetition": Term("Repetition", "Share of generated text that repeats itself."),
-    "degeneration": Term("Degeneration", "Share of generated answers that are broken text."),
+    "degenerate": Term("Degenerate answers", "Share of generated answers that are broken text."),
+    "repetition": Term("Repetition", "Share of the words of generated answers that repeat earlier ones."),
+    "ngram-entropy": Term("N-gram entropy", "Variety of the words in generated answers, in bits; short answers have little."),
+    "unended": Term("Answers without an end", "Share of generated answers that ran into the length limit."),
+}
+
+
+_PARTS: Mapping[str, str] = {
+    "loss": "LOSS",
+    "min-k": "Min-K%",
+    "min-k-plus-plus": "Min-K%++",
+    "reference": "reference model",
 }
 
 
 def term(document: AuditDocument, key: str) -> Term:
-    """The title and meaning of the number called ``key`` (``forget.probability``, ``privleak.min-k``)."""
+    """The title and meaning of the number called ``key`` (``forget.probability``, ``privleak.min-k``).
+
+    What the document's protocol declares (``title``, ``text``, ``formula``) comes before :data:`METRICS`; a name that neither
+    knows is shown as it is.
+    """
     parts = key.split(".")
     if parts[0] in document.data and len(parts) > 1:
         parts = parts[1:]
     declared: Any = document.protocol.get("metrics")
-    for name in (".".join(parts), parts[0]):
-        own = declared.get(name) if isinstance(declared, Mapping) else None
-        if isinstance(own, Mapping):
-            title = str(own.get("title") or METRICS.get(name, Term(_plain(name))).title)
-            text = str(own.get("formula") or own.get("text") or METRICS.get(name, Term("")).text)
-            return Term(_with_rest(title, parts, name), text)
-        if name in METRICS:
-            return Term(_with_rest(METRICS[name].title, parts, name), METRICS[name].text)
-    return Term(_plain(" ".join(parts)))
+    own = declared.get(parts[0]) if isinstance(declared, Mapping) else None
+    said = own if isinstance(own, Mapping) else {}
+    special = METRICS.get(f"{parts[0]}.{parts[-1]}")
+    known = special or METRICS.get(parts[0], Term(_plain(parts[0])))
+    rest = parts[1:-1] if special else parts[1:]
+    named = str((not special and said.get("title")) or known.title)
+    title = ", ".join((named, *(_PARTS.get(p, p.replace("-", " ")) for p in rest)))
+    return Term(title, str(said.get("text") or known.text), str(said.get("formula") or known.formula))
 
 
-def _with_rest(title: str, parts: list[str], name: str) -> str:
-    rest = parts[len(name.split(".")) :]
-    return f"{title}, {' '.join(rest)}" if rest else title
+def used(documents: Sequence[AuditDocument]) -> list[Term]:
+    """Every metric of ``documents`` that has something said about it, each once, by title."""
+    terms = {term(d, key) for d in documents for m in d.models for key in m.numbers}
+    told: dict[tuple[str, str], Term] = {}
+    for found in sorted(terms, key=lambda t: t.title):
+        if found.text or found.formula:
+            told.setdefault((found.text, found.formula), Term(found.title.split(",")[0], found.text, found.formula))
+    return list(told.values())
 
 
 def _plain(name: str) -> str:
-    words = name.replace("-", " ").replace("_", " ").replace(".", " ").strip()
+    words = name.replace("-", " ").replace("_", " ").strip()
     return words[:1].upper() + words[1:]
-
-
-def used(documents: Sequence[AuditDocument]) -> list[tuple[str, str]]:
-    """Title and meaning of every metric in ``documents`` that has one, each once, by title."""
-    terms = {term(d, key) for d in documents for m in d.models for key in m.numbers}
-    told: dict[str, str] = {}
-    for found in sorted(terms, key=lambda t: t.title):
-        if found.text and found.text not in told.values():
-            told[found.title.split(",")[0]] = found.text
-    return list(told.items())

@@ -13,13 +13,13 @@ Kind = Literal["forget", "utility", "privacy", "relearn"]
 
 #: the first that most models have is shown; names that are not listed come after, in alphabetical order
 PREFERRED: dict[Kind, tuple[str, ...]] = {
-    "forget": ("probability", "verbmem", "rouge-l-recall", "knowmem", "exact-memorization", "exact-memorisation", "nll", "loss"),
-    "utility": ("model-utility", "retain.probability", "retain.rouge-l-recall", "retain.knowmem", "retain.nll", "retain.loss"),
-    "privacy": ("privleak.min-k", "privleak.loss", "privleak", "auc.min-k", "auc.loss"),
+    "forget": ("probability", "verbatim-memorisation", "rouge-l-recall", "knowledge-memorisation", "exact-memorisation", "loss"),
+    "utility": ("model-utility", "retain.probability", "retain.rouge-l-recall", "retain.knowledge-memorisation"),
+    "privacy": ("privleak.min-k", "privleak.loss", "membership.min-k", "membership.loss"),
     "relearn": (),
 }
-PRIVACY = ("privleak", "auc", "mia", "membership")
-ACTIVE = ("relearn", "quantise", "quantised", "quantisation")
+PRIVACY = ("privleak", "membership")
+ACTIVE = ("relearn", "quantise")
 
 
 def family(key: str) -> str:
@@ -32,7 +32,7 @@ def is_kind(kind: Kind, key: str, number: Number) -> bool:
     if kind == "forget":
         return family(key) == "forget" and number.direction in (Direction.FORGET_DOWN, Direction.REFERENCE)
     if kind == "utility":
-        return number.direction in (Direction.UTILITY_UP, Direction.UTILITY_DOWN) and family(key) not in ACTIVE
+        return number.direction in (Direction.UTILITY_UP, Direction.UTILITY_DOWN) and family(key) not in ("forget", *ACTIVE)
     if kind == "privacy":
         return family(key) in PRIVACY
     return family(key) == "relearn"

@@ -16,10 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import expunge
 from expunge.audit.document import AuditDocument
 from expunge.core.errors import InputError, MissingExtra
 from expunge.core.files import write_text
+from expunge.core.version import __version__
 from expunge.report import glossary, text, view
 from expunge.report.compare import Comparison, compare
 from expunge.report.drawings import Drawings, comparison_plot, draw
@@ -75,7 +75,7 @@ def html(documents: Sequence[AuditDocument], *, title: str | None = None) -> str
             style=_asset("page.css"),
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            version=expunge.__version__,
+            version=__version__,
         )
         + "\n"
     )

@@ -11,7 +11,9 @@ _WIDTH, _HEIGHT, _PAD = 190, 30, 8
 def margin_strip(check: Check) -> str:
     """An SVG of the difference with its interval, zero and the band of the margin; empty where nothing was measured.
 
-    The scale is at least 1.6 margins to either side, and wide enough for the interval.
+    Filled where the check came out equivalent, hollow where it did not. The band is the margin to either side, though some
+    checks accept more on the side that does not count against the model. The scale is at least 1.6 margins to either side,
+    and wide enough for the interval.
     """
     if check.difference is None:
         return ""
@@ -24,15 +26,13 @@ def margin_strip(check: Check) -> str:
         return f"{_WIDTH / 2 + value / reach * (_WIDTH / 2 - _PAD):.1f}"
 
     middle = _HEIGHT / 2
-    inside = margin > 0 and -margin <= low and high <= margin
     parts = [f'<line class="axis" x1="{_PAD}" x2="{_WIDTH - _PAD}" y1="{middle}" y2="{middle}"/>']
     if margin:
         width = 2 * margin / reach * (_WIDTH / 2 - _PAD)
         parts.append(f'<rect class="margin" x="{x(-margin)}" y="4" width="{width:.1f}" height="{_HEIGHT - 8}"/>')
     parts.append(f'<line class="zero" x1="{_WIDTH / 2}" x2="{_WIDTH / 2}" y1="4" y2="{_HEIGHT - 4}"/>')
-    mark = "in" if inside else "out"
+    mark = "in" if check.outcome == "equivalent" else "out"
     parts.append(f'<line class="span {mark}" x1="{x(low)}" x2="{x(high)}" y1="{middle}" y2="{middle}"/>')
     parts.append(f'<circle class="dot {mark}" cx="{x(check.difference)}" cy="{middle}" r="4"/>')
-    where = "inside" if inside else "not inside"
-    label = f"difference {signed(check.difference)}, interval {signed(low)} to {signed(high)}, {where} the margin of {margin:g}"
+    label = f"{check.outcome}: difference {signed(check.difference)}, interval {signed(low)} to {signed(high)}, margin {margin:g}"
     return f'<svg class="strip" role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT}">{"".join(parts)}</svg>'

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from expunge.audit.document import AuditDocument, ModelEntry
 from expunge.core.results import Number, Verdict
-from expunge.report.compare import Comparison
+from expunge.report.compare import Comparison, Row
 from expunge.report.glossary import ARROWS, term
 from expunge.report.headline import Kind, family, pick
 from expunge.report.text import DASH, clean, digits, duration, interval_text, plural, value_text
@@ -103,6 +103,25 @@ def trade_off(comparison: Comparison) -> Table:
     return table
 
 
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """The trade-off table for machines."""
+    rows = {"target": comparison.target, "gold": comparison.gold}
+
+    def plain(row: Row | None) -> dict[str, Any] | None:
+        if row is None:
+            return None
+        numbers = {k: getattr(row, k) for k in ("forget", "utility", "distance")}
+        return {
+            "label": row.label, "models": list(row.models), "seeds": row.seeds, "verdicts": [v.value for v in row.verdicts],
+            "pareto": row.pareto, **{k: n.model_dump(mode="json") if n else None for k, n in numbers.items()},
+        }  # fmt: skip
+
+    return {
+        "forget": comparison.forget_key, "utility": comparison.utility_key, "definition": comparison.definition,
+        "notes": list(comparison.notes), "rows": [plain(r) for r in comparison.rows], **{k: plain(r) for k, r in rows.items()},
+    }  # fmt: skip
+
+
 def summary_json(documents: Sequence[AuditDocument]) -> dict[str, Any]:
     """The summary for machines: per document its title, and per model the verdict, its reason and the headline numbers."""
     return {"documents": [_document_json(document) for document in documents]}
@@ -157,7 +176,7 @@ def _verdict(model: ModelEntry) -> Text:
 def _cell(number: Number | None, wide: bool, notes: list[str], places: int | None = None) -> Text:
     if number is None:
         return Text(DASH)
-    told = [*number.flags, *([number.note] if number.value is None and number.note else [])]
+    told = list(dict.fromkeys([*number.flags, *([number.note] if number.value is None and number.note else [])]))
     notes.extend(t for t in told if t not in notes)
     marks = ",".join(str(notes.index(t) + 1) for t in told)
     cell = Text(value_text(number, places, "-")) + Text(

@@ -37,15 +37,15 @@ def shorten(text: str, length: int) -> str:
 
 
 def digits(numbers: Sequence[Number]) -> int:
-    """Decimals for a row of like numbers: two significant digits of their (median) interval.
+    """Decimals for a row of like numbers: two significant digits of their (median) interval, at most 3 where one reaches 0.1.
 
     Without intervals 3 below ten, 2 below a hundred, then 1.
     """
     known = [n for n in numbers if n.value is not None]
     widths = sorted(n.high - n.low for n in known if n.low is not None and n.high is not None and n.high > n.low)
-    if widths:
-        return min(6, max(0, 1 - math.floor(math.log10(widths[len(widths) // 2]))))
     largest = max((abs(n.value) for n in known if n.value is not None), default=0.0)
+    if widths:
+        return min(3 if largest >= 0.1 else 6, max(0, 1 - math.floor(math.log10(widths[len(widths) // 2]))))
     return 3 if largest < 10 else 2 if largest < 100 else 1
 
 

@@ -35,27 +35,40 @@ class Cell:
 
     text: str = DASH
     interval: str = ""
-    marks: tuple[int, ...] = ()  #: footnotes, from 1
+    marks: str = ""  #: of its footnotes: numbers for warnings, letters for remarks
     flagged: bool = False
     sort: float | None = None
 
 
 @dataclass
 class Notes:
-    """The footnotes of one table: equal texts share a mark."""
+    """The footnotes of one table: warnings (flags, reasons for what is missing) and remarks; equal texts share a mark."""
 
-    texts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
-    def cell(self, number: Number | None, places: int | None = None) -> Cell:
-        """The cell of ``number`` with ``places`` decimals; its flags and its note become footnotes."""
+    def cell(self, number: Number | None, places: int | None = None, *, remark: bool = True) -> Cell:
+        """The cell of ``number`` with ``places`` decimals; without its note if not ``remark``."""
         if number is None:
             return Cell()
-        marks = []
-        for text in (*number.flags, *((number.note,) if number.note else ())):
-            if text not in self.texts:
-                self.texts.append(text)
-            marks.append(self.texts.index(text) + 1)
-        return Cell(value_text(number, places), interval_text(number, places), tuple(marks), bool(number.flags), number.value)
+        warnings = [*number.flags, *([number.note] if number.note and number.value is None else [])]
+        marks = [self._mark(self.warnings, text) for text in dict.fromkeys(warnings)]
+        if remark and number.note and number.value is not None:
+            marks.append(self.remark(number.note))
+        marks = ["!" * bool(number.flags) + marks[0], *marks[1:]] if marks else []
+        shown = value_text(number, places), interval_text(number, places)
+        return Cell(*shown, ",".join(marks), bool(number.flags), number.value)
+
+    def remark(self, text: str) -> str:
+        """The mark of a remark."""
+        place = int(self._mark(self.remarks, text)) - 1
+        return ("" if place < 26 else chr(96 + place // 26)) + chr(97 + place % 26)
+
+    @staticmethod
+    def _mark(texts: list[str], text: str) -> str:
+        if text not in texts:
+            texts.append(text)
+        return str(texts.index(text) + 1)
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,7 @@ class Line:
     direction_text: str
     counts: str
     cells: tuple[Cell, ...]
+    mark: str = ""  #: of the remark that holds for all its cells
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,8 @@ class Group:
     title: str
     lead: str
     lines: tuple[Line, ...]
-    notes: tuple[str, ...]
+    notes: Notes
+    absent: tuple[tuple[str, str], ...] = ()  #: metrics without any value: (names, why)
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,11 @@ def glance(document: AuditDocument) -> Group:
     return _table(document, models, list(dict.fromkeys(k for k in keys if k is not None)), "")
 
 
+def is_count(document: AuditDocument, column: str) -> bool:
+    """Whether a column of the table of sets holds numbers."""
+    return all(isinstance(about.get(column), (int, float, type(None))) for about in document.data.values())
+
+
 def column_places(comparison: Comparison) -> tuple[int, int, int]:
     """Decimals of the columns distance, forget and utility of a trade-off table."""
     rows = [r for r in (comparison.target, comparison.gold, *comparison.rows) if r is not None]
@@ -221,8 +241,11 @@ def shared(answer: str, gold: str, prompt: str = "") -> tuple[tuple[str, bool], 
                 same[i] = True
     out: list[tuple[str, bool]] = []
     for piece, hit in zip(pieces, same, strict=True):
+        gap = piece[: len(piece) - len(piece.lstrip())]
         if out and out[-1][1] == hit:
             out[-1] = (out[-1][0] + piece, hit)
+        elif hit and gap:
+            out += [(gap, False), (piece.lstrip(), True)] if not out else [(out.pop()[0] + gap, False), (piece.lstrip(), True)]
         else:
             out.append((piece, hit))
     return tuple(out)
@@ -251,23 +274,33 @@ def _group(document: AuditDocument, key: str) -> str:
 def _table(document: AuditDocument, models: Sequence[ModelEntry], keys: Sequence[str], title: str) -> Group:
     notes = Notes()
     lines = []
+    absent: dict[str, list[str]] = {}
     for key in keys:
         numbers = [m.numbers.get(key) for m in models]
         known = [n for n in numbers if n is not None]
-        direction = known[0].direction
-        lines.append(
-            Line(
-                key,
-                term(document, key).title,
-                ARROWS[direction],
-                SHORT_DIRECTIONS[direction],
-                DIRECTIONS[direction],
-                _counts(known),
-                tuple(notes.cell(n, digits(known)) for n in numbers),
-            )
-        )
-    return Group(
-        title, _lead([n for k in keys for m in models if (n := m.numbers.get(k)) is not None]), tuple(lines), tuple(notes.texts)
+        if all(n.value is None for n in known):
+            why = "; ".join(dict.fromkeys(t for n in known for t in (n.note, *n.flags) if t))
+            absent.setdefault(why or "no reason was given", []).append(f"{term(document, key).title} ({key})")
+        else:
+            lines.append(_line(document, key, numbers, notes))
+    lead = _lead([n for k in keys for m in models if (n := m.numbers.get(k)) is not None])
+    return Group(title, lead, tuple(lines), notes, tuple((", ".join(names), why) for why, names in absent.items()))
+
+
+def _line(document: AuditDocument, key: str, numbers: Sequence[Number | None], notes: Notes) -> Line:
+    known = [n for n in numbers if n is not None]
+    direction = known[0].direction
+    common = known[0].note if len(known) > 1 and all(n.note == known[0].note and n.value is not None for n in known) else ""
+    places = digits(known)
+    return Line(
+        key=key,
+        title=term(document, key).title,
+        arrow=ARROWS[direction],
+        direction=SHORT_DIRECTIONS[direction],
+        direction_text=DIRECTIONS[direction],
+        counts=_counts(known),
+        cells=tuple(notes.cell(n, places, remark=not common) for n in numbers),
+        mark=notes.remark(common) if common else "",
     )
 
 

@@ -9,18 +9,27 @@ _FAILED = ("knows more", "knows less", "worse")
 
 
 def used(check: Check) -> float:
-    """The share of the margin that the interval reaches: 1 touches the margin, above 1 it crosses; 0 where unknown."""
+    """The share of the margin that the interval reaches: 1 touches the margin, above 1 it crosses; 0 where unknown.
+
+    An end past the margin in a check that came out equivalent lies on a side that does not count against the model (a gain
+    in utility, or the far side of knowing, which has a wider margin), so it is left out.
+    """
     ends = [abs(v) for v in (check.difference, check.low, check.high) if v is not None]
     if not ends or not check.margin:
         return 0.0
-    return max(ends) / check.margin
+    shares = [end / check.margin for end in ends]
+    return max((s for s in shares if s <= 1 or check.outcome != "equivalent"), default=0.0)
 
 
 def weakest(judgement: Judgement) -> Check | None:
-    """The check nearest to (or furthest past) its limit: failed ones before undecided ones before those not run.
+    """The check that the reason names; if it quotes none, the one nearest to, or furthest past, its limit.
 
-    Among checks of the same kind the one that uses the largest share of its margin; None if there are no checks.
+    Then failed checks come before undecided ones, these before equivalent ones, and those not run last; among checks of the
+    same kind the one that uses the largest share of its margin (:func:`used`). None if there are no checks.
     """
+    quoted = [c for c in judgement.checks if c.text and c.text in judgement.reason]
+    if quoted:
+        return min(quoted, key=lambda c: judgement.reason.index(c.text))
 
     def rank(check: Check) -> tuple[int, float]:
         order = 3 if check.outcome in _FAILED else 2 if check.outcome == "undecided" else 0 if check.outcome == "not run" else 1

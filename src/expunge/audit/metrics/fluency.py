@@ -108,7 +108,7 @@ class Fluency(Metric):
 
     def _on(self, evidence: Evidence, label: str, name: str) -> dict[str, Number]:
         texts = answers(evidence, label, name, self.max_new_tokens)
-        made = [shorten(evidence.adapter(label), g, self.max_new_tokens) for g in evidence.generations(label, name)]
+        made = [shorten(evidence.decoder(label), g, self.max_new_tokens) for g in evidence.generations(label, name)]
         views: dict[str, tuple[list[float], Direction, Range]] = {
             "degenerate": ([float(degenerate(t)) for t in texts], Direction.UTILITY_DOWN, (0.0, 1.0)),
             "repetition": ([repetition(t, self.n) for t in texts], Direction.UTILITY_DOWN, (0.0, 1.0)),

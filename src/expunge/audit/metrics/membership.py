@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, field_validator
 
-from expunge.audit.attacks.membership import MEMBERSHIP, MembershipAttack
+from expunge.audit.attacks.membership import MEMBERSHIP, GradientAttack, MembershipAttack
 from expunge.audit.evidence import Evidence
 from expunge.audit.metrics.papers import LOSS, MUSE
 from expunge.audit.metrics.registry import Metric, Need, Range, metric
@@ -101,6 +101,14 @@ class _Attacked(Metric):
     def chosen(self) -> list[MembershipAttack]:
         """The attacks."""
         return _attacks(self.attacks, self.k, self.gradient_examples)
+
+    def visit(self, evidence: Evidence, label: str) -> None:
+        """Gradients are taken while the model is in memory."""
+        if "holdout" in evidence.sets:
+            for attack in self.chosen():
+                if attack.name == GradientAttack.name:
+                    for name in ("holdout", "forget"):
+                        attack.values(evidence, label, name)
 
     def runnable(self, evidence: Evidence, label: str) -> list[MembershipAttack]:
         """The attacks that this audit's data allow on a model; the others are noted as missing."""

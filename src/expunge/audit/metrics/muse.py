@@ -70,6 +70,7 @@ class VerbatimMemorisation(RecordMetric):
     paper: ClassVar[Paper] = MUSE
     evaluate = staticmethod(verbatim_memorisation)
     sets: ClassVar[tuple[str, ...] | None] = ("forget", "retain")
+    asks: ClassVar[bool] = True
 
     max_new_tokens: int = Field(128, ge=1, description="longest continuation in tokens")
     share: float = Field(0.5, gt=0, lt=1, description="share of a plain text that is its prompt")
@@ -85,7 +86,6 @@ class VerbatimMemorisation(RecordMetric):
         parts = [self._split(r) for r in records]
         asked = [i for i, p in enumerate(parts) if p is not None]
         chosen = [p for p in parts if p is not None]
-        adapter = evidence.adapter(label)
         values = np.full(len(parts), np.nan)
         if any(r.is_text for r in records):
             style = f"verbatim {self.share}"
@@ -95,7 +95,9 @@ class VerbatimMemorisation(RecordMetric):
             )  # fmt: skip
         else:
             made = answers(evidence, label, name, self.max_new_tokens)
-        golds = [_shortened(adapter, adapter.encode(r), r.answer, self.max_new_tokens) for r in chosen]
+        lengths = evidence.scores(label, name).counts[asked]
+        fits = (lengths <= self.max_new_tokens).tolist()
+        golds = [r.answer if fit else self._shortened(evidence, label, r) for fit, r in zip(fits, chosen, strict=True)]
         values[asked] = rouge_values(made, golds, lambda p, g: verbatim_memorisation(p, g, self.tokeniser)).values
         return Values(values, ~np.isnan(values))
 
@@ -106,12 +108,11 @@ class VerbatimMemorisation(RecordMetric):
         head, tail = halves(record.answer, self.share)
         return Record(id=record.id, prompt=head, answer=tail, subject=record.subject, verbatim=True) if tail else None
 
-
-def _shortened(adapter: Adapter, example: Example, text: str, limit: int) -> str:
-    """A text cut to its first ``limit`` tokens."""
-    if example.n_targets <= limit:
-        return text
-    return adapter.decode(adapter.collate([example]).targets[:limit].tolist())
+    def _shortened(self, evidence: Evidence, label: str, record: Record) -> str:
+        """An answer cut to as many tokens as the model may write."""
+        adapter = evidence.adapter(label)
+        example = adapter.encode(record)
+        return adapter.decode(adapter.collate([example]).targets[: self.max_new_tokens].tolist())
 
 
 @metric
@@ -132,6 +133,7 @@ class KnowledgeMemorisation(RecordMetric):
     paper: ClassVar[Paper] = MUSE
     evaluate = staticmethod(knowledge_memorisation)
     sets: ClassVar[tuple[str, ...] | None] = ("forget", "retain")
+    asks: ClassVar[bool] = True
 
     max_new_tokens: int = Field(32, ge=1, description="longest answer in tokens")
     shots: int = Field(0, ge=0, le=64, description="solved questions of the retain set in the prompt")

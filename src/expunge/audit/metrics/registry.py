@@ -52,6 +52,9 @@ class Metric(Settings, abc.ABC):
     paper: ClassVar[Paper]
     evaluate: ClassVar[Callable[..., Any]]  #: the pure function, see :func:`evaluate_metric`
 
+    def visit(self, evidence: Evidence, label: str) -> None:
+        """Gather, while the model is in memory, what goes beyond the scores and answers that :attr:`needs` names."""
+
     @abc.abstractmethod
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
         """The numbers of one model, keyed as in :class:`~expunge.audit.document.ModelEntry`.
@@ -65,6 +68,7 @@ class RecordMetric(Metric):
     """A metric with one value per record, whose number is the mean over the records of a set."""
 
     sets: ClassVar[tuple[str, ...] | None] = None  #: the sets it is measured on; None: all
+    asks: ClassVar[bool] = False  #: whether it has prompts of its own
 
     @abc.abstractmethod
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
@@ -82,6 +86,13 @@ class RecordMetric(Metric):
         """:meth:`per_record`, computed once however many metrics and verdicts read it."""
         key = ("values", self.name, self.model_dump_json(), evidence.subject(label).fingerprint, name)
         return evidence.memo(key, lambda: self.per_record(evidence, label, name))
+
+    def visit(self, evidence: Evidence, label: str) -> None:
+        """Nothing by default; a metric that asks in its own way computes its values here."""
+        if self.asks:
+            for name in evidence.sets:
+                if (self.sets is None or name in self.sets) and not self.lacks(evidence, name):
+                    self.values(evidence, label, name)
 
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
         """Mean over the records of each set, with its interval over clusters."""

@@ -71,9 +71,8 @@ def answers(
     examples: Callable[[Adapter], Sequence[Example]] | None = None,
 ) -> list[str]:
     """A model's greedy answers to a set, at most so long, up to the first stop string; see :meth:`Evidence.generations`."""
-    adapter = evidence.adapter(label)
     made = evidence.generations(label, name, style, examples)
-    return [cut(shorten(adapter, g, max_new_tokens).text, stops) for g in made]
+    return [cut(shorten(evidence.decoder(label), g, max_new_tokens).text, stops) for g in made]
 
 
 def lacks_questions(evidence: Evidence, name: str) -> str:

@@ -36,10 +36,16 @@ def register(app: typer.Typer) -> None:
 def audit(
     run: Annotated[Path, typer.Argument(help="Folder of an unlearning run.")],
     parts: Annotated[list[str] | None, typer.Argument(help="key=value settings of the audit.", metavar="[SETTINGS]...")] = None,
-    retrained: Annotated[list[str] | None, typer.Option(help="A model trained without the forget set; repeatable.", metavar="MODEL")] = None,
+    retrained: Annotated[
+        list[str] | None, typer.Option(help="A model trained without the forget set; repeatable.", metavar="MODEL")
+    ] = None,
     retrain: Annotated[int, typer.Option(help="Number of models to retrain here.", metavar="N")] = 0,
-    base: Annotated[str | None, typer.Option(help="Untrained base, if the target is no run of expunge train.", metavar="MODEL")] = None,
-    utility: Annotated[list[str] | None, typer.Option(help="A further set that must stay known; repeatable.", metavar="NAME=DATA")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Untrained base, if the target is no run of expunge train.", metavar="MODEL")
+    ] = None,
+    utility: Annotated[
+        list[str] | None, typer.Option(help="A further set that must stay known; repeatable.", metavar="NAME=DATA")
+    ] = None,
     require: Annotated[str | None, typer.Option(help="Verdict to ask for, e.g. forgotten.", metavar="VERDICT")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:

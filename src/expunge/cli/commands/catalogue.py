@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from expunge.cli.output import Output
 
@@ -71,7 +72,7 @@ def methods(
     output.result({"methods": [{"name": n, "title": m.title, "formula": m.formula} for n, m in METHODS.items()]})
     table = Table("method", "what it is", "loss")
     for method_name, method in METHODS.items():
-        table.add_row(method_name, method.title, method.formula)
+        table.add_row(method_name, Text(method.title), Text(method.formula))
     output.say(table)
     for broken, why in METHODS.broken().items():
         output.note(f"The plug-in {broken!r} could not be loaded: {why}")
@@ -101,11 +102,11 @@ def metrics(
         if kind.declared():
             output.say(_parameters(kind.declared()))
         return 0
-    found = {n: k for n, k in METRICS.items()}
+    found = dict(METRICS.items())
     output.result({"metrics": [{"name": n, "title": k.title, "direction": str(k.direction)} for n, k in found.items()]})
     table = Table("metric", "what it measures", "direction")
     for metric_name, kind in found.items():
-        table.add_row(metric_name, kind.title, str(kind.direction))
+        table.add_row(metric_name, Text(kind.title), str(kind.direction))
     output.say(table)
     return 0
 
@@ -113,7 +114,7 @@ def metrics(
 def _parameters(parameters: Any) -> Table:
     table = Table("parameter", "allowed", "default", "meaning", box=None, padding=(0, 2))
     for parameter in parameters:
-        table.add_row(parameter.name, parameter.allowed, parameter.default, parameter.text)
+        table.add_row(parameter.name, *map(Text, (parameter.allowed, parameter.default, parameter.text)))
     return table
 
 

@@ -67,14 +67,15 @@ def compare(
     from expunge.pipeline.audit import read
     from expunge.report.compare import compare as comparison
     from expunge.report.html import write
-    from expunge.report.terminal import print_comparison
+    from expunge.report.terminal import comparison_json, trade_off
 
     output = Output(json)
     if out is not None and out.exists() and not force:
         raise InputError(f"The file {str(out)!r} exists.", "Add --force to replace it.")
     documents = [read(run) for run in runs]
     found = comparison(documents)
-    print_comparison(found, as_json=json)
+    output.result(comparison_json(found))
+    output.say(trade_off(found))
     if out is not None:
         write(documents, out)
         output.say(f"Page: {out}")

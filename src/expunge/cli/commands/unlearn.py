@@ -49,6 +49,7 @@ def unlearn(
     requests: Annotated[
         Path | None, typer.Option(help="Several requests in order, one JSON object a line.", metavar="FILE")
     ] = None,
+    retrain: Annotated[int, typer.Option(help="With --requests: retrained models to compare with.", metavar="N")] = 0,
     method: Annotated[str | None, typer.Option(help="Name of the method [default: npo].")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", metavar="RUN")] = None,
     config: Annotated[
@@ -70,6 +71,7 @@ def unlearn(
     from expunge.pipeline import sequence
     from expunge.pipeline import unlearn as stage
     from expunge.pipeline.config import UnlearnConfig, from_file, merge
+    from expunge.report.terminal import print_summary, summary_json
 
     output = Output(json)
     if model is not None and "=" in model and config is not None:
@@ -86,7 +88,15 @@ def unlearn(
     if out is None:
         raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")
     if requests is not None:
-        return sequence.command(requests, merged, out, resume=resume, output=output)
+        merged.setdefault("forget", str(requests))
+        document = sequence.run(
+            requests, UnlearnConfig(**merged), out, retrain=retrain, resume=resume, bars=output.progress, say=output.note
+        )
+        output.result(summary_json([document]))
+        if not json:
+            print_summary([document])
+            output.say(f"Next: expunge report {out}")
+        return 0
     for name, option in (("model", "MODEL"), ("forget", "--forget DATA")):
         if name not in merged:
             raise InputError(f"The {name} is missing.", f"Give {option}; see expunge unlearn --help.")

@@ -1,0 +1,246 @@
+"""From shared evidence to a verdict: attacks on copies of the models, cached like scores, and what the verdict reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from expunge.audit.attacks.membership import MEMBERSHIP
+from expunge.audit.attacks.quantise import quantised
+from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, recovered, relearn
+from expunge.audit.document import Curve, Series
+from expunge.audit.evidence import Evidence
+from expunge.audit.metrics.fluency import degenerate
+from expunge.audit.metrics.memorisation import ExtractionStrength
+from expunge.audit.metrics.probability import OptionProbability, Probability
+from expunge.audit.metrics.registry import Need, RecordMetric
+from expunge.audit.metrics.rouge import RougeRecall, lacks_questions
+from expunge.audit.metrics.truth_ratio import TruthRatio
+from expunge.audit.scores import Floats, score
+from expunge.audit.settings import AuditSettings
+from expunge.audit.store import compute_signature, examples_digest
+from expunge.audit.verdict import Arrays, Sample, judge
+from expunge.core.results import Direction, Judgement, Number
+from expunge.core.statistics import bootstrap
+
+#: Attacks whose scores a verdict compares: those that need nothing but the model itself and score every record.
+COMPARED = ("loss", "min-k", "min-k-plus-plus", "zlib")
+
+
+@dataclass
+class Attacked:
+    """What the attacks on copies found, by model, and the step size of relearning, which is the same for all."""
+
+    relearn: dict[str, list[RelearnPoint]] = field(default_factory=dict)
+    quantised: dict[str, dict[int, Floats]] = field(default_factory=dict)
+    rate: float | None = None
+
+
+def attack_copy(evidence: Evidence, label: str, settings: AuditSettings, attacked: Attacked) -> None:
+    """Relearning and rounding of weights on copies of one model, or their results from the cache, added to ``attacked``.
+
+    The step size of relearning follows from the first model attacked, which must be the target where there is one.
+    """
+    if evidence.subject(label).role == "base":
+        return
+    budget = settings.relearn
+    if budget is not None and len(evidence.records("forget")) < 2:
+        evidence.miss("Relearning was not tried: it needs two forget records, one to train on and one to measure.")
+    elif budget is not None:
+        if attacked.rate is None:
+            attacked.rate = budget.resolved(evidence.adapter(label)).lr
+        fixed = budget.model_copy(update={"lr": attacked.rate})
+        attacked.relearn[label] = _relearn(evidence, label, fixed, settings.seed)
+    attacked.quantised[label] = {b: _quantised(evidence, label, b, settings.quantise_group) for b in settings.quantise}
+
+
+def judge_models(
+    evidence: Evidence, attacked: Attacked, settings: AuditSettings, needs: set[Need], utilities: Mapping[str, float | None]
+) -> dict[str, Judgement]:
+    """A judgement of every model but base ones; retrained models are judged against the other retrained ones.
+
+    Args:
+        evidence: of all models.
+        attacked: what attacks on copies found.
+        settings: with the thresholds.
+        needs: what the chosen metrics read: generations are judged where they were made for a metric.
+        utilities: model utility by label.
+    """
+    labels = [s.label for s in evidence.subjects.values() if s.role != "base"]
+    target = next(iter(evidence.labels("target")), None)
+    gold = evidence.labels("retrained")
+    if len(evidence.records("forget")) < 2:
+        evidence.miss("No verdict was reached: it needs at least two forget records.")
+        return {}
+    if target is None and gold:
+        evidence.miss("No verdict was reached: it needs the target model, from which the retrained models must stand apart.")
+        return {}
+    arrays = {n: model_arrays(evidence, n, attacked, Need.GENERATION in needs, utilities.get(n)) for n in labels}
+    out = {}
+    for label in labels:
+        others = [arrays[g] for g in evidence.labels("retrained", but=label)]
+        out[label] = judge(arrays[label], others, arrays[target or label], settings.thresholds)
+    return out
+
+
+def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: bool, model_utility: float | None) -> Arrays:
+    """The per-example measurements of one model that a verdict compares."""
+    records = evidence.records("forget")
+    ratio = TruthRatio()
+    membership = {}
+    if "holdout" in evidence.sets:
+        for name in COMPARED:
+            attack = MEMBERSHIP.get(name)()
+            membership[name] = (attack.values(evidence, label, "forget").values, attack.values(evidence, label, "holdout").values)
+    return Arrays(
+        label=label,
+        ids=[r.id for r in records],
+        clusters=evidence.clusters("forget"),
+        nll=evidence.scores(label, "forget").nll(),
+        log_truth_ratio=None if ratio.lacks(evidence, "forget") else ratio.log_ratios(evidence, label, "forget").values,
+        extraction=ExtractionStrength().values(evidence, label, "forget").values,
+        membership=membership,
+        holdout_clusters=evidence.clusters("holdout") if membership else (),
+        utility=_utilities(evidence, label, generated),
+        model_utility=model_utility,
+        degenerate=_degenerate(evidence, label) if generated else {},
+        relearn=attacked.relearn.get(label, ()),
+        quantised=attacked.quantised.get(label, {}),
+    )
+
+
+def attack_numbers(evidence: Evidence, attacked: Attacked, label: str) -> dict[str, Number]:
+    """``relearn.recovered``, the recovered share at the last step, and ``quantised.<bits>-bit.loss`` on the forget set."""
+    out = {}
+    at = evidence.protocol
+    clusters = evidence.clusters("forget")
+    for bits, losses in attacked.quantised.get(label, {}).items():
+        found = bootstrap(losses, clusters, draws=at.draws, level=at.level, seed=at.seed)
+        note = f"mean loss of the forget answers with weights rounded to {bits} bits"
+        out[f"quantised.{bits}-bit.loss"] = found.number(Direction.REFERENCE, (0.0, None), note)
+    target = next(iter(evidence.labels("target")), None)
+    others = [attacked.relearn[o] for o in evidence.labels("retrained", but=label) if o in attacked.relearn]
+    if label not in attacked.relearn or target is None or not others:
+        return out
+    full = dict(zip((r.id for r in evidence.records("forget")), evidence.scores(target, "forget").nll().tolist(), strict=True))
+    last = recovered(attacked.relearn[label], others, full, draws=at.draws, level=at.level, seed=at.seed)[-1]
+    note = (
+        f"after {last.step} steps on one half of the forget set, on the other half: 0 = as retrained models under the same "
+        "attack, 1 = as the target knew it"
+    )
+    return out | {"relearn.recovered": last.share.number(Direction.ZERO, (None, None), note)}
+
+
+def relearn_curve(evidence: Evidence, attacked: Attacked, labels: Sequence[str]) -> list[Curve]:
+    """Mean loss on the half of the forget set that was not trained on, by steps of relearning on the other half."""
+    at = evidence.protocol
+    series = []
+    for label in labels:
+        points = attacked.relearn.get(label, [])
+        found = [
+            bootstrap(p.losses_heldout, p.clusters_heldout, draws=at.draws, level=at.level, seed=at.seed)
+            for p in points
+            if np.isfinite(p.losses_heldout).all()
+        ]
+        if not points or len(found) < len(points):
+            continue
+        line = Series(label=label, x=[float(p.step) for p in points], y=[f.value for f in found])
+        lows, highs = [f.low for f in found], [f.high for f in found]
+        if all(v is not None for v in (*lows, *highs)):
+            line = line.model_copy(update={"low": lows, "high": highs})
+        series.append(line)
+    if not series:
+        return []
+    title = "Relearning: loss on the half of the forget set that was not trained on"
+    return [Curve(name="relearn", title=title, x_label="optimiser steps", y_label="mean loss (nats per token)", series=series)]
+
+
+def _utilities(evidence: Evidence, label: str, generated: bool) -> dict[str, Sample]:
+    out = {}
+    for name in evidence.sets:
+        goal = evidence.goal(name)
+        if goal not in ("retain", "utility"):
+            continue
+        options: RecordMetric = OptionProbability()
+        first = options if goal == "utility" and not options.lacks(evidence, name) else Probability()
+        rouge = RougeRecall()
+        measured = [first, rouge] if generated and not rouge.lacks(evidence, name) else [first]
+        for metric in measured:
+            found = metric.values(evidence, label, name)
+            clusters = [c for c, p in zip(evidence.clusters(name), found.present, strict=True) if p]
+            if clusters:
+                out[f"{name}.{metric.name}"] = Sample(found.values[found.present], clusters)
+    return out
+
+
+def _degenerate(evidence: Evidence, label: str) -> dict[str, Sample]:
+    out = {}
+    for name in evidence.sets:
+        if name != "holdout" and not lacks_questions(evidence, name):
+            texts = [g.text for g in evidence.generations(label, name)]
+            out[name] = Sample(np.array([float(degenerate(t)) for t in texts]), evidence.clusters(name))
+    return out
+
+
+def _relearn(evidence: Evidence, label: str, budget: RelearnSettings, seed: int) -> list[RelearnPoint]:
+    adapter, subject = evidence.adapter(label), evidence.subject(label)
+    forget = [adapter.encode(r) for r in evidence.records("forget")]
+    benign = budget.material == "retain" and "retain" in evidence.sets
+    retain = [adapter.encode(r) for r in evidence.records("retain")] if benign else None
+    key = ""
+    if evidence.store is not None:
+        content = "+".join(examples_digest(adapter, e) for e in (forget, retain or []) if e)
+        options = {**budget.model_dump(mode="json"), "seed": seed}
+        signature = compute_signature(adapter, budget.max_tokens)
+        key = evidence.store.key("relearn", subject.fingerprint, signature, content, **options)
+        held = evidence.store.load_arrays(key)
+        if held is not None:
+            return _unpacked(held)
+    if evidence.progress is not None:
+        evidence.progress(f"{label}: relearning on a copy", 0, 1)
+    points = relearn(adapter, forget, retain, budget, seed)
+    if evidence.progress is not None:
+        evidence.progress(f"{label}: relearning on a copy", 1, 1)
+    if evidence.store is not None:
+        evidence.store.save_arrays(key, _packed(points))
+    return points
+
+
+def _packed(points: Sequence[RelearnPoint]) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+    return {
+        "step": np.array([p.step for p in points]),
+        "lr": np.array([p.lr for p in points]),
+        "losses_trained": np.stack([p.losses_trained for p in points]),
+        "losses_heldout": np.stack([p.losses_heldout for p in points]),
+        "ids_trained": np.array(points[0].ids_trained, dtype=str),
+        "ids_heldout": np.array(points[0].ids_heldout, dtype=str),
+        "clusters_heldout": np.array(points[0].clusters_heldout, dtype=str),
+    }
+
+
+def _unpacked(held: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]) -> list[RelearnPoint]:
+    ids = {n: tuple(held[n].tolist()) for n in ("ids_trained", "ids_heldout", "clusters_heldout")}
+    rows = zip(held["step"].tolist(), held["lr"].tolist(), held["losses_trained"], held["losses_heldout"], strict=True)
+    return [RelearnPoint(step, lr, a.astype(np.float64), b.astype(np.float64), **ids) for step, lr, a, b in rows]
+
+
+def _quantised(evidence: Evidence, label: str, bits: int, group: int | None) -> Floats:
+    adapter, subject, at = evidence.adapter(label), evidence.subject(label), evidence.protocol
+    examples = [adapter.encode(r) for r in evidence.records("forget")]
+    key = ""
+    if evidence.store is not None:
+        content, signature = examples_digest(adapter, examples), compute_signature(adapter, at.batch_tokens)
+        key = evidence.store.key("quantised", subject.fingerprint, signature, content, bits=bits, group=group)
+        held = evidence.store.load_arrays(key)
+        if held is not None:
+            return held["nll"].astype(np.float64)
+    copy = quantised(adapter, bits, group)
+    found = score(
+        copy, examples, batch_tokens=at.batch_tokens, progress=evidence.progress, what=f"{label}: scoring with {bits}-bit weights"
+    )
+    losses = found.nll()
+    if evidence.store is not None:
+        evidence.store.save_arrays(key, {"nll": losses})
+    return losses

@@ -1,0 +1,223 @@
+"""Several requests in order: each starts from the model that the last one left, and all earlier ones are audited again.
+
+A file of requests holds one JSON object a line: ``{"id": "r1", "forget": "file-or-named-set"}``, or, to select from the
+retain data, ``{"id": "r2", "subjects": ["person-0007"]}`` or ``{"id": "r3", "ids": ["..."]}``. What is forgotten leaves the
+retain set for good. Every request is an unlearning run of its own; ``audit.json`` holds the model after each request, with
+the forget set of every earlier one as a set of its own: knowledge that returns (relapse) shows there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expunge.audit.document import AuditDocument
+from expunge.audit.run import AuditedModel
+from expunge.audit.settings import AuditSettings
+from expunge.core.errors import InputError, nearest
+from expunge.core.files import digest_json, write_text
+from expunge.core.runs import Run
+from expunge.data.records import Record, RecordSet
+from expunge.data.sources import load as load_records
+from expunge.engine.loop import Progress
+from expunge.pipeline import unlearn
+from expunge.pipeline.audit import DOCUMENT, entry_of, lazily, measure, read
+from expunge.pipeline.config import UnlearnConfig
+from expunge.pipeline.models import open_adapter
+from expunge.pipeline.train import content_key, retrained
+
+_KEYS = {"id", "forget", "subjects", "ids"}
+
+Bars = Callable[[str], AbstractContextManager[Progress | None]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One request of a sequence, with what is left to keep after it."""
+
+    id: str
+    forget: RecordSet
+    retain: RecordSet
+
+
+def read_requests(path: Path, retain: RecordSet, columns: dict[str, str] | None = None) -> list[Step]:
+    """Read and check a file of requests.
+
+    Raises:
+        InputError: the file is missing or malformed (the line is named), a request selects nothing, two requests share an
+            id, or nothing would be left to keep.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file of requests {str(path)!r}.")
+    steps: list[Step] = []
+    left = list(retain)
+    forgotten: set[str] = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        request = _request(line, f"{path} line {number}")
+        if any(s.id == request["id"] for s in steps):
+            raise InputError(
+                f"{path} line {number}: the request id {request['id']!r} is taken by an earlier line.", "Give each its own."
+            )
+        chosen = _select(request, left, f"{path} line {number}", columns)
+        keys = {content_key(r) for r in chosen}
+        if keys & forgotten:
+            raise InputError(
+                f"{path} line {number}: {len(keys & forgotten)} records were asked for by an earlier request.", "Leave them out."
+            )
+        forgotten |= keys
+        left = [r for r in left if content_key(r) not in keys]
+        if not left:
+            raise InputError(f"{path} line {number}: nothing is left to keep after this request.", "Give more retain data.")
+        source = str(request.get("forget", f"{retain.source} (selected)"))
+        steps.append(
+            Step(request["id"], RecordSet(request["id"], tuple(chosen), source), RecordSet("retain", tuple(left), retain.source))
+        )
+    if not steps:
+        raise InputError(
+            f"The file {str(path)!r} holds no request.", 'Write one a line, such as {"id": "r1", "forget": "r1.jsonl"}.'
+        )
+    return steps
+
+
+def _request(line: str, where: str) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is no JSON: {error}.") from None
+    if not isinstance(request, dict):
+        raise InputError(f"{where} must be a JSON object.", 'Such as {"id": "r1", "forget": "r1.jsonl"}.')
+    for key in request.keys() - _KEYS:
+        close = nearest(key, _KEYS)
+        raise InputError(
+            f"{where} has an unknown key {key!r}.",
+            f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(_KEYS))}.",
+        )
+    name = request.get("id")
+    if not isinstance(name, str) or not name or not name.replace("-", "").replace("_", "").isalnum():
+        raise InputError(f"{where} needs an 'id' of letters, digits, '-' and '_'; got {name!r}.")
+    if len(request.keys() & {"forget", "subjects", "ids"}) != 1:
+        raise InputError(f"{where} must have exactly one of 'forget', 'subjects' and 'ids'.")
+    return request
+
+
+def _select(request: dict[str, Any], left: Sequence[Record], where: str, columns: dict[str, str] | None) -> list[Record]:
+    if "forget" in request:
+        return list(load_records(str(request["forget"]), name=request["id"], columns=columns))
+    key = "subjects" if "subjects" in request else "ids"
+    wanted = request[key]
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(w, str) for w in wanted):
+        raise InputError(f"{where}: {key!r} must be a list of texts that is not empty.")
+    of: Callable[[Record], str] = (lambda r: r.cluster) if key == "subjects" else (lambda r: r.id)
+    present = {of(r) for r in left}
+    for name in wanted:
+        if name not in present:
+            close = nearest(name, present)
+            raise InputError(
+                f"{where}: the retain data have no {key.removesuffix('s')} {name!r}.",
+                f"Near: {', '.join(close)}." if close else "",
+            )
+    return [r for r in left if of(r) in set(wanted)]
+
+
+def run(
+    path: Path,
+    config: UnlearnConfig,
+    out: Path,
+    *,
+    retrain: int = 0,
+    resume: bool = False,
+    bars: Bars,
+    say: Callable[[str], None],
+) -> AuditDocument:
+    """Do the requests in order and audit the model after each, earlier requests included.
+
+    Args:
+        path: the file of requests.
+        config: as for one request; ``forget`` is ignored, ``retain`` is everything that was trained on.
+        out: folder; gets a run folder per request, ``audit.json``.
+        retrain: retrained models per request, each without that request and all earlier ones.
+        resume: go on where a killed run stopped.
+        bars, say: progress.
+
+    Raises:
+        InputError: anything does not fit; all requests are checked before the first is begun.
+    """
+    if config.retain is None:
+        raise InputError(
+            "A sequence of requests needs the data that are kept.",
+            "Give --retain DATA: everything that the model was trained on.",
+        )
+    columns = config.text.columns or None
+    everything = load_records(config.retain, name="retain", columns=columns)
+    holdout = load_records(config.holdout, name="holdout", columns=columns) if config.holdout else None
+    steps = read_requests(path, everything, columns)
+    checked = [
+        unlearn.check(unlearn.Request(s.forget, s.retain, holdout), allow=config.allow_overlap, drop=config.drop_overlap)
+        for s in steps
+    ]
+    Run.start(out, "sequence", {**config.model_dump(mode="json"), "requests": [s.forget.digest for s in steps]}, resume=resume)
+    source, folders = config.model, []
+    for number, (step, request) in enumerate(zip(steps, checked, strict=True), 1):
+        folder = out / f"{number:02d}-{step.id}"
+        at = config.model_copy(update={"model": source, "forget": step.forget.source})
+        if not _done(folder):
+            adapter = open_adapter(source, at.text)
+            made = unlearn.plan(adapter, request, at.method, at.parts, at.engine, how=at.alternatives)
+            with bars(f"request {number} of {len(steps)}: {step.id}") as bar:
+                held = unlearn.execute(made, at, folder, resume=(folder / "manifest.json").is_file(), progress=bar)
+            say(f"{step.id}: {held.manifest['stages']['unlearn']['result']['sentence']}")
+        else:
+            say(f"{step.id}: from an earlier run")
+        folders.append(folder)
+        source = str(folder)
+    return _audit(config, steps, folders, out, holdout, retrain, bars, say)
+
+
+def _audit(
+    config: UnlearnConfig, steps: list[Step], folders: list[Path], out: Path, holdout: RecordSet | None, retrain: int, bars: Bars,
+    say: Callable[[str], None],
+) -> AuditDocument:  # fmt: skip
+    """One document: all forgotten records together as the forget set, each request's own records as a further set."""
+    together = RecordSet("forget", tuple(r for s in steps for r in s.forget), "all requests")
+    sets = {"forget": together, "retain": steps[-1].retain}
+    if holdout is not None:
+        sets["holdout"] = unlearn.split_holdout(holdout, config.engine.seed)[1]
+    sets |= {f"request-{s.id}": s.forget for s in steps}
+    models = [AuditedModel("target", "target", lazily(config.model, config.text), path=config.model)]
+    for seed in range(1, retrain + 1):
+        with bars(f"retraining without all requests, seed {seed}") as bar:
+            made = retrained(config.model, together, seed, base=config.base, retain=config.retain, progress=bar, say=say)
+        models.append(entry_of(f"retrained seed {seed}", "retrained", made, config.text, seed=seed, stage="train"))
+    for step, folder in zip(steps, folders, strict=True):
+        models.append(
+            entry_of(
+                f"after {step.id}",
+                "unlearned",
+                folder,
+                config.text,
+                seed=config.engine.seed,
+                stage="unlearn",
+                method=config.method,
+            )
+        )
+    key = digest_json([[m.label, m.path] for m in models] + [{k: v.digest for k, v in sets.items()}])
+    mark = out / ".audit-inputs"
+    if mark.is_file() and mark.read_text() == key and (out / DOCUMENT).is_file():
+        return read(out)
+    with bars("audit of every request") as bar:
+        document = measure(
+            models, sets, AuditSettings(), progress=bar, title=f"{len(steps)} requests in order by {config.method}"
+        )
+    write_text(out / DOCUMENT, document.model_dump_json(indent=2) + "\n")
+    write_text(mark, key)
+    return document
+
+
+def _done(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() and Run.open(folder).manifest["stages"].get("unlearn", {}).get("state") == "done"
