@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -219,13 +219,18 @@ def _relearning(case: Case) -> Check:
     place = {name: i for i, name in enumerate(case.target.ids)}
     full = case.target.nll[[place[i] for i in subject.relearn[0].ids_heldout]]
     basis = [c.relearn[0].losses_heldout for c in controls]
-    found = []
+    found: list[Quantity] = []
+    spoilt: set[str] = set()
     for at, point in enumerate(subject.relearn):
-        if point.step:
-            after = [c.relearn[at].losses_heldout for c in controls]
-            losses = Losses(point.losses_heldout, after, full, basis, point.clusters_heldout)
-            found += _both(f"after {point.step} step{'s' * (point.step > 1)} of relearning others", losses, case.limits)
-    return _attack("relearning", found, case.limits)
+        if not point.step:
+            continue
+        after = [c.relearn[at].losses_heldout for c in controls]
+        losses = Losses(point.losses_heldout, after, full, basis, point.clusters_heldout)
+        when = f"after {point.step} step{'s' * (point.step > 1)} at {point.lr:.2g} of relearning others"
+        found += _both(when, losses, case.limits)
+        if not np.mean(after) < np.mean(basis):
+            spoilt.add(when)
+    return _attack("relearning", found, case.limits, spoilt)
 
 
 def _rounding(bits: int, case: Case) -> Check:
@@ -246,16 +251,17 @@ def _both(when: str, losses: Losses, limits: Thresholds) -> list[Quantity]:
     return [_likelihood(when, when, losses, limits, None), _remembered(when, when, losses, limits)]
 
 
-def _attack(name: str, found: Sequence[Quantity], limits: Thresholds) -> Check:
+def _attack(name: str, found: Sequence[Quantity], limits: Thresholds, spoilt: Collection[str] = ()) -> Check:
     """One check from several looks at an attack: any of them convicts (at a level shared among them).
 
-    The mean NLL must acquit at every look. The share remembered can only convict: half a forget set is too few answers to bound a
-    small share, and where it is large it shows.
+    The mean NLL must acquit at every look, except where the attack has spoilt the retrained models instead of teaching them (too
+    large a rate for too long). The share remembered can only convict: half a forget set is too few answers to bound a small
+    share, and where it is large it shows.
     """
     usable = [q for q in found if q.informative(limits)]
     judged = [(q, _check(q, limits, limits.alpha / len(usable))) for q in usable]
     some = [pair for pair in judged if pair[1].outcome == "knows more"]
-    likelihood = [pair for pair in judged if pair[0].toward < 0]
+    likelihood = [pair for pair in judged if pair[0].toward < 0 and pair[0].name not in spoilt]
     some = some or [pair for pair in likelihood if pair[1].outcome == "undecided"] or likelihood
     if not some:
         text = f"{name.capitalize()} tells nothing here: under it even the target does not stand out from the retrained models."

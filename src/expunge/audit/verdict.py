@@ -47,6 +47,12 @@ __all__ = ["PRIMARY", "Arrays", "Sample", "Thresholds", "judge"]
 
 PRIMARY = ("likelihood", "remembered")
 _FAR = ("likelihood", "truth ratio", "membership")  #: quantities whose far side convicts of over-unlearning
+_FALLING = (
+    "likelihood",
+    "truth ratio",
+    "relearning",
+    "quantisation",
+)  #: checks that acquit on a quantity that falls with knowledge
 
 
 def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, thresholds: Thresholds | None = None) -> Judgement:
@@ -123,7 +129,7 @@ def _acquit(
     thin = [c.name for c in (*open_checks, *(c for c in utility if c.outcome == "undecided"))]
     open_text = f" Not settled: {', '.join(thin)}." if thin else ""
     held = " and ".join(c.name for c in run)
-    weakest = _worst([c for c in (*outputs, *attacks) if c.outcome == "equivalent" and c.margin])
+    weakest = max((c for c in (*outputs, *attacks) if c.outcome == "equivalent" and c.margin), key=_nearness)
     text = f"It cannot be told from retrained models at the stated margins{f', nor under {held}' if held else ''}."
     return Verdict.FORGOTTEN, f"{text} Weakest link: {weakest.text}{open_text}"
 
@@ -137,6 +143,12 @@ def _worst(found: Sequence[Check]) -> Check:
         return abs(check.difference) / check.margin
 
     return max(found, key=severity)
+
+
+def _nearness(check: Check) -> float:
+    """How near the interval of a check that acquitted comes to the margin on the knowing side, in units of the margin."""
+    bound = -(check.low or 0.0) if check.name.startswith(_FALLING) else check.high or 0.0
+    return bound / (check.margin or 1.0)
 
 
 def _noise_note(k: int, limits: Thresholds) -> str:

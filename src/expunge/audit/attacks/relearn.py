@@ -5,8 +5,9 @@ half is measured along the way. Facts about other people cannot be learnt from t
 half was never gone. A retrained model under the same budget is the control, for it too learns the style of the answers
 (Hu et al. 2024, arXiv 2406.13356; Lynch et al. 2024, arXiv 2402.16835).
 
-**The step size must be the same for all models that are compared.** :meth:`RelearnSettings.resolved` chooses it once, from the
-target model; :func:`relearn` refuses to run before that.
+**The step sizes must be the same for all models that are compared.** :meth:`RelearnSettings.resolved` chooses them once, from
+the target model; :func:`relearn` refuses to run before that. There are two by default, since one can hide much: a small model
+unlearnt by NPO gave nothing back at a step size that taught the trained half, and a third of it at a larger one.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class RelearnSettings(Settings):
 
     steps: tuple[int, ...] = Field((1, 2, 5, 10, 20), description="optimiser steps at which the loss is measured, ascending")
     batch: int = Field(16, ge=1, description="examples per step")
-    lr: float | None = Field(None, gt=0, description="learning rate of AdamW; none: from the target's weights, by relative")
-    relative: float = Field(
-        0.05, gt=0, description="change of a layer's output by one step, relative to its size, from which the rate follows"
+    rates: tuple[float, ...] = Field((), description="learning rates of AdamW; none: from the target's weights, by relative")
+    relative: tuple[float, ...] = Field(
+        (0.1, 0.4), description="changes of a layer's output by one step, relative to its size, from which the rates follow"
     )
     material: Literal["forget-half", "retain"] = Field(
         "forget-half", description="what is trained on: half of the forget set, or retain examples (benign fine-tuning)"
@@ -61,9 +62,18 @@ class RelearnSettings(Settings):
             raise ValueError("steps must be positive and ascending")
         return steps
 
+    @field_validator("rates", "relative")
+    @classmethod
+    def _positive(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not v > 0 for v in values):
+            raise ValueError("every value must be positive")
+        return values
+
     def resolved(self, target: Adapter) -> RelearnSettings:
-        """The same settings with the learning rate fixed, from the target model where none is given."""
-        return self if self.lr is not None else self.model_copy(update={"lr": rate(target.model, self.relative)})
+        """The same settings with the learning rates fixed, from the target model where none is given."""
+        if self.rates:
+            return self
+        return self.model_copy(update={"rates": tuple(rate(target.model, r) for r in self.relative)})
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class RelearnPoint:
     """A model after some steps of relearning.
 
     Attributes:
-        step: optimiser steps done; the first point is step 0.
+        step: optimiser steps done; the first point of each learning rate is step 0.
         lr: learning rate.
         losses_trained: mean NLL per example of what is trained on, aligned with ``ids_trained``.
         losses_heldout: mean NLL per example of the other half, aligned with ``ids_heldout`` and ``clusters_heldout``.
@@ -108,8 +118,8 @@ def rate(model: nn.Module, relative: float) -> float:
     AdamW moves every weight by about the learning rate, whatever the gradient's size. On an input that such a move is aligned
     with, a layer of fan-in ``d`` and weights of root mean square ``w`` then changes by ``lr * d`` where its output is about
     ``w * sqrt(d)``, so the relative change is ``lr * sqrt(d) / w``; the rule solves for ``lr`` and takes the median over layers.
-    At 0.05 it gives about 2e-5 for a model of a billion parameters and 5e-4 to 1e-3 for one of a million, which is what such
-    models are fine-tuned with.
+    At 0.05 it gives about 2e-5 for a model of a billion parameters and 5e-4 for one of a million, which is what such models are
+    fine-tuned with.
 
     Raises:
         InputError: the model has no linear weight.
@@ -123,7 +133,7 @@ def rate(model: nn.Module, relative: float) -> float:
             if size > 0:
                 scales.append(size / math.sqrt(fan_in))
     if not scales:
-        raise InputError("The model has no linear weight from which a step size could follow.", "Give relearn.lr.")
+        raise InputError("The model has no linear weight from which a step size could follow.", "Give relearn.rates.")
     return relative * float(np.median(scales))
 
 
@@ -157,21 +167,29 @@ def relearn(
         adapter: holds the model; left unchanged.
         forget: encoded forget set, the same and in the same order for every model.
         retain: examples for ``material="retain"``; otherwise not read.
-        settings: with the learning rate fixed, see :meth:`RelearnSettings.resolved`.
+        settings: with the learning rates fixed, see :meth:`RelearnSettings.resolved`.
         seed: of the split and of the order of training; the same for every model.
 
     Returns:
-        One point per recorded step, step 0 first. With ``material="retain"`` the whole forget set is the half that is measured.
+        One point per learning rate and recorded step, step 0 first. With ``material="retain"`` the whole forget set is the half
+        that is measured.
 
     Raises:
         InputError: no learning rate is fixed, too few examples, or no retain examples where they are asked for.
     """
-    if settings.lr is None:
+    if not settings.rates:
         raise InputError(
-            "Relearning needs one learning rate for all models.", "Take settings.resolved(target) once, or give relearn.lr."
+            "Relearning needs the same learning rates for all models.",
+            "Take settings.resolved(target) once, or give relearn.rates.",
         )
     trained, heldout = _halves(forget, retain, settings, seed)
-    copy = adapter.copy()
+    return [p for lr in settings.rates for p in _curve(adapter.copy(), lr, trained, heldout, settings=settings, seed=seed)]
+
+
+def _curve(
+    copy: Adapter, lr: float, trained: Sequence[Example], heldout: Sequence[Example], *, settings: RelearnSettings, seed: int
+) -> list[RelearnPoint]:
+    """Train ``copy`` in place and measure it on the way."""
     points: list[RelearnPoint] = []
 
     def observe(step: int, model: nn.Module) -> None:
@@ -182,10 +200,10 @@ def relearn(
         losses = mean_losses(copy, model, [*trained, *heldout], settings.max_tokens)
         model.train(training)
         found = np.asarray(losses, dtype=np.float64)
-        points.append(_point(step, float(settings.lr or 0), found, trained, heldout))
+        points.append(_point(step, lr, found, trained, heldout))
 
     schedule = Fixed(
-        lr=settings.lr, steps=settings.steps[-1], epochs=None, batch=settings.batch, warmup=0, decay="constant", weight_decay=0
+        lr=lr, steps=settings.steps[-1], epochs=None, batch=settings.batch, warmup=0, decay="constant", weight_decay=0
     )
     recipe = Recipe(
         name="relearn",
