@@ -166,6 +166,28 @@ def test_named_parameters_move_and_no_other(people_world) -> None:
         assert torch.equal(value, adapter.model.get_parameter(name)) == ("down_proj" not in name), name
 
 
+def test_saliency_mask_freezes_the_rest_bit_for_bit(people_world) -> None:
+    adapter, target = people_world.target(), people_world.target()
+    recipe = build("npo", {"parameters": {"name": "mask", "density": 0.2}, "schedule": {"name": "fixed", "lr": 1e-3, "steps": 8, "weight_decay": 0.1}})
+    train(adapter, recipe, people_world.examples, Engine())
+    moved = torch.cat([(p != target.model.get_parameter(n)).flatten() for n, p in adapter.model.named_parameters()]).float().mean()
+    assert 0.15 < moved <= 0.21, f"{moved:.3f} of the entries moved"
+    assert people_world.loss(adapter, people_world.split.forget) > people_world.loss(target, people_world.split.forget) + 0.01
+
+
+def test_mask_picks_the_entries_with_the_largest_forget_gradient(people_world) -> None:
+    adapter, twin = people_world.target(), people_world.target()
+    recipe = build("gradascent", {"parameters": {"name": "mask", "density": 0.1}, "schedule": {"name": "fixed", "lr": 1e-4, "steps": 1, "warmup": 0}})
+    train(adapter, recipe, people_world.examples, Engine())
+    examples = people_world.examples[Stream.FORGET]
+    batch = twin.collate(examples)
+    twin.forward(twin.model, batch, frozenset({"losses"})).losses.mean().backward()
+    size = torch.cat([p.grad.abs().flatten() for p in twin.model.parameters()])
+    moved = torch.cat([(p != q).flatten() for p, q in zip(adapter.model.parameters(), twin.model.parameters(), strict=True)])
+    assert size[moved].min() >= size.kthvalue(int(0.88 * size.numel())).values
+    assert moved.float().mean() > 0.08
+
+
 def test_lora_with_the_adapter_off_is_the_target(people_world) -> None:
     adapter, target = people_world.target(), people_world.target()
     recipe = build("undial", {"retain": "kl", "parameters": {"name": "lora", "rank": 4}, "schedule": {"name": "fixed", "lr": 1e-2, "steps": 12, "batch": 8}})

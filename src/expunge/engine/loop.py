@@ -28,7 +28,9 @@ from expunge.engine.adaptive import Watch, choose_rate
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
 from expunge.engine.objective import Micro, Objective, Sums
+from expunge.engine.masks import saliency_masks
 from expunge.engine.options import Engine
+from expunge.engine.parameters import SaliencyMask
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import AdapterOffReference, CachedReference, CopyReference, choose
 
@@ -151,6 +153,7 @@ class _Loop:
         self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
         self.plan = self._plan()
         self.total = self.plan.steps
+        self.masks = self._masks()
         self.gradient_state: dict[str, Any] = {}
         self.balance_state: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
@@ -173,6 +176,21 @@ class _Loop:
             cached.fill(model, self.examples.get(stream, ()), self.engine.max_tokens, self.devices.device)
         return cached
 
+    def _masks(self) -> list[Tensor]:
+        choice = self.recipe.parameters
+        if not isinstance(choice, SaliencyMask):
+            return []
+        if self.devices.sharded:
+            raise InputError("parameters=mask does not work on a sharded (FSDP) model.", "Use parameters=all, named or lora.")
+        if not self.recipe.forget:
+            raise InputError(
+                "parameters=mask is made from the forget loss, and the recipe has no forget term.", "Use parameters=all."
+            )
+        inner = self.devices.unwrap(self.model)
+        return saliency_masks(
+            self.objective, inner, self.parameters, density=choice.density, examples=choice.examples, max_tokens=self.engine.max_tokens
+        )  # fmt: skip
+
     def _mode(self, model: nn.Module) -> None:
         if self.engine.gradient_checkpointing:
             enable = getattr(model, "gradient_checkpointing_enable", None)
@@ -192,7 +210,8 @@ class _Loop:
         moving = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in moving if p.ndim > 1]
         vectors = [p for p in moving if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": self.schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        decay = 0.0 if isinstance(self.recipe.parameters, SaliencyMask) else self.schedule.weight_decay
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-6, fused=True)
 
     def _plan(self) -> BatchPlan:
@@ -270,6 +289,9 @@ class _Loop:
             f"{'forget' if i < len(self.recipe.forget) else 'retain'}.{t.name}": v
             for i, (t, v) in enumerate(zip(terms, values, strict=True))
         }
+        for parameter, mask in zip(self.parameters, self.masks, strict=bool(self.masks)):
+            if parameter.grad is not None:
+                parameter.grad *= mask
         norm = self.devices.clip(self.parameters, self.schedule.clip)
         row["gradient_norm"] = norm
         row["loss"] = sum(

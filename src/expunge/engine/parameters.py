@@ -142,5 +142,19 @@ class Lora(Parameters):
         return wrapped
 
 
-for choice in (AllParameters, NamedParameters, LayerWindow, Lora):
+class SaliencyMask(AllParameters):
+    """The weights that matter most to the forget loss, entry by entry; all others keep their value bit for bit.
+
+    The mask is ``|d L_forget / d theta| >= gamma`` at the target model, with ``gamma`` such that ``density`` of all entries
+    pass (Fan et al. 2023, SalUn, arXiv 2310.12508). It is applied to the gradient before the optimiser sees it, and weight
+    decay is off, so masked entries do not move at all. At density 1 it is ``all`` without weight decay.
+    """
+
+    name: ClassVar[str] = "mask"
+
+    density: float = Field(0.5, gt=0, le=1, description="share of the entries that may move")
+    examples: int = Field(128, ge=1, description="forget examples from which the saliency is computed, at most")
+
+
+for choice in (AllParameters, NamedParameters, LayerWindow, Lora, SaliencyMask):
     PARAMETERS.add(choice.name, choice)

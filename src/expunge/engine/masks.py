@@ -1,0 +1,36 @@
+"""Saliency masks: which entries of the weights may move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.access import Stream
+from expunge.engine.objective import Objective, Sums
+
+
+def saliency_masks(
+    objective: Objective, model: nn.Module, parameters: Sequence[nn.Parameter], *, density: float, examples: int, max_tokens: int
+) -> list[Tensor]:
+    """One boolean mask per parameter: the ``density`` of all entries with the largest gradient of the forget loss.
+
+    Computed on the first ``examples`` forget examples, on every process alike. Ties at the threshold all pass.
+    """
+    total = len(objective.examples[Stream.FORGET])
+    plan = {Stream.FORGET: list(range(min(examples, total)))}
+    counts = objective.counts(plan)
+    held = [torch.zeros_like(p) for p in parameters]
+    device = parameters[0].device
+    for micro in objective.micro_batches(plan, max_tokens):
+        loss, _ = objective.losses(objective.views(model, micro, device), micro, counts, (1.0, 0.0), Sums())
+        if loss is None:
+            continue
+        for sum_, g in zip(held, torch.autograd.grad(loss, list(parameters), allow_unused=True), strict=True):
+            if g is not None:
+                sum_ += g
+    size = torch.cat([h.abs().flatten() for h in held])
+    keep = max(1, round(density * size.numel()))
+    threshold = size.kthvalue(size.numel() - keep + 1).values
+    return [h.abs() >= threshold for h in held]
