@@ -141,3 +141,9 @@ def test_nest_keeps_every_value_or_refuses(keys: list[list[str]]) -> None:
 
 def test_yaml_numbers_are_numbers() -> None:
     assert load_yaml("a: 1e-5\nb: -2E3\nc: 1.5e+2") == {"a": 1e-5, "b": -2000.0, "c": 150.0}
+
+
+def test_none_is_no_value_as_it_is_printed() -> None:
+    assert parse_overrides(["clip=none", "a=None", "b=null"]) == {"clip": None, "a": None, "b": None}
+    assert parse_overrides(["name=nonesuch", "quoted='none'"]) == {"name": "nonesuch", "quoted": "none"}
+    assert load_yaml("clip: none") == {"clip": None}

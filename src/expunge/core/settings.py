@@ -188,7 +188,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as text; people who write numbers mean numbers."""
+    """YAML 1.1 reads ``1e-5`` as text, where people mean a number, and ``none``, as Expunge prints no value, too."""
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -197,8 +197,9 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:none|None)$"), ["n", "N"])
 
 
 def load_yaml(text: str) -> Any:
-    """Parse YAML with numbers such as ``1e-5`` read as numbers."""
+    """Parse YAML with numbers such as ``1e-5`` read as numbers and ``none`` as no value."""
     return yaml.load(text, _Loader)

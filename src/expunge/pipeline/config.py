@@ -77,12 +77,19 @@ def from_file(path: Path) -> dict[str, Any]:
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Join mappings, later ones win; mappings inside are joined, everything else is replaced. None never overrides."""
+    """Join mappings, later ones win; mappings inside are joined, everything else is replaced.
+
+    None at the top is an option that was not given and overrides nothing; inside it is a value (``schedule.clip=none``).
+    """
     out: dict[str, Any] = {}
     for layer in layers:
-        for key, value in layer.items():
-            if isinstance(value, dict) and isinstance(out.get(key), dict):
-                out[key] = merge(out[key], value)
-            elif value is not None:
-                out[key] = value
+        out = _joined(out, {k: v for k, v in layer.items() if v is not None})
+    return out
+
+
+def _joined(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(under)
+    for key, value in over.items():
+        held = out.get(key)
+        out[key] = _joined(held, value) if isinstance(value, dict) and isinstance(held, dict) else value
     return out

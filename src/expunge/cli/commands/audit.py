@@ -19,7 +19,7 @@ _HELP = """Measure an unlearned model against models that never saw the forget s
       expunge audit runs/npo --retrain 3
       expunge audit runs/npo --retrained my/retrained-model --retrained my/other-seed
       expunge audit runs/npo --retrain 5 --base meta-llama/Llama-3.2-1B --utility facts=world.jsonl
-      expunge audit runs/npo --retrain 3 budget=200 relearn=false
+      expunge audit runs/npo --retrain 3 budget=200 relearn=none
 
     \b
     With no retrained model the verdict is "no gold standard": nothing can then be called forgotten. Two or more show how
