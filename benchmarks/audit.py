@@ -1,6 +1,6 @@
 """The TOFU audit of one model: our one pass against every metric with its own passes, in one run.
 
-Both sides audit the same model (Llama shape, 6 blocks of width 384, vocabulary 32,000, untied, float32) on the same
+Both sides audit the same model (Llama shape, 6 blocks of width 256, vocabulary 32,000, untied, float32) on the same
 generated records in TOFU's layout (forget and retain with paraphrases and five wrong answers each, two utility sets with
 three, a holdout set for membership) and must arrive at the same numbers, which is checked.
 
@@ -87,9 +87,9 @@ def trained(sets: dict[str, RecordSet], vocabulary: int, steps: int) -> Language
     """A model that has learnt how answers look and where they end, so that generations end as those of real models do."""
     texts = [t for s in sets.values() for r in s for t in (r.prompt, r.answer, r.paraphrase, *r.perturbed)]
     tokenizer = word_tokenizer(["Question: ", "\nAnswer: ", *texts])
-    adapter = LanguageAdapter(build("llama-base", tokenizer, vocab_size=vocabulary, tie_word_embeddings=False), tokenizer)
+    adapter = LanguageAdapter(build("llama-medium", tokenizer, vocab_size=vocabulary, tie_word_embeddings=False), tokenizer)
     examples = [adapter.encode(r) for name in ("forget", "retain", "real-authors", "world-facts") for r in sets[name]]
-    optimiser = torch.optim.AdamW(adapter.model.parameters(), lr=5e-4)
+    optimiser = torch.optim.AdamW(adapter.model.parameters(), lr=1e-3)
     draw = np.random.default_rng(0)
     for _ in range(steps):
         chosen = draw.choice(len(examples), min(8, len(examples)), replace=False)
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--persons", type=int, default=2, help="persons to forget, ten questions each")
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--train", type=int, default=60, help="training steps of the model")
+    parser.add_argument("--train", type=int, default=40, help="training steps of the model")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -149,15 +149,20 @@ def _gather(
     """Visit each model once: fingerprint, scores of everything that a metric reads, generations, attacks on copies."""
     signature: dict[str, str] = {}
     for model in models:
-        evidence.subjects[model.label] = Subject(model.label, model.role, "", model.adapter)
-        adapter = evidence.adapter(model.label)
-        found = compute_signature(adapter, settings.batch_tokens)
+        found = _register(evidence, model, settings)
         _comparable(signature or found, found, model.label)
         signature = signature or found
-        evidence.subjects[model.label] = Subject(model.label, model.role, adapter.fingerprint(), model.adapter)
         _visit(evidence, model.label, metrics)
         attack_copy(evidence, model.label, settings, attacked)
     return signature
+
+
+def _register(evidence: Evidence, model: AuditedModel, settings: AuditSettings) -> dict[str, str]:
+    """Make a model known by its content hash; no reference to its adapter may stay, or two models would be in memory."""
+    evidence.subjects[model.label] = Subject(model.label, model.role, "", model.adapter)
+    adapter = evidence.adapter(model.label)
+    evidence.subjects[model.label] = Subject(model.label, model.role, adapter.fingerprint(), model.adapter)
+    return compute_signature(adapter, settings.batch_tokens)
 
 
 def _comparable(first: Mapping[str, str], other: Mapping[str, str], label: str) -> None:

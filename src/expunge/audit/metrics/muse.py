@@ -8,12 +8,14 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from expunge.adapters.base import Adapter, Example
+from expunge.adapters.base import Adapter, Example, Generation
 from expunge.audit.evidence import Evidence, Values
+from expunge.audit.generations import shorten
 from expunge.audit.metrics.papers import MUSE
 from expunge.audit.metrics.registry import Need, Range, RecordMetric, metric
 from expunge.audit.metrics.rouge import answers, lacks_questions, lacks_words, rouge_l, rouge_values
 from expunge.audit.metrics.words import Tokeniser
+from expunge.audit.scores import end_targets
 from expunge.core.results import Direction
 from expunge.data.records import Record
 from expunge.engine.parts import Paper
@@ -57,8 +59,9 @@ class VerbatimMemorisation(RecordMetric):
     """MUSE's VerbMem: does the model go on with the passage as it was written?
 
     Plain text is cut into a prompt (``share`` of its words) and what follows; records with a prompt are continued from it. The
-    gold text is cut to ``max_new_tokens`` tokens, as much as the model may write. A retrained model has more than 0
-    (boilerplate): compare with it.
+    gold text is cut to ``max_new_tokens`` tokens, as much as the model may write. A plain text has no end that a model could
+    have learnt: there the continuation is cut to the length of the gold text. A retrained model has more than 0 (boilerplate):
+    compare with it.
     """
 
     name: ClassVar[str] = "verbatim-memorisation"
@@ -89,17 +92,27 @@ class VerbatimMemorisation(RecordMetric):
         values = np.full(len(parts), np.nan)
         if any(r.is_text for r in records):
             style = f"verbatim {self.share}"
-            made = answers(
-                evidence, label, name, self.max_new_tokens, style=style,
-                examples=lambda a: [a.encode(r, suffix="#verbatim") for r in chosen],
-            )  # fmt: skip
+            made = evidence.generations(
+                label, name, style, lambda adapter: [adapter.encode(r, suffix="#verbatim") for r in chosen]
+            )
+            texts = [
+                self._as_long(evidence, label, g, p) if records[i].is_text else self._cut(evidence, label, g)
+                for i, g, p in zip(asked, made, chosen, strict=True)
+            ]
         else:
-            made = answers(evidence, label, name, self.max_new_tokens)
-        lengths = evidence.scores(label, name).counts[asked]
-        fits = (lengths <= self.max_new_tokens).tolist()
+            texts = answers(evidence, label, name, self.max_new_tokens)
+        fits = (evidence.scores(label, name).counts[asked] <= self.max_new_tokens).tolist()
         golds = [r.answer if fit else self._shortened(evidence, label, r) for fit, r in zip(fits, chosen, strict=True)]
-        values[asked] = rouge_values(made, golds, lambda p, g: verbatim_memorisation(p, g, self.tokeniser)).values
+        values[asked] = rouge_values(texts, golds, lambda p, g: verbatim_memorisation(p, g, self.tokeniser)).values
         return Values(values, ~np.isnan(values))
+
+    def _as_long(self, evidence: Evidence, label: str, made: Generation, part: Record) -> str:
+        example = evidence.adapter(label).encode(part)
+        limit = min(self.max_new_tokens, example.n_targets - end_targets(example))
+        return shorten(evidence.decoder(label), made, limit).text
+
+    def _cut(self, evidence: Evidence, label: str, made: Generation) -> str:
+        return shorten(evidence.decoder(label), made, self.max_new_tokens).text
 
     def _split(self, record: Record) -> Record | None:
         """What is asked of a record: itself, or the first part of a text; None if it is too short to be cut."""

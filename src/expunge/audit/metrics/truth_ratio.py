@@ -93,11 +93,10 @@ class TruthRatio(RecordMetric):
 
     def lacks(self, evidence: Evidence, name: str) -> str:
         """Perturbed answers and, but for utility sets, paraphrases."""
-        if not evidence.has(name, "perturbed"):
-            return "it needs perturbed (wrong) answers, and its records have none"
+        missing = [] if evidence.has(name, "perturbed") else ["perturbed (wrong) answers"]
         if evidence.goal(name) != "utility" and not evidence.has(name, "paraphrase"):
-            return "it needs paraphrased answers, and its records have none"
-        return ""
+            missing.insert(0, "paraphrased answers")
+        return f"it needs {' and '.join(missing)}, and its records have none" if missing else ""
 
     def direction_on(self, evidence: Evidence, name: str) -> Direction:
         """Best like the retrained model's on forget and holdout, high elsewhere."""
