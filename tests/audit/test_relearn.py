@@ -16,9 +16,12 @@ from torch import nn
 
 from expunge.adapters.base import Example
 from expunge.adapters.language import LanguageAdapter
+from expunge.audit.arrays import Arrays, Sample, Thresholds
 from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, rate, recovered, relearn, split
+from expunge.audit.verdict import judge
 from expunge.core.access import Stream
 from expunge.core.errors import InputError
+from expunge.core.results import Verdict
 from expunge.engine.loop import train
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
@@ -209,3 +212,29 @@ def test_curves_of_different_attacks_are_not_compared(
         recovered(curves["suppressed"], [other], full)
     with pytest.raises(InputError, match="at least one retrained"):
         recovered(curves["suppressed"], [], full)
+
+
+def measured(label: str, six: World, adapter: LanguageAdapter, forget: list[Example], curve: list[RelearnPoint]) -> Arrays:
+    retain = six.examples[Stream.RETAIN]
+    kept = np.exp(-np.array(mean_losses(adapter, adapter.model, retain, 8192)))
+    return Arrays(
+        label=label,
+        ids=[e.id for e in forget],
+        clusters=[e.cluster for e in forget],
+        nll=np.array(mean_losses(adapter, adapter.model, forget, 8192)),
+        utility={"retain probability": Sample(kept, [e.cluster for e in retain])},
+        relearn=curve,
+    )
+
+
+def test_the_verdict_on_real_models(
+    six: World, forget: list[Example], suppressed: LanguageAdapter, curves: dict[str, list[RelearnPoint]]
+) -> None:
+    target = measured("target", six, six.target(), forget, [])
+    retrained = measured("retrained", six, six.retrained(1), forget, curves["retrained"])
+    assert judge(target, [retrained], target).verdict == Verdict.NOT_FORGOTTEN
+    # The fixed schedule costs this small model some utility, which is not what is tested here.
+    limits = Thresholds(utility=0.4)
+    found = judge(measured("npo", six, suppressed, forget, curves["suppressed"]), [retrained], target, limits)
+    assert found.verdict == Verdict.SUPPRESSED
+    assert next(c for c in found.checks if c.name == "relearning").outcome == "knows more"

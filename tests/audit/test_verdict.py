@@ -150,6 +150,23 @@ def test_what_is_learnt_from_the_other_half_by_all_models_alike_is_no_relapse() 
     assert check(found, "relearning").outcome == "equivalent"
 
 
+def at_a_ruinous_rate(model: Arrays, losses: np.ndarray) -> Arrays:
+    """The same model, attacked at a second learning rate that leaves these losses at every step."""
+    more = [replace(p, lr=1.0, losses_heldout=p.losses_heldout if p.step == 0 else losses) for p in model.relearn]
+    return replace(model, relearn=[*model.relearn, *more])
+
+
+def test_an_attack_that_ruins_retrained_models_need_not_acquit_but_may_convict() -> None:
+    w = World()
+    n = len(w.heldout)
+    target, subject = w.target(), w.draw()
+    retrained = [at_a_ruinous_rate(w.draw(), w.rng.normal(9, 6, n)) for _ in range(3)]
+    noisy = judge(at_a_ruinous_rate(subject, w.rng.normal(9, 6, n)), retrained, target)
+    assert noisy.verdict == Verdict.FORGOTTEN
+    back = judge(at_a_ruinous_rate(subject, np.full(n, 0.2)), retrained, target)
+    assert back.verdict == Verdict.SUPPRESSED
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_rounding_brings_back_was_suppressed(bits: int) -> None:
     def brittle(w: World, target: Arrays) -> Arrays:
