@@ -198,8 +198,10 @@ def textbook(model, forget, retain, steps: int, careful: bool = False) -> dict[s
     data = [{"forget": f, "retain": r} for f, r in zip(forget, retain, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=BATCH, max_steps=steps + 1, learning_rate=RATE, lr_scheduler_type="constant",
-            weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+            output_dir=folder, per_device_train_batch_size=BATCH, max_steps=steps + 1, learning_rate=RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0, max_grad_norm=1.0, save_strategy="no", logging_strategy="no", report_to=[],
+            disable_tqdm=True,
             remove_unused_columns=False, use_cpu=True, seed=0, dataloader_pin_memory=False,
         )  # fmt: skip
         Unlearner(model, arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()]).train()

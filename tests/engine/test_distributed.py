@@ -24,7 +24,17 @@ def free_port() -> int:
         return int(held.getsockname()[1])
 
 
-ACCELERATE = ("-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+ACCELERATE = (
+    "-m",
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+)
 # `accelerate launch` refuses --cpu together with --use_fsdp, so its own environment variables are set under torchrun.
 TORCHRUN = ("-m", "torch.distributed.run")
 FSDP = {

@@ -62,7 +62,9 @@ def test_utility_bound_stops_a_method_without_a_retain_term(people_world) -> Non
     before = people_world.loss(adapter, people_world.split.retain)
     outcome = train(adapter, build("gradascent", {}), people_world.examples, Engine(), goal=goal_of(people_world, adapter))
     assert outcome.reason == "utility"
-    assert people_world.loss(adapter, people_world.split.retain) - before <= 0.2, "the last weights within the bound were not kept"
+    assert people_world.loss(adapter, people_world.split.retain) - before <= 0.2, (
+        "the last weights within the bound were not kept"
+    )
 
 
 @pytest.mark.parametrize("gradient", ["plain", "project"])
@@ -71,7 +73,9 @@ def test_accumulation_equals_the_large_batch(people_world, gradient) -> None:
     ends = []
     for max_tokens in (64, 100_000):
         adapter = people_world.fresh(seed=3)
-        recipe = build("npo", {"gradient": gradient, "schedule": {"name": "fixed", "lr": 1e-3, "steps": 3, "warmup": 0, "batch": 12}})
+        recipe = build(
+            "npo", {"gradient": gradient, "schedule": {"name": "fixed", "lr": 1e-3, "steps": 3, "warmup": 0, "batch": 12}}
+        )
         train(adapter, recipe, people_world.examples, Engine(max_tokens=max_tokens))
         ends.append(weights(adapter.model))
     for name, value in ends[0].items():
@@ -82,7 +86,10 @@ def test_accumulation_equals_the_large_batch(people_world, gradient) -> None:
 def test_a_step_is_the_gradient_of_the_declared_loss(people_world) -> None:
     """One plain step of the loop against the gradient computed by hand from transformers' own loss."""
     lr, adapter, twin = 1e-3, people_world.fresh(seed=4), people_world.fresh(seed=4)
-    recipe = build("graddiff", {"schedule": {"name": "fixed", "lr": lr, "steps": 1, "warmup": 0, "batch": 4, "clip": None, "weight_decay": 0}})
+    recipe = build(
+        "graddiff",
+        {"schedule": {"name": "fixed", "lr": lr, "steps": 1, "warmup": 0, "batch": 4, "clip": None, "weight_decay": 0}},
+    )
     chosen = {s: v[:4] for s, v in people_world.examples.items() if s is not Stream.ALTERNATIVE}
     train(adapter, recipe, chosen, Engine())
     total = torch.zeros(())
@@ -102,7 +109,11 @@ def test_a_step_is_the_gradient_of_the_declared_loss(people_world) -> None:
 
 @pytest.mark.parametrize("kind", ["adaptive", "fixed"])
 def test_resume_after_a_kill_is_bit_equal(people_world, tmp_path, kind) -> None:
-    schedule = {"name": "fixed", "lr": 3e-4, "steps": 12, "batch": 8} if kind == "fixed" else {"name": "adaptive", "steps": 12, "epochs": 1}
+    schedule = (
+        {"name": "fixed", "lr": 3e-4, "steps": 12, "batch": 8}
+        if kind == "fixed"
+        else {"name": "adaptive", "steps": 12, "epochs": 1}
+    )
     recipe, engine = build("npo", {"schedule": schedule}), Engine(checkpoint_every=4)
 
     class Killed(Exception):
@@ -168,16 +179,27 @@ def test_named_parameters_move_and_no_other(people_world) -> None:
 
 def test_saliency_mask_freezes_the_rest_bit_for_bit(people_world) -> None:
     adapter, target = people_world.target(), people_world.target()
-    recipe = build("npo", {"parameters": {"name": "mask", "density": 0.2}, "schedule": {"name": "fixed", "lr": 1e-3, "steps": 8, "weight_decay": 0.1}})
+    recipe = build(
+        "npo",
+        {
+            "parameters": {"name": "mask", "density": 0.2},
+            "schedule": {"name": "fixed", "lr": 1e-3, "steps": 8, "weight_decay": 0.1},
+        },
+    )
     train(adapter, recipe, people_world.examples, Engine())
-    moved = torch.cat([(p != target.model.get_parameter(n)).flatten() for n, p in adapter.model.named_parameters()]).float().mean()
+    moved = (
+        torch.cat([(p != target.model.get_parameter(n)).flatten() for n, p in adapter.model.named_parameters()]).float().mean()
+    )
     assert 0.15 < moved <= 0.21, f"{moved:.3f} of the entries moved"
     assert people_world.loss(adapter, people_world.split.forget) > people_world.loss(target, people_world.split.forget) + 0.01
 
 
 def test_mask_picks_the_entries_with_the_largest_forget_gradient(people_world) -> None:
     adapter, twin = people_world.target(), people_world.target()
-    recipe = build("gradascent", {"parameters": {"name": "mask", "density": 0.1}, "schedule": {"name": "fixed", "lr": 1e-4, "steps": 1, "warmup": 0}})
+    recipe = build(
+        "gradascent",
+        {"parameters": {"name": "mask", "density": 0.1}, "schedule": {"name": "fixed", "lr": 1e-4, "steps": 1, "warmup": 0}},
+    )
     train(adapter, recipe, people_world.examples, Engine())
     examples = people_world.examples[Stream.FORGET]
     batch = twin.collate(examples)
@@ -190,7 +212,14 @@ def test_mask_picks_the_entries_with_the_largest_forget_gradient(people_world) -
 
 def test_lora_with_the_adapter_off_is_the_target(people_world) -> None:
     adapter, target = people_world.target(), people_world.target()
-    recipe = build("undial", {"retain": "kl", "parameters": {"name": "lora", "rank": 4}, "schedule": {"name": "fixed", "lr": 1e-2, "steps": 12, "batch": 8}})
+    recipe = build(
+        "undial",
+        {
+            "retain": "kl",
+            "parameters": {"name": "lora", "rank": 4},
+            "schedule": {"name": "fixed", "lr": 1e-2, "steps": 12, "batch": 8},
+        },
+    )
     outcome = train(adapter, recipe, people_world.examples, Engine())
     assert isinstance(recipe.parameters, Lora)
     with outcome.model.disable_adapter():
@@ -248,7 +277,14 @@ def test_checkpoint_round_trip(tmp_path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    checkpoint.save(tmp_path / "c", 0, weights=checkpoint.snapshot(model), good=checkpoint.snapshot(model), optimizer=optimizer.state_dict(), state={"step": 3})
+    checkpoint.save(
+        tmp_path / "c",
+        0,
+        weights=checkpoint.snapshot(model),
+        good=checkpoint.snapshot(model),
+        optimizer=optimizer.state_dict(),
+        state={"step": 3},
+    )
     held = checkpoint.load(tmp_path / "c", 0)
     assert held is not None
     assert held.state == {"step": 3}

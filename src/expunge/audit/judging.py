@@ -35,13 +35,13 @@ class Attacked:
 
     relearn: dict[str, list[RelearnPoint]] = field(default_factory=dict)
     quantised: dict[str, dict[int, Floats]] = field(default_factory=dict)
-    rate: float | None = None
+    rates: tuple[float, ...] | None = None
 
 
 def attack_copy(evidence: Evidence, label: str, settings: AuditSettings, attacked: Attacked) -> None:
     """Relearning and rounding of weights on copies of one model, or their results from the cache, added to ``attacked``.
 
-    The step size of relearning follows from the first model attacked, which must be the target where there is one.
+    The step sizes of relearning follow from the first model attacked, which must be the target where there is one.
     """
     if evidence.subject(label).role == "base":
         return
@@ -49,9 +49,9 @@ def attack_copy(evidence: Evidence, label: str, settings: AuditSettings, attacke
     if budget is not None and len(evidence.records("forget")) < 2:
         evidence.miss("Relearning was not tried: it needs two forget records, one to train on and one to measure.")
     elif budget is not None:
-        if attacked.rate is None:
-            attacked.rate = budget.resolved(evidence.adapter(label)).lr
-        fixed = budget.model_copy(update={"lr": attacked.rate})
+        if attacked.rates is None:
+            attacked.rates = budget.resolved(evidence.adapter(label)).rates
+        fixed = budget.model_copy(update={"rates": attacked.rates})
         attacked.relearn[label] = _relearn(evidence, label, fixed, settings.seed)
     attacked.quantised[label] = {b: _quantised(evidence, label, b, settings.quantise_group) for b in settings.quantise}
 

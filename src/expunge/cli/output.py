@@ -79,8 +79,8 @@ class Output:
             yield None
             return
         columns = (
-            SpinnerColumn(), TextColumn("{task.fields[what]}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.description}", style="dim"),
+            SpinnerColumn(), TextColumn("{task.fields[what]}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}", style="dim"),
         )  # fmt: skip
         with Progress(*columns, console=self.aside, transient=True) as bar:
             task = bar.add_task("", total=None, what=what)

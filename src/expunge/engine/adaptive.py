@@ -176,19 +176,25 @@ class Watch:
         side = f"forget loss {_n(self.forget_loss)}, retain loss {_n(self.retain_loss)}"
         if reason == "goal" and self.goal is not None:
             what = "unseen text" if self.goal.source == "holdout" else "retain text with swapped answers (no holdout was given)"
-            return f"Goal reached after {steps} steps: the forget set looks to the model like {what} ({side}; goal {self.goal.loss:.3f})."
+            return (
+                f"Goal reached after {steps} steps: the forget set looks to the model like {what} "
+                f"({side}; goal {self.goal.loss:.3f})."
+            )
         if reason == "schedule":
             return f"The fixed schedule of {steps} steps is done ({side})."
         if reason == "converged":
             return f"The budget of {steps} steps is used ({side})."
         if reason == "utility":
             return (
-                f"Stopped after {steps} steps: going on would raise the retain loss past its bound; the last weights within it are kept ({side}; "
-                f"goal {_n(self.goal.loss if self.goal else None)} not reached). "
+                f"Stopped after {steps} steps: going on would raise the retain loss past its bound; the last weights within it "
+                f"are kept ({side}; goal {_n(self.goal.loss if self.goal else None)} not reached). "
                 "Try a retain term (retain=nll or retain=kl), more retain data, or a wider schedule.utility_bound."
             )
         if reason == "diverged":
-            return f"Stopped after {steps} steps: the loss or the gradient was not finite; the last good weights are kept. Try a lower schedule.lr."
+            return (
+                f"Stopped after {steps} steps: the loss or the gradient was not finite; the last good weights are kept. "
+                "Try a lower schedule.lr."
+            )
         return (
             f"Budget of {steps} steps spent before the goal ({side}; goal {_n(self.goal.loss if self.goal else None)}). "
             "Try a larger schedule.epochs, a larger schedule.lr, or another method."
@@ -197,7 +203,7 @@ class Watch:
     # ---- finishing
 
     def apply_finish(self, finish: Finish) -> None:
-        """Change the weights from those at the start and now; without a given scale, the smallest that reaches the goal in bounds."""
+        """Change the weights from those at the start and now; with no scale given, the smallest that reaches the goal."""
         after = checkpoint.snapshot(self.loop.model)
         before = self.loop.start_weights
         given = getattr(finish, "scale", None)
@@ -246,8 +252,8 @@ def choose_rate(loop: _Loop, watch: Watch) -> tuple[float, list[dict[str, float]
     """The range test: a few steps at each rate from the same start; returns the rate to use and what was seen.
 
     With something to forget and a goal, the smallest rate that would reach the goal within :data:`WANTED_STEPS` (or the
-    budget), judged by how far the trial went, among those that keep the retain loss within the bound; the fastest of these if none
-    would. With nothing to forget, a third of the rate under which the training loss fell most.
+    budget), judged by how far the trial went, among those that keep the retain loss within the bound; the fastest of these
+    if none would. With nothing to forget, a third of the rate under which the training loss fell most.
     """
     start = checkpoint.snapshot(loop.model)
     size = _weight_size(loop.model)

@@ -42,7 +42,7 @@ class Devices:
     def prepare(
         self, model: nn.Module, optimizer: Callable[[nn.Module], torch.optim.Optimizer], layers: Sequence[str]
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Place and, with several processes, wrap or shard the model; ``optimizer`` makes one for it, ``layers`` are its blocks."""
+        """Place the model and, with several processes, wrap or shard it; ``optimizer`` makes one, ``layers`` are its blocks."""
         if self._shards_here:
             from torch.distributed.fsdp import fully_shard
 
@@ -105,7 +105,7 @@ class Devices:
         return float(full)
 
     def gather(self, model: nn.Module) -> dict[str, Tensor] | None:
-        """The whole state of a sharded model, in main memory (empty on all processes but the first); None if it is not sharded."""
+        """The whole state of a sharded model in main memory (empty on all processes but the first), None if it is not sharded."""
         if not self.sharded:
             return None
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -27,8 +27,8 @@ from expunge.engine import checkpoint
 from expunge.engine.adaptive import Watch, choose_rate
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
-from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.masks import saliency_masks
+from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
 from expunge.engine.parts import Recipe
@@ -188,8 +188,13 @@ class _Loop:
             )
         inner = self.devices.unwrap(self.model)
         return saliency_masks(
-            self.objective, inner, self.parameters, density=choice.density, examples=choice.examples, max_tokens=self.engine.max_tokens
-        )  # fmt: skip
+            self.objective,
+            inner,
+            self.parameters,
+            density=choice.density,
+            examples=choice.examples,
+            max_tokens=self.engine.max_tokens,
+        )
 
     def _mode(self, model: nn.Module) -> None:
         if self.engine.gradient_checkpointing:
@@ -392,7 +397,8 @@ def write_log_summary(folder: Path, outcome: Outcome) -> None:
         folder / "training.json",
         {
             "reason": outcome.reason, "sentence": outcome.sentence, "reached": outcome.reached, "steps": outcome.steps,
-            "lr": outcome.lr, "rate_test": outcome.rate_test, "forget_loss": outcome.forget_loss, "retain_loss": outcome.retain_loss,
+            "lr": outcome.lr, "rate_test": outcome.rate_test,
+            "forget_loss": outcome.forget_loss, "retain_loss": outcome.retain_loss,
             "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
         },
     )  # fmt: skip

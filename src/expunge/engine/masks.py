@@ -27,9 +27,9 @@ def saliency_masks(
         loss, _ = objective.losses(objective.views(model, micro, device), micro, counts, (1.0, 0.0), Sums())
         if loss is None:
             continue
-        for sum_, g in zip(held, torch.autograd.grad(loss, list(parameters), allow_unused=True), strict=True):
+        for total_gradient, g in zip(held, torch.autograd.grad(loss, list(parameters), allow_unused=True), strict=True):
             if g is not None:
-                sum_ += g
+                total_gradient.add_(g)
     size = torch.cat([h.abs().flatten() for h in held])
     keep = max(1, round(density * size.numel()))
     threshold = size.kthvalue(size.numel() - keep + 1).values

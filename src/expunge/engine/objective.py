@@ -105,7 +105,7 @@ class Objective:
         groups: list[list[dict[Stream, Example]]] = []
         widest = held = 0
         for item in items:
-            width = max(widest, max(e.size for e in item.values()))
+            width = max(widest, *(e.size for e in item.values()))
             if groups and width * (held + len(item)) <= max_tokens:
                 groups[-1].append(item)
                 widest, held = width, held + len(item)
@@ -125,7 +125,7 @@ class Objective:
         return Micro({s: (self.examples[s][shortest[s]],) for s in _ORDER if s in streams}, weight=0.0)
 
     def views(self, model: nn.Module, micro: Micro, device: torch.device) -> Views:
-        """Run the forward passes of one micro-batch: one under the current model for all streams, at most one for the reference."""
+        """Run the forward passes of a micro-batch: one under the current model for all streams, at most one for the reference."""
         streams = [s for s in _ORDER if s in micro.examples]
         batch = self.adapter.collate([e for s in streams for e in micro.examples[s]]).to(device)
         outputs: dict[tuple[Stream, Of], Outputs] = {}
@@ -171,7 +171,7 @@ class Objective:
 _REMEDY = {
     Stream.FORGET: "Give a forget set.",
     Stream.RETAIN: "Give --retain DATA, or drop the retain term: retain=none.",
-    Stream.ALTERNATIVE: "Give answers to put in their place: --alternatives refusals, or a column 'alternatives' in the forget data.",
+    Stream.ALTERNATIVE: "Give answers to put in their place: --alternatives refusals, or a column 'alternatives' in the data.",
 }
 
 

@@ -35,7 +35,7 @@ class UnlearnConfig(Settings):
     parts: dict[str, Any] = Field(default_factory=dict, description="parts and parameters that differ from the method's own")
     alternatives: Literal["auto", "refusals", "given", "others"] = Field(
         "auto",
-        description="answers put in the place of forgotten ones; auto: given ones if all have one, else what the method publishes",
+        description="answers put in the place of forgotten ones; auto: given ones if all have one, else as the method publishes",
     )
     base: str | None = Field(None, description="the untrained base of the model, for methods that start from it")
     allow_overlap: bool = Field(False, description="go on although forget and retain share records")

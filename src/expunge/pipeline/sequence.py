@@ -176,12 +176,12 @@ def run(
             say(f"{step.id}: from an earlier run")
         folders.append(folder)
         source = str(folder)
-    return _audit(config, steps, folders, out, holdout, retrain, bars, say)
+    return _audit(config, steps, folders, out, holdout=holdout, retrain=retrain, bars=bars, say=say)
 
 
 def _audit(
-    config: UnlearnConfig, steps: list[Step], folders: list[Path], out: Path, holdout: RecordSet | None, retrain: int, bars: Bars,
-    say: Callable[[str], None],
+    config: UnlearnConfig, steps: list[Step], folders: list[Path], out: Path, *,
+    holdout: RecordSet | None, retrain: int, bars: Bars, say: Callable[[str], None],
 ) -> AuditDocument:  # fmt: skip
     """One document: all forgotten records together as the forget set, each request's own records as a further set."""
     together = RecordSet("forget", tuple(r for s in steps for r in s.forget), "all requests")

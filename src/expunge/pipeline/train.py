@@ -157,8 +157,8 @@ def save_outcome(adapter: LanguageAdapter, outcome: Outcome, out: Path) -> dict[
 
     first_process(write, lambda: None)
     return {
-        "reason": outcome.reason, "reached": outcome.reached, "sentence": outcome.sentence, "steps": outcome.steps, "lr": outcome.lr,
-        "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
+        "reason": outcome.reason, "reached": outcome.reached, "sentence": outcome.sentence, "steps": outcome.steps,
+        "lr": outcome.lr, "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
     }  # fmt: skip
 
 
@@ -190,7 +190,8 @@ def retrained(
     else:
         raise InputError(
             f"To retrain without the forget set, Expunge must know how {target!r} was trained.",
-            "Give a run folder of `expunge train` as the model, or --base MODEL with --retain DATA, or --retrained MODEL that you trained.",
+            "Give a run folder of `expunge train` as the model, or --base MODEL with --retain DATA, "
+            "or --retrained MODEL that you trained.",
         )
     made, out = retraining(config, forget, seed)
     if finished(out):

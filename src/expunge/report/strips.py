@@ -34,5 +34,7 @@ def margin_strip(check: Check) -> str:
     mark = "in" if check.outcome == "equivalent" else "out"
     parts.append(f'<line class="span {mark}" x1="{x(low)}" x2="{x(high)}" y1="{middle}" y2="{middle}"/>')
     parts.append(f'<circle class="dot {mark}" cx="{x(check.difference)}" cy="{middle}" r="4"/>')
-    label = f"{check.outcome}: difference {signed(check.difference)}, interval {signed(low)} to {signed(high)}, margin {margin:.3g}"
+    label = (
+        f"{check.outcome}: difference {signed(check.difference)}, interval {signed(low)} to {signed(high)}, margin {margin:.3g}"
+    )
     return f'<svg class="strip" role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT}">{"".join(parts)}</svg>'

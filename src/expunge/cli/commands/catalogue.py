@@ -93,7 +93,8 @@ def metrics(
         kind = METRICS.get(name)
         text = inspect.cleandoc(kind.__doc__ or "")
         value = {
-            "name": kind.name, "title": kind.title, "formula": kind.formula, "direction": str(kind.direction), "range": list(kind.range),
+            "name": kind.name, "title": kind.title, "formula": kind.formula,
+            "direction": str(kind.direction), "range": list(kind.range),
             "needs": [str(n) for n in kind.needs], "text": text, "parameters": [dataclasses.asdict(p) for p in kind.declared()],
         }  # fmt: skip
         output.result(value)
