@@ -32,9 +32,11 @@ def unlearn(
     seed: int = 0,
     allow_overlap: bool = False,
     drop_overlap: bool = False,
+    allow_large_forget: bool = False,
     columns: Mapping[str, str] | None = None,
     template: str | None = None,
     alternatives: str = "auto",
+    alternative_template: str | None = None,
     progress: Progress | None = None,
     **parts: Any,
 ) -> Outcome:
@@ -50,9 +52,11 @@ def unlearn(
         seed: of the order of examples.
         allow_overlap: go on although sets share records.
         drop_overlap: leave shared records out of retain and holdout.
+        allow_large_forget: go on although there is more to forget than to keep.
         columns: role to column name.
         template: prompt template where the tokenizer has no chat template.
-        alternatives: where other answers come from: auto, refusals, given, others.
+        alternatives: where other answers come from: auto, refusals, given, others, template.
+        alternative_template: their text, for ``template``.
         progress: called with (done, total, text).
         **parts: parameters and parts of the method, dots as double underscores: ``beta=0.2``, ``retain="kl"``,
             ``parameters="lora"``, ``schedule__epochs=10``, ``engine__max_tokens=4096``.
@@ -66,12 +70,14 @@ def unlearn(
     from expunge.adapters.language import LanguageAdapter
     from expunge.engine.options import Engine
     from expunge.pipeline import unlearn as stage
+    from expunge.pipeline.config import Allowances
 
     given = nest({k.replace("__", "."): v for k, v in parts.items()})
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
-    request = stage.check(_request(forget, retain, holdout, columns), allow=allow_overlap, drop=drop_overlap)
+    allowed = Allowances(allow_overlap=allow_overlap, drop_overlap=drop_overlap, allow_large_forget=allow_large_forget)
+    request = stage.check(_request(forget, retain, holdout, columns), allowed)
     adapter = LanguageAdapter(model, tokenizer, template=template)
-    made = stage.plan(adapter, request, method, given, engine, how=alternatives)
+    made = stage.plan(adapter, request, method, given, engine, how=alternatives, template=alternative_template)
     outcome, _ = stage.run_in_memory(made, progress=progress)
     return outcome
 

@@ -118,7 +118,8 @@ def resolve(found: Iterable[str], label: str, columns: Mapping[str, str] | None 
         wanted = [alias for role in ("prompt", "answer", "messages", "text") for alias in ALIASES[role]]
         raise InputError(
             f"{label} has the columns {_quoted(names)}; expected {SHAPES}.",
-            f"{_nearest_column(names, wanted)} Rename them, or say which is which: prompt=COLUMN answer=COLUMN.".strip(),
+            f"{_nearest_column(names, wanted)} Rename them, or say which is which: --column prompt=NAME --column answer=NAME "
+            "(in Python columns={...}).".strip(),
         )
     return {**{part: usual_column for part in shape if (usual_column := usual[part])}, **chosen}
 

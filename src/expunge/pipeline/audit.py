@@ -13,7 +13,7 @@ from expunge.audit.document import AuditDocument, Role
 from expunge.audit.run import AuditedModel, audit
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError
-from expunge.core.files import digest_file, digest_json, write_text
+from expunge.core.files import write_text
 from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.named import companions, is_named
@@ -131,18 +131,30 @@ def audit_run(
     gold = retrained_models(settings, config, request.forget, progress, say)
     sets = sets_of(settings, request, config.utility)
     models = [target_model(settings), *gold, unlearned]
+    title = f"{unlearned.method} on {settings.model}"
+    audit_stage(run, models, sets, config.settings, progress=progress, title=title)
+    return read(folder)
+
+
+def audit_stage(
+    run: Run, models: Sequence[AuditedModel], sets: Mapping[str, RecordSet], settings: AuditSettings, *,
+    progress: Progress | None, title: str,
+) -> bool:  # fmt: skip
+    """Leave ``audit.json`` in a run; False if what is there is of the same models, sets and settings."""
     inputs = {
-        "models": [[m.label, resolve(m.path)] for m in models], "sets": {k: v.digest for k, v in sets.items()},
-        "settings": config.settings.model_dump(mode="json"), "model": _weights(folder),
+        "models": [[m.label, resolve(m.path), _weights(m.path)] for m in models],
+        "sets": {k: v.digest for k, v in sets.items()}, "settings": settings.model_dump(mode="json"),
     }  # fmt: skip
 
     def work() -> dict[str, Any]:
-        document = measure(models, sets, config.settings, progress=progress, title=f"{unlearned.method} on {settings.model}")
-        write_text(folder / DOCUMENT, document.model_dump_json(indent=2) + "\n")
+        document = measure(models, sets, settings, progress=progress, title=title)
+        write_text(run.folder / DOCUMENT, document.model_dump_json(indent=2) + "\n")
         return {"verdicts": {m.label: m.judgement.verdict for m in document.models if m.judgement}}
 
+    if run.done("audit", inputs):
+        return False
     run.stage("audit", inputs, work, [DOCUMENT])
-    return read(folder)
+    return True
 
 
 def measure(
@@ -170,5 +182,29 @@ def read(folder: Path) -> AuditDocument:
     return AuditDocument.model_validate_json(path.read_text(encoding="utf-8"))
 
 
-def _weights(folder: Path) -> str:
-    return digest_json({p.name: digest_file(p) for p in sorted((folder / "model").glob("*.safetensors"))})
+def read_all(folders: Sequence[Path]) -> list[AuditDocument]:
+    """The audits of runs; of a sequence of requests, one for each request.
+
+    Raises:
+        InputError: a run has none.
+    """
+    found: list[AuditDocument] = []
+    for folder in folders:
+        parts = requests_of(folder)
+        found += [read(part) for part in parts or [folder]]
+    return found
+
+
+def requests_of(folder: Path) -> list[Path]:
+    """The runs of a sequence of requests, in order; none for any other folder."""
+    if not (folder / "manifest.json").is_file() or Run.open(folder).manifest["kind"] != "sequence":
+        return []
+    return sorted(p.parent for p in folder.glob("*/manifest.json"))
+
+
+def _weights(source: str) -> dict[str, str]:
+    """What a run's manifest says of its weights; nothing for other sources, whose content is looked at when they are loaded."""
+    if not (Path(source) / "manifest.json").is_file():
+        return {}
+    stages = Run.open(Path(source)).manifest["stages"].values()
+    return {n: d for s in stages for n, d in s["outputs"].items() if n.endswith(".safetensors")}

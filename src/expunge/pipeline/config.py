@@ -24,7 +24,15 @@ class TextConfig(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the weights; auto keeps the file's")
 
 
-class UnlearnConfig(Settings):
+class Allowances(Settings):
+    """What a user insists on against the checks of a request."""
+
+    allow_overlap: bool = Field(False, description="go on although forget and retain share records")
+    drop_overlap: bool = Field(False, description="leave shared records out of the retain and holdout sets")
+    allow_large_forget: bool = Field(False, description="go on although there is more to forget than to keep")
+
+
+class UnlearnConfig(Allowances):
     """Everything that an unlearning run depends on."""
 
     model: str = Field(description="hub id, local folder, or a run folder of `expunge train`: the target model")
@@ -33,13 +41,14 @@ class UnlearnConfig(Settings):
     holdout: str | None = Field(None, description="records that the model was never trained on")
     method: str = Field("npo", description="a method's name, or 'custom' with all parts given")
     parts: dict[str, Any] = Field(default_factory=dict, description="parts and parameters that differ from the method's own")
-    alternatives: Literal["auto", "refusals", "given", "others"] = Field(
+    alternatives: Literal["auto", "refusals", "given", "others", "template"] = Field(
         "auto",
         description="answers put in the place of forgotten ones; auto: given ones if all have one, else as the method publishes",
     )
+    alternative_template: str | None = Field(
+        None, description="the text of alternatives=template, with {subject} and {prompt} where they belong"
+    )
     base: str | None = Field(None, description="the untrained base of the model, for methods that start from it")
-    allow_overlap: bool = Field(False, description="go on although forget and retain share records")
-    drop_overlap: bool = Field(False, description="leave shared records out of the retain set")
     text: TextConfig = Field(default_factory=TextConfig, description="how text becomes tokens")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
 

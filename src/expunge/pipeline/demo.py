@@ -12,7 +12,6 @@ from typing import Any
 from expunge.audit.document import AuditDocument
 from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
-from expunge.core.files import digest_json, write_text
 from expunge.core.runs import Run
 from expunge.data.records import RecordSet
 from expunge.data.sources import load as load_records
@@ -20,7 +19,7 @@ from expunge.engine.loop import Progress
 from expunge.engine.options import Engine
 from expunge.pipeline import train as training
 from expunge.pipeline import unlearn as unlearning
-from expunge.pipeline.audit import DOCUMENT, entry_of, measure, read, sets_of, unlearned_model
+from expunge.pipeline.audit import audit_stage, entry_of, read, sets_of, unlearned_model
 from expunge.pipeline.config import TextConfig, TrainConfig, UnlearnConfig
 from expunge.pipeline.workers import Job, run_jobs
 
@@ -59,6 +58,8 @@ def run(folder: Path, *, bars: Bars, say: Callable[[str], None], methods: Mappin
         methods: parts by method.
     """
     started = time.perf_counter()
+    settings = {"world": WORLD, "schedule": SCHEDULE, "seeds": list(SEEDS), "methods": {k: dict(v) for k, v in methods.items()}}
+    held = Run.start(folder, "demo", settings, resume=(folder / "manifest.json").is_file())
     target = folder / "target"
     config = TrainConfig(
         model="llama-tiny",
@@ -78,7 +79,7 @@ def run(folder: Path, *, bars: Bars, say: Callable[[str], None], methods: Mappin
     for seed, (_, out) in zip(SEEDS, twins, strict=True):
         models.append(entry_of(f"retrained seed {seed}", "retrained", out, TextConfig(), seed=seed, stage="train"))
     models += [unlearned_model(out) for _, out in runs.values()]
-    document = _audit(folder, models, sets_of(base, request, {}), bars, say)
+    document = _audit(held, models, sets_of(base, request, {}), bars, say)
     return Demo(document, folder, time.perf_counter() - started)
 
 
@@ -104,28 +105,13 @@ def _unlearn(left: Mapping[str, tuple[UnlearnConfig, Path]], bars: Bars, say: Ca
 
 
 def _audit(
-    folder: Path, models: list[AuditedModel], sets: Mapping[str, RecordSet], bars: Bars, say: Callable[[str], None]
+    run: Run, models: list[AuditedModel], sets: Mapping[str, RecordSet], bars: Bars, say: Callable[[str], None]
 ) -> AuditDocument:
-    settings = AuditSettings()
-    key = digest_json(
-        [[m.label, _weights(Path(m.path))] for m in models]
-        + [{k: v.digest for k, v in sets.items()}, settings.model_dump(mode="json")]
-    )
-    mark = folder / ".audit-inputs"
-    if mark.is_file() and mark.read_text() == key and (folder / DOCUMENT).is_file():
-        say("audit: from an earlier run")
-        return read(folder)
-    say("auditing all models")
-    with bars("audit") as bar:
-        document = measure(models, sets, settings, progress=bar, title="Demo: forgetting fictitious people")
-    write_text(folder / DOCUMENT, document.model_dump_json(indent=2) + "\n")
-    write_text(mark, key)
-    return document
-
-
-def _weights(run_folder: Path) -> dict[str, str]:
-    held = Run.open(run_folder).manifest["stages"]
-    return {name: entry["outputs"].get("model/model.safetensors", "") for name, entry in held.items()}
+    with bars("audit of all models") as bar:
+        title = "Demo: forgetting fictitious people"
+        if not audit_stage(run, models, sets, AuditSettings(), progress=bar, title=title):
+            say("audit: from an earlier run")
+    return read(run.folder)
 
 
 def _done(out: Path, stage: str, label: str, say: Callable[[str], None]) -> bool:

@@ -2,8 +2,8 @@
 
 A file of requests holds one JSON object a line: ``{"id": "r1", "forget": "file-or-named-set"}``, or, to select from the
 retain data, ``{"id": "r2", "subjects": ["person-0007"]}`` or ``{"id": "r3", "ids": ["..."]}``. What is forgotten leaves the
-retain set for good. Every request is an unlearning run of its own; ``audit.json`` holds the model after each request, with
-the forget set of every earlier one as a set of its own: knowledge that returns (relapse) shows there.
+retain set for good. Every request is an unlearning run of its own, in a folder of its own. Its ``audit.json`` judges its
+records in the model after it and again in the model after every later request: knowledge that returns (relapse) shows there.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from expunge.audit.document import AuditDocument
 from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError, nearest
-from expunge.core.files import digest_json, write_text
 from expunge.core.runs import Run
 from expunge.data.records import Record, RecordSet
 from expunge.data.sources import load as load_records
 from expunge.engine.loop import Progress
 from expunge.pipeline import unlearn
-from expunge.pipeline.audit import DOCUMENT, entry_of, lazily, measure, read
+from expunge.pipeline.audit import audit_stage, entry_of, lazily, read
 from expunge.pipeline.config import UnlearnConfig
 from expunge.pipeline.models import open_adapter
 from expunge.pipeline.train import content_key, retrained
@@ -131,17 +130,19 @@ def run(
     out: Path,
     *,
     retrain: int = 0,
+    settings: AuditSettings | None = None,
     resume: bool = False,
     bars: Bars,
     say: Callable[[str], None],
-) -> AuditDocument:
+) -> list[AuditDocument]:
     """Do the requests in order and audit the model after each, earlier requests included.
 
     Args:
         path: the file of requests.
         config: as for one request; ``forget`` is ignored, ``retain`` is everything that was trained on.
-        out: folder; gets a run folder per request, ``audit.json``.
-        retrain: retrained models per request, each without that request and all earlier ones.
+        out: folder; gets a run folder per request, each with an ``audit.json``.
+        retrain: number of models retrained without the records of all requests.
+        settings: of the audits.
         resume: go on where a killed run stopped.
         bars, say: progress.
 
@@ -157,10 +158,7 @@ def run(
     everything = load_records(config.retain, name="retain", columns=columns)
     holdout = load_records(config.holdout, name="holdout", columns=columns) if config.holdout else None
     steps = read_requests(path, everything, columns)
-    checked = [
-        unlearn.check(unlearn.Request(s.forget, s.retain, holdout), allow=config.allow_overlap, drop=config.drop_overlap)
-        for s in steps
-    ]
+    checked = [unlearn.check(unlearn.Request(s.forget, s.retain, holdout), config) for s in steps]
     Run.start(out, "sequence", {**config.model_dump(mode="json"), "requests": [s.forget.digest for s in steps]}, resume=resume)
     source, folders = config.model, []
     for number, (step, request) in enumerate(zip(steps, checked, strict=True), 1):
@@ -168,7 +166,9 @@ def run(
         at = config.model_copy(update={"model": source, "forget": step.forget.source})
         if not _done(folder):
             adapter = open_adapter(source, at.text)
-            made = unlearn.plan(adapter, request, at.method, at.parts, at.engine, how=at.alternatives)
+            made = unlearn.plan(
+                adapter, request, at.method, at.parts, at.engine, how=at.alternatives, template=at.alternative_template
+            )
             with bars(f"request {number} of {len(steps)}: {step.id}") as bar:
                 held = unlearn.execute(made, at, folder, resume=(folder / "manifest.json").is_file(), progress=bar)
             say(f"{step.id}: {held.manifest['stages']['unlearn']['result']['sentence']}")
@@ -176,47 +176,42 @@ def run(
             say(f"{step.id}: from an earlier run")
         folders.append(folder)
         source = str(folder)
-    return _audit(config, steps, folders, out, holdout=holdout, retrain=retrain, bars=bars, say=say)
+    return _audit(
+        config, steps, folders, holdout=holdout, retrain=retrain, settings=settings or AuditSettings(), bars=bars, say=say
+    )
 
 
 def _audit(
-    config: UnlearnConfig, steps: list[Step], folders: list[Path], out: Path, *,
-    holdout: RecordSet | None, retrain: int, bars: Bars, say: Callable[[str], None],
-) -> AuditDocument:  # fmt: skip
-    """One document: all forgotten records together as the forget set, each request's own records as a further set."""
+    config: UnlearnConfig, steps: list[Step], folders: list[Path], *,
+    holdout: RecordSet | None, retrain: int, settings: AuditSettings, bars: Bars, say: Callable[[str], None],
+) -> list[AuditDocument]:  # fmt: skip
+    """One document per request: its records in the model after it and in the models after all later requests.
+
+    The gold standard of each is trained without the records of all requests: it never saw this request's either, and it knows
+    what is left to keep.
+    """
     together = RecordSet("forget", tuple(r for s in steps for r in s.forget), "all requests")
-    sets = {"forget": together, "retain": steps[-1].retain}
+    shared = {"retain": steps[-1].retain}
     if holdout is not None:
-        sets["holdout"] = unlearn.split_holdout(holdout, config.engine.seed)[1]
-    sets |= {f"request-{s.id}": s.forget for s in steps}
-    models = [AuditedModel("target", "target", lazily(config.model, config.text), path=config.model)]
+        shared["holdout"] = unlearn.split_holdout(holdout, config.engine.seed)[1]
+    gold = []
     for seed in range(1, retrain + 1):
         with bars(f"retraining without all requests, seed {seed}") as bar:
             made = retrained(config.model, together, seed, base=config.base, retain=config.retain, progress=bar, say=say)
-        models.append(entry_of(f"retrained seed {seed}", "retrained", made, config.text, seed=seed, stage="train"))
-    for step, folder in zip(steps, folders, strict=True):
-        models.append(
-            entry_of(
-                f"after {step.id}",
-                "unlearned",
-                folder,
-                config.text,
-                seed=config.engine.seed,
-                stage="unlearn",
-                method=config.method,
-            )
-        )
-    key = digest_json([[m.label, m.path] for m in models] + [{k: v.digest for k, v in sets.items()}])
-    mark = out / ".audit-inputs"
-    if mark.is_file() and mark.read_text() == key and (out / DOCUMENT).is_file():
-        return read(out)
-    with bars("audit of every request") as bar:
-        document = measure(
-            models, sets, AuditSettings(), progress=bar, title=f"{len(steps)} requests in order by {config.method}"
-        )
-    write_text(out / DOCUMENT, document.model_dump_json(indent=2) + "\n")
-    write_text(mark, key)
-    return document
+        gold.append(entry_of(f"retrained seed {seed}", "retrained", made, config.text, seed=seed, stage="train"))
+    target = AuditedModel("target", "target", lazily(config.model, config.text), path=config.model)
+    after = [
+        entry_of(f"after {s.id}", "unlearned", f, config.text, seed=config.engine.seed, stage="unlearn", method=config.method)
+        for s, f in zip(steps, folders, strict=True)
+    ]
+    documents = []
+    for number, (step, folder) in enumerate(zip(steps, folders, strict=True)):
+        sets = {"forget": step.forget, **shared}
+        title = f"Request {step.id} ({number + 1} of {len(steps)}) by {config.method}, and after every later request"
+        with bars(f"audit of request {step.id}") as bar:
+            audit_stage(Run.open(folder), [target, *gold, *after[number:]], sets, settings, progress=bar, title=title)
+        documents.append(read(folder))
+    return documents
 
 
 def _done(folder: Path) -> bool:

@@ -30,7 +30,7 @@ from expunge.engine.schedule import Adaptive
 from expunge.methods.alternatives import alternatives, kind_for
 from expunge.methods.recipe import build as build_recipe
 from expunge.methods.registry import METHODS
-from expunge.pipeline.config import UnlearnConfig
+from expunge.pipeline.config import Allowances, UnlearnConfig
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory, describe_data, open_adapter
 from expunge.pipeline.processes import first_process
@@ -104,12 +104,16 @@ def load_request(config: UnlearnConfig) -> Request:
     forget = load_records(config.forget, name="forget", columns=columns)
     retain = load_records(config.retain, name="retain", columns=columns) if config.retain else None
     holdout = load_records(config.holdout, name="holdout", columns=columns) if config.holdout else None
-    return check(Request(forget, retain, holdout), allow=config.allow_overlap, drop=config.drop_overlap)
+    return check(Request(forget, retain, holdout), config)
 
 
-def check(request: Request, *, allow: bool = False, drop: bool = False) -> Request:
-    """Check sets against each other; with ``drop`` leave duplicates out of retain and holdout."""
-    report = check_request(request.forget, request.retain, request.holdout, allow_overlap=allow or drop)
+def check(request: Request, config: Allowances) -> Request:
+    """Check sets against each other; with ``drop_overlap`` leave duplicates out of retain and holdout."""
+    drop = config.drop_overlap
+    report = check_request(
+        request.forget, request.retain, request.holdout,
+        allow_overlap=config.allow_overlap or drop, allow_large_forget=config.allow_large_forget,
+    )  # fmt: skip
     retain, holdout = request.retain, request.holdout
     if drop and report.found:
         retain = drop_overlap(retain, report) if retain is not None else None
@@ -125,6 +129,7 @@ def plan(
     engine: Engine,
     *,
     how: str = "auto",
+    template: str | None = None,
     base: LanguageAdapter | None = None,
 ) -> UnlearnPlan:
     """Put a run together and check that everything fits; nothing is trained or written.
@@ -136,6 +141,7 @@ def plan(
         parts: what differs from the method's own parts.
         engine: how to use the machine.
         how: where alternative answers come from.
+        template: their text, for ``how="template"``.
         base: the untrained base, for methods that start from it.
     """
     recipe = build_recipe(method, parts)
@@ -148,7 +154,7 @@ def plan(
     if request.retain is not None:
         examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
     if any(s is Stream.ALTERNATIVE for s, _, _ in needs):
-        answers = alternatives(request.forget, kind_for(method, how, request.forget), engine.seed)
+        answers = alternatives(request.forget, kind_for(method, how, request.forget), engine.seed, template=template)
         examples[Stream.ALTERNATIVE] = [
             adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(request.forget, answers, strict=True)
         ]
@@ -254,4 +260,7 @@ def from_config(config: UnlearnConfig) -> UnlearnPlan:
     request = load_request(config)
     adapter = open_adapter(config.model, config.text)
     base = open_adapter(config.base, config.text) if config.base else None
-    return plan(adapter, request, config.method, config.parts, config.engine, how=config.alternatives, base=base)
+    return plan(
+        adapter, request, config.method, config.parts, config.engine,
+        how=config.alternatives, template=config.alternative_template, base=base,
+    )  # fmt: skip

@@ -41,7 +41,7 @@ def report(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Write the report."""
-    from expunge.pipeline.audit import read
+    from expunge.pipeline.audit import read_all
     from expunge.report.html import write
 
     output = Output(json)
@@ -50,7 +50,7 @@ def report(
     path = out or runs[0] / "report.html"
     if out is not None and out.exists() and not force:
         raise InputError(f"The file {str(out)!r} exists.", "Add --force to replace it.")
-    documents = [read(run) for run in runs]
+    documents = read_all(runs)
     write(documents, path, title=title)
     output.result({"report": str(path)})
     output.say(f"Report: {path}")
@@ -64,7 +64,7 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Compare runs."""
-    from expunge.pipeline.audit import read
+    from expunge.pipeline.audit import read_all
     from expunge.report.compare import compare as comparison
     from expunge.report.html import write
     from expunge.report.terminal import comparison_json, trade_off
@@ -72,7 +72,7 @@ def compare(
     output = Output(json)
     if out is not None and out.exists() and not force:
         raise InputError(f"The file {str(out)!r} exists.", "Add --force to replace it.")
-    documents = [read(run) for run in runs]
+    documents = read_all(runs)
     found = comparison(documents)
     output.result(comparison_json(found))
     output.say(trade_off(found))

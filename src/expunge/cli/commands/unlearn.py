@@ -56,13 +56,22 @@ def unlearn(
         Path | None, typer.Option(help="YAML file with the same settings; options win over it.", metavar="FILE")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The untrained base, for methods that start from it.", metavar="MODEL")] = None,
-    alternatives: Annotated[str | None, typer.Option(help="Answers to put in place: auto, refusals, given, others.")] = None,
+    alternatives: Annotated[
+        str | None, typer.Option(help="Answers to put in place: auto, refusals, given, others, template.", metavar="KIND")
+    ] = None,
+    alternative_template: Annotated[
+        str | None,
+        typer.Option(help="Their text, with {subject} or {prompt} filled in; implies --alternatives template.", metavar="TEXT"),
+    ] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="role=name of your column; may be repeated.", metavar="ROLE=NAME")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of examples.")] = None,
     allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Go on although sets share records.")] = False,
     drop_overlap: Annotated[bool, typer.Option("--drop-overlap", help="Leave shared records out of retain and holdout.")] = False,
+    allow_large_forget: Annotated[
+        bool, typer.Option("--allow-large-forget", help="Go on although there is more to forget than to keep.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the cost, stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -79,9 +88,12 @@ def unlearn(
     overrides = parse_overrides(parts or [])
     engine = {**overrides.pop("engine", {}), **({"seed": seed} if seed is not None else {})}
     text = {**overrides.pop("text", {}), **({"columns": _columns(column)} if column else {})}
+    if alternative_template is not None and alternatives is None:
+        alternatives = "template"
     given: dict[str, Any] = {
         "model": model, "forget": forget, "retain": retain, "holdout": holdout, "method": method, "base": base,
         "alternatives": alternatives, "allow_overlap": allow_overlap or None, "drop_overlap": drop_overlap or None,
+        "allow_large_forget": allow_large_forget or None, "alternative_template": alternative_template,
         "parts": overrides or None, "engine": engine or None, "text": text or None,
     }  # fmt: skip
     merged = merge(from_file(config) if config else {}, given)
@@ -89,12 +101,12 @@ def unlearn(
         raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")
     if requests is not None:
         merged.setdefault("forget", str(requests))
-        document = sequence.run(
+        documents = sequence.run(
             requests, UnlearnConfig(**merged), out, retrain=retrain, resume=resume, bars=output.progress, say=output.note
         )
-        output.result(summary_json([document]))
+        output.result(summary_json(documents))
         if not json:
-            print_summary([document])
+            print_summary(documents)
             output.say(f"Next: expunge report {out}")
         return 0
     for name, option in (("model", "MODEL"), ("forget", "--forget DATA")):
