@@ -69,7 +69,7 @@ def fresh(tokenizer) -> LanguageAdapter:
 
 
 class Counter:
-    """Counts the forward passes of a model and the rows in them."""
+    """Counts the forward passes of a model and the texts in them, whether padded in rows or packed into one."""
 
     def __init__(self, model) -> None:
         self.passes = self.rows = 0
@@ -78,7 +78,11 @@ class Counter:
     def _count(self, _module, args, kwargs) -> None:
         self.passes += 1
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self.rows += 0 if ids is None else len(ids)
+        positions = kwargs.get("position_ids")
+        if ids is None:
+            return
+        packed = len(ids) == 1 and positions is not None
+        self.rows += int((positions == 0).sum()) if packed else len(ids)
 
     def __enter__(self) -> Counter:
         return self

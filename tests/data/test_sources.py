@@ -214,7 +214,7 @@ BAD: list[tuple[str, bytes | str, str]] = [
         '{"question": "q", "anwser": "a"}',
         r"has the columns 'question', 'anwser'; expected question\+answer.*'anwser' looks like 'answer'",
     ),
-    ("a.csv", "Frage,Antwort\nq,a\n", r"has the columns 'Frage', 'Antwort'; expected .*say which is which: prompt=COLUMN"),
+    ("a.csv", "Frage,Antwort\nq,a\n", r"has the columns 'Frage', 'Antwort'; expected .*say which is which: --column prompt=NAME"),
     ("a.jsonl", QA + '{"question": "q", "answer": null}', r"a\.jsonl line 2: 'answer' is empty"),
     ("a.jsonl", QA + '{"question": "q", "answer": " "}', r"a\.jsonl line 2: 'answer' is empty"),
     ("a.jsonl", QA + '{"question": "", "answer": "a"}', r"line 2: 'question' is empty.*plain text as the column 'text'"),
@@ -308,7 +308,7 @@ def test_named_sets() -> None:
         load("people", name="x")
     with pytest.raises(InputError, match=r"no people parameter 'person'\. Did you mean 'persons'"):
         load("people:forget?person=3", name="x")
-    with pytest.raises(InputError, match=r"'seed' of people must be a int in \[0, inf\); got '-1'"):
+    with pytest.raises(InputError, match=r"'seed' of people must be an int in \[0, inf\); got '-1'"):
         load("people:forget?seed=-1", name="x")
     with pytest.raises(InputError, match="is no option"):
         load("people:forget?seed", name="x")

@@ -197,15 +197,17 @@ class Evidence:
             examples: makes the examples of any other style.
         """
         subject = self.subject(label)
-        at, adapter = self.protocol, self.adapter(label)
+        at = self.protocol
         make = examples or (lambda adapter: probes(adapter, self.records(name), "answer"))
-        return self.memo(
-            ("generations", subject.fingerprint, name, style),
-            lambda: generate(
+
+        def work() -> list[Generation]:
+            adapter = self.adapter(label)
+            return generate(
                 adapter, make(adapter), at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
                 batch_tokens=at.batch_tokens, progress=self.progress, what=f"{label}: generating {name} ({style})",
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
+
+        return self.memo(("generations", subject.fingerprint, name, style), work)
 
     def gradient_norms(self, label: str, name: str, budget: int) -> Values:
         """Gradient norms of the answers of at most ``budget`` records (whole clusters, drawn with the protocol's seed)."""

@@ -16,7 +16,8 @@ class People(NamedSet):
     """Fictitious people in TOFU's schema, generated: nothing is downloaded.
 
     One seed is one world. ``full`` is ``forget`` and ``retain`` together; the target model is trained on these and on ``authors``
-    and ``world``, which play TOFU's real authors and world facts; nothing is ever trained on ``holdout``.
+    and ``world``, which play TOFU's real authors and world facts (``all``); nothing is ever trained on ``holdout``. ``retain``
+    is what TOFU keeps, people only; ``rest`` is everything but the people to forget.
     """
 
     name: ClassVar[str] = "people"
@@ -35,6 +36,8 @@ class People(NamedSet):
             "retain": "the other people the target model is trained on",
             "holdout": "people never trained on",
             "full": "forget and retain together",
+            "all": "everything the target model is trained on: full, authors and world",
+            "rest": "everything but the people to forget: retain, authors and world",
             "authors": "general knowledge: writers of old (plays TOFU's real authors)",
             "world": "general knowledge: countries (plays TOFU's world facts)",
         }
@@ -49,6 +52,9 @@ class People(NamedSet):
             return writers(self.authors, self.seed)
         if configuration == "world":
             return world(self.countries, self.seed)
+        if configuration in {"all", "rest"}:
+            parts = [self.load(part) for part in ("full" if configuration == "all" else "retain", "authors", "world")]
+            return RecordSet(configuration, tuple(r for part in parts for r in part), self._reference(configuration))
         split = split_people(self.persons, self.forget, self.holdout, self.seed, self.facts)
         if configuration == "full":
             return people(self.persons, self.seed, self.facts)
