@@ -65,6 +65,9 @@ class Tofu(NamedSet):
 
     name: ClassVar[str] = "tofu"
     folder: str = Field("", description="folder that holds forget10.json and the others (JSON Lines or JSON), as on the hub")
+    authors: int | None = Field(
+        None, ge=1, description="only the first authors of the configuration, 20 rows each, for small models; none given: all"
+    )
 
     def configurations(self) -> dict[str, str]:
         """The 15 published configurations and three hold-out splits."""
@@ -74,17 +77,32 @@ class Tofu(NamedSet):
         """The records of a configuration, with ids and subjects that agree across configurations.
 
         Raises:
-            InputError: the files are neither here nor to be had, or are not the published ones.
+            InputError: the files are neither here nor to be had, or are not the published ones; or ``authors`` asks for more
+                authors than the configuration has, or it is not about authors.
         """
         part = PARTS[configuration]
         label = f"tofu:{configuration}"
+        self._check_authors(part, label)
         records = records_of(_numbered(self._rows(configuration), part, label), label)
         if len(records) != part.rows:
             raise InputError(f"{label} has {len(records)} rows, the published one has {part.rows}.", "Fetch the file again.")
-        return RecordSet(label, tuple(records), label)
+        kept = records if self.authors is None else records[: self.authors * part.per_subject]
+        return RecordSet(label, tuple(kept), label)
+
+    def _check_authors(self, part: _Part, label: str) -> None:
+        if self.authors is None:
+            return
+        if part.per_subject != ROWS_PER_AUTHOR:
+            raise InputError(f"{label} is not divided by author, so it has no first {self.authors}.", "Leave authors out.")
+        held = part.rows // part.per_subject
+        if self.authors > held:
+            raise InputError(f"{label} has {held} authors, not {self.authors}.", f"Ask for authors from 1 to {held}.")
 
     def companions(self, configuration: str) -> Companions | None:
-        """For ``forget01``, ``forget05`` and ``forget10`` (perturbed or not) the published companions."""
+        """For ``forget01``, ``forget05`` and ``forget10`` (perturbed or not) the published companions.
+
+        ``authors`` is about the forget set: it goes on to the forget set that is audited. The other companions are whole.
+        """
         base = configuration.removesuffix("_perturbed")
         if not base.startswith("forget"):
             return None
@@ -97,11 +115,13 @@ class Tofu(NamedSet):
             holdout=self._reference(f"holdout{share}"),
             train=(self._reference("full"),),
             retrain=(retain,),
-            audit={role: self._reference(name) for role, name in audit.items()},
+            audit={role: self._reference(name, self.authors if role == "forget" else None) for role, name in audit.items()},
         )
 
-    def _reference(self, configuration: str) -> str:
-        return f"tofu:{configuration}" + (f"?folder={self.folder}" if self.folder else "")
+    def _reference(self, configuration: str, authors: int | None = None) -> str:
+        options = {"folder": self.folder, "authors": authors}
+        given = "&".join(f"{name}={value}" for name, value in options.items() if value)
+        return f"tofu:{configuration}" + (f"?{given}" if given else "")
 
     def _rows(self, configuration: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if self.folder:
