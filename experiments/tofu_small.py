@@ -310,14 +310,14 @@ def parse(words: Sequence[str] | None = None) -> tuple[Plan, Path | None]:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the experiment and write the page."""
-    from experiments.tofu_page import write_page
-
     plan, page = parse(words)
     try:
         result = experiment(plan)
     except ExpungeError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
+    from experiments.tofu_page import write_page
+
     write_page(result, page or plan.out / "page.md")
     say(f"done: {page or plan.out / 'page.md'}")
     return 0
