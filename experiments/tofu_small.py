@@ -43,7 +43,7 @@ from expunge.pipeline.audit import audit_stage, entry_of, read, unlearned_model
 from expunge.pipeline.config import TextConfig, TrainConfig, UnlearnConfig
 from expunge.pipeline.models import open_adapter
 
-EPOCHS, LR = 30, 5e-3  #: of the training; enough to know the records by heart, which is all that was asked of them
+EPOCHS, LR = 45, 5e-3  #: of the training: enough to know the records by heart, for retrained models too (30 were not)
 PERTURBED_RETAIN = 20  #: authors of retain90 that have paraphrased and wrong answers
 METHODS = (
     "npo", "simnpo", "graddiff", "graddiff-kl", "gradascent", "finetune", "idk-nll", "idkdpo", "dpo", "altpo", "rmu", "undial",
@@ -316,7 +316,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except ExpungeError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
-    from experiments.tofu_page import write_page
+    from experiments.tofu_page import write_page  # it imports this module
 
     write_page(result, page or plan.out / "page.md")
     say(f"done: {page or plan.out / 'page.md'}")

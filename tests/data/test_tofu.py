@@ -37,6 +37,46 @@ def test_all_configurations(tofu: dict[str, RecordSet]) -> None:
     assert full[:3960] == tofu["retain99"].records
 
 
+def _raw(path: Path) -> list[dict[str, object]]:
+    """The rows as they stand in the file, read without the project's own reader."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", list(PARTS))
+def test_every_row_of_every_configuration_arrives_whole(tofu: dict[str, RecordSet], shared_data: Path, name: str) -> None:
+    rows = _raw(shared_data / "tofu" / f"{name}.json")
+    found = tofu[name]
+    assert len(rows) == len(found) == PARTS[name].rows
+    assert len({r.id for r in found}) == len(found)
+    columns = {"question", "answer"}
+    if name.endswith("_perturbed"):
+        columns |= {"perturbed_answer"}
+        if not name.startswith(("real", "world")):
+            columns |= {"paraphrased_answer", "paraphrased_question"}
+    elif name in ("real_authors", "world_facts"):
+        columns |= {f"option{i}" for i in range(1, 5)}
+    for row, record in zip(rows, found, strict=True):
+        assert set(row) == columns
+        assert (record.prompt, record.answer) == (row["question"], row["answer"])
+        assert record.prompt.strip()
+        assert record.answer.strip()
+        assert record.paraphrase == row.get("paraphrased_answer", "")
+        assert record.question_paraphrase == row.get("paraphrased_question", "")
+        options = [row[f"option{i}"] for i in range(1, 5) if row.get(f"option{i}") not in (None, row["answer"])]
+        assert list(record.perturbed) == row.get("perturbed_answer", options)
+        assert all(isinstance(wrong, str) and wrong.strip() for wrong in record.perturbed)
+        assert not record.alternatives
+        assert not record.verbatim
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", [name for name, part in PARTS.items() if part.per_subject > 1])
+def test_the_first_authors_are_the_first_rows(tofu: dict[str, RecordSet], shared_data: Path, name: str) -> None:
+    assert load(f"tofu:{name}?folder={shared_data / 'tofu'}&authors=2", name=name).records == tofu[name].records[:40]
+
+
 @pytest.mark.shared_data
 def test_perturbed_sets_are_the_same_records(tofu: dict[str, RecordSet]) -> None:
     plain = {r.id: r for r in tofu["full"]}
@@ -47,7 +87,7 @@ def test_perturbed_sets_are_the_same_records(tofu: dict[str, RecordSet]) -> None
             assert len(record.perturbed) == 5
             assert record.paraphrase
             assert record.question_paraphrase
-    assert {r.id for r in tofu["retain_perturbed"]} <= {r.id for r in tofu["retain90"]}
+    assert [r.id for r in tofu["retain_perturbed"]] == [r.id for r in tofu["retain90"]][:400]
     for name in ("real_authors", "world_facts"):
         assert [(r.id, r.prompt, r.answer, r.perturbed) for r in tofu[name]] == [
             (r.id, r.prompt, r.answer, r.perturbed) for r in tofu[f"{name}_perturbed"]
@@ -120,6 +160,39 @@ def test_incomplete_or_absent_files(tmp_path: Path) -> None:
     _write(tmp_path / "forget01.json", 39)
     with pytest.raises(InputError, match="has 39 rows, the published one has 40"):
         load(f"tofu:forget01?folder={tmp_path}", name="x")
+
+
+def test_only_the_first_authors(tmp_path: Path) -> None:
+    for name, rows in (("forget05", 200), ("forget05_perturbed", 200), ("holdout01", 40), ("world_facts", 117)):
+        _write(tmp_path / f"{name}.json", rows)
+    whole = load(f"tofu:forget05?folder={tmp_path}", name="x")
+    found = load(f"tofu:forget05?folder={tmp_path}&authors=3", name="x")
+    assert found.records == whole.records[:60]
+    assert sorted(set(found.clusters())) == ["author-190", "author-191", "author-192"]
+    assert load(f"tofu:forget05?folder={tmp_path}&authors=10", name="x").records == whole.records
+    assert set(load(f"tofu:holdout01?folder={tmp_path}&authors=1", name="x").clusters()) == {"holdout-author-000"}
+    for reference, said in (
+        ("forget05?authors=11", "tofu:forget05 has 10 authors, not 11"),
+        ("world_facts?authors=2", "tofu:world_facts is not divided by author"),
+        ("forget05?authors=0", "authors"),
+        ("forget05?authors=two", "authors"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load(f"tofu:{reference}&folder={tmp_path}", name="x")
+    _write(tmp_path / "forget05.json", 199)
+    with pytest.raises(InputError, match="has 199 rows, the published one has 200"):
+        load(f"tofu:forget05?folder={tmp_path}&authors=3", name="x")
+
+
+def test_companions_of_the_first_authors_are_whole_but_for_the_audited_forget_set() -> None:
+    with_it = companions("tofu:forget10?authors=4&folder=/d")
+    assert with_it is not None
+    assert with_it.audit["forget"] == "tofu:forget10_perturbed?folder=/d&authors=4"
+    assert with_it.audit["retain"] == "tofu:retain_perturbed?folder=/d"
+    assert (with_it.retain, with_it.train) == ("tofu:retain90?folder=/d", ("tofu:full?folder=/d",))
+    bare = companions("tofu:forget10?authors=4")
+    assert bare is not None
+    assert bare.audit["forget"] == "tofu:forget10_perturbed?authors=4"
 
 
 def test_companions_keep_the_folder() -> None:
