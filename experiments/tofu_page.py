@@ -19,7 +19,7 @@ from expunge.report.text import DASH, MINUS, duration
 COLUMNS = (
     ("forget probability", "forget.probability", 3),
     ("forget ROUGE-L", "forget.rouge-l-recall", 3),
-    ("truth ratio", "forget.truth-ratio", 3),
+    ("truth ratio score", "forget.truth-ratio", 3),
     ("forget quality", "forget-quality", 3),
     ("model utility", "model-utility", 3),
     ("PrivLeak (Min-K)", "privleak.min-k", 1),

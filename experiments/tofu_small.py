@@ -67,6 +67,7 @@ class Plan:
         runs: pairs of method and seed.
         parts: parts of every unlearning run that differ from the default; none in the published table.
         audit: what is measured.
+        longest: answer in tokens that exact match waits for.
     """
 
     out: Path
@@ -80,6 +81,7 @@ class Plan:
     runs: tuple[tuple[str, int], ...] = ()
     parts: Mapping[str, Any] = field(default_factory=dict)
     audit: AuditSettings = field(default_factory=AuditSettings)
+    longest: int = 200
 
     @property
     def forget_source(self) -> str:
@@ -139,7 +141,7 @@ def experiment(plan: Plan) -> Result:
         made, _ = training.retraining(config, forget, seed)
         twins.append((seed, plan.out / f"retrained-{seed}"))
         _train(made, twins[-1][1])
-    learnt = {p.name: _learnt(run, p) for p in (target, *(p for _, p in twins))}
+    learnt = {p.name: _learnt(run, p, plan.longest) for p in (target, *(p for _, p in twins))}
     for name, found in learnt.items():
         say(f"{name}: loss per token {found['loss_token']:.4f}, exact match {found['exact']:.1%} of {found['records']} records")
     done, failed = _unlearn_all(plan, target, files["retain"])
@@ -174,7 +176,7 @@ def _train(config: TrainConfig, out: Path) -> None:
     training.execute(made, out, resume=(out / "manifest.json").is_file(), progress=_told(out.name))
 
 
-def _learnt(run: Run, folder: Path) -> dict[str, Any]:
+def _learnt(run: Run, folder: Path, longest: int) -> dict[str, Any]:
     """Loss and exact match of a model on what it was trained on, as a stage of the experiment."""
     weights = Run.open(folder).manifest["stages"]["train"]["outputs"]
 
@@ -182,19 +184,19 @@ def _learnt(run: Run, folder: Path) -> dict[str, Any]:
         config = TrainConfig(**Run.open(folder).manifest["config"])
         gone = set(config.exclude)
         records = [r for r in training.load_all(config.data, {}, "trained") if training.content_key(r) not in gone]
-        return memorised(open_adapter(str(folder), TextConfig()), records)
+        return memorised(open_adapter(str(folder), TextConfig()), records, longest)
 
-    return run.stage(f"learnt-{folder.name}", {"weights": weights}, work, [])
+    return run.stage(f"learnt-{folder.name}", {"weights": weights, "longest": longest}, work, [])
 
 
-def memorised(adapter: LanguageAdapter, records: Sequence[Record], batch: int = 64, limit: int = 200) -> dict[str, Any]:
+def memorised(adapter: LanguageAdapter, records: Sequence[Record], longest: int = 200, batch: int = 64) -> dict[str, Any]:
     """How well a model knows records.
 
     Args:
         adapter: holds the model.
         records: what it was trained on.
+        longest: answer in tokens; a longer one counts as wrong.
         batch: prompts continued at a time.
-        limit: longest answer in tokens.
 
     Returns:
         ``loss_token`` (mean over all answer tokens), ``loss_record`` (mean over records of their means), ``exact`` (share of
@@ -207,7 +209,7 @@ def memorised(adapter: LanguageAdapter, records: Sequence[Record], batch: int = 
     hits = 0
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        found = adapter.generate(adapter.model, [examples[i] for i in chosen], limit)
+        found = adapter.generate(adapter.model, [examples[i] for i in chosen], longest)
         hits += sum(g.text == records[i].answer.strip() for i, g in zip(chosen, found, strict=True))
     return {
         "loss_token": sum(loss * n for loss, n in zip(losses, counts, strict=True)) / sum(counts),
