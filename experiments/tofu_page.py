@@ -99,7 +99,8 @@ def _command(plan: Plan) -> str:
     words.append("--out runs/tofu-small --page docs/results/tofu-small.md")
     if (plan.model, plan.retain, plan.forget) != (default.model, default.retain, default.forget):
         words.append(f"--model {plan.model} --retain {plan.retain} --forget {plan.forget}")
-    words.append(f"--epochs {plan.schedule['epochs']} --lr {plan.schedule['lr']:g} --retrained {len(plan.retrained)}")
+    words.append(f"--epochs {plan.schedule['epochs']} --lr {plan.schedule['lr']:g} --decay {plan.schedule['weight_decay']:g}")
+    words.append(f"--retrained {len(plan.retrained)}")
     words.append("--methods " + " ".join(m for m, seed in plan.runs if seed == 1))
     words.append("--twice " + " ".join(m for m, seed in plan.runs if seed == 2))
     return " \\\n  ".join(words)
