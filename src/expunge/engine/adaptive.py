@@ -121,19 +121,21 @@ class Watch:
         row |= {k: v for k, v in (("forget_loss", self.forget_loss), ("retain_loss", self.retain_loss)) if v is not None}
         return self._decide(self.schedule)
 
+    def _distance(self) -> float:
+        """How much the forget loss had to rise at the start, in nats; 0 without a goal."""
+        return 0.0 if self.goal is None or self.base_forget is None else max(0.0, self.goal.loss - self.base_forget)
+
     def _near(self) -> bool:
         """Whether most of the way to the goal is gone: from here on every step is looked at, for it may overshoot."""
         gap = self.gap()
-        if gap is None or self.goal is None or self.base_forget is None:
-            return False
-        return gap < 0.6 * (self.goal.loss - self.base_forget)
+        return gap is not None and gap < 0.6 * self._distance()
 
     def _decide(self, schedule: Adaptive) -> Reason | None:
         gap, rise = self.gap(), self.rise()
         there = gap is not None and gap <= 0
         repairs = bool(self.loop.recipe.forget and self.loop.recipe.retain)
         if rise > schedule.utility_bound:
-            if repairs and rise <= max(schedule.transient, schedule.utility_bound):
+            if repairs and rise <= schedule.transient * self._distance():
                 self.erasing = not there
                 return None
             checkpoint.restore(self.loop.model, self.good)
