@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import json, math, torch
 from expunge.adapters.registry import ADAPTERS
-from expunge.audit.metrics.registry import METRICS, evaluate_metric
+from expunge.audit.evaluate import evaluate_metric
+from expunge.audit.metrics.registry import METRICS
 from expunge.methods.catalogue import serves
 from expunge.methods.evaluate import Given, loss_terms
 from expunge.methods.recipe import build

@@ -29,6 +29,7 @@ from expunge.methods.compose import compose
 from expunge.methods.terms.likelihood import NLL
 
 TRAINING = Fixed(lr=5e-3, epochs=40, batch=16, warmup=1, weight_decay=0.01)
+WIDTH = 64  #: at which TRAINING's rate is right; wider models take a lower one in proportion
 
 
 @dataclass
@@ -39,10 +40,11 @@ class World:
     preset: str = "llama-tiny"
     persons: int = 24
     forget_persons: int = 3
+    facts: int = 10
 
     @cached_property
     def split(self) -> PeopleSplit:
-        return split_people(persons=self.persons, forget=self.forget_persons, holdout=6, seed=1)
+        return split_people(persons=self.persons, forget=self.forget_persons, holdout=6, seed=1, facts=self.facts)
 
     @cached_property
     def trained_on(self) -> list[Record]:
@@ -74,11 +76,12 @@ class World:
 
     def _trained(self, records: list[Record], seed: int) -> LanguageAdapter:
         adapter = self.fresh(seed)
-        key = [self.preset, seed, TRAINING.model_dump(mode="json"), [[r.prompt, r.answer] for r in records], torch.__version__]
+        schedule = TRAINING.model_copy(update={"lr": TRAINING.lr * WIDTH / adapter.model.config.hidden_size})
+        key = [self.preset, seed, schedule.model_dump(mode="json"), [[r.prompt, r.answer] for r in records], torch.__version__]
         path = self.folder / (hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24] + ".pt")
         with FileLock(str(path) + ".lock"):
             if not path.is_file():
-                recipe = compose("train", retain=[NLL()], schedule=TRAINING)
+                recipe = compose("train", retain=[NLL()], schedule=schedule)
                 train(adapter, recipe, {Stream.RETAIN: [adapter.encode(r) for r in records]}, Engine(seed=seed))
                 torch.save(adapter.model.state_dict(), path)
         adapter.model.load_state_dict(torch.load(path, weights_only=True))

@@ -8,7 +8,8 @@ from typing import Any
 
 import expunge
 from docgen.text import cite, code, markdown, page, parameters, table
-from expunge.audit.metrics.registry import METRICS, Metric, evaluate_metric
+from expunge.audit.evaluate import evaluate_metric
+from expunge.audit.metrics.registry import METRICS, Metric
 from expunge.core.results import Direction
 
 _DIRECTION = {

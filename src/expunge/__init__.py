@@ -17,14 +17,15 @@ _LAZY = {
     "build_recipe": "expunge.methods.recipe:build",
     "loss_terms": "expunge.methods.evaluate:loss_terms",
     "loss_on": "expunge.methods.evaluate:loss_on",
-    "evaluate_metric": "expunge.audit.metrics.registry:evaluate_metric",
+    "evaluate_metric": "expunge.audit.evaluate:evaluate_metric",
     "METHODS": "expunge.methods.registry:METHODS",
     "METRICS": "expunge.audit.metrics.registry:METRICS",
 }
 
 if TYPE_CHECKING:
     from expunge.api import audit_model, unlearn
-    from expunge.audit.metrics.registry import METRICS, evaluate_metric
+    from expunge.audit.evaluate import evaluate_metric
+    from expunge.audit.metrics.registry import METRICS
     from expunge.data.sources import load
     from expunge.methods.evaluate import loss_on, loss_terms
     from expunge.methods.recipe import build as build_recipe

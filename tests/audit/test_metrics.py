@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expunge.audit.evaluate import evaluate_metric
 from expunge.audit.metrics.fluency import degenerate, ngram_entropy, repetition
 from expunge.audit.metrics.forget_quality import _distance, forget_quality, log10_floor
 from expunge.audit.metrics.memorisation import exact_memorisation, extraction_strength
 from expunge.audit.metrics.muse import halves, knowledge_memorisation, verbatim_memorisation
 from expunge.audit.metrics.probability import loss, option_probability, probability
-from expunge.audit.metrics.registry import METRICS, evaluate_metric
+from expunge.audit.metrics.registry import METRICS
 from expunge.audit.metrics.rouge import rouge_l
 from expunge.audit.metrics.truth_ratio import log_truth_ratio, truth_ratio, truth_ratio_score
 from expunge.audit.metrics.utility import _harmonic, model_utility

@@ -8,24 +8,25 @@ only the part that the goal was estimated on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from expunge.adapters.base import Example
+from expunge.adapters.base import Adapter, Example
 from expunge.core.access import Stream
-from expunge.data.order import share
+from expunge.data.order import BatchPlan, share
 from expunge.engine import checkpoint
+from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
 from expunge.engine.objective import mean_losses
-from expunge.engine.parts import Finish
+from expunge.engine.options import Engine
+from expunge.engine.parts import Finish, Recipe, Schedule
 from expunge.engine.schedule import Adaptive, Fixed
 
-if TYPE_CHECKING:
-    from expunge.engine.loop import Reason, _Loop
+Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged"]
 
 TRIAL_STEPS = 10  #: optimiser steps per try of the range test
 WARMUP_STEPS = 5  #: of the adaptive schedule
@@ -34,10 +35,36 @@ SHARES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 WANTED_STEPS = 120  #: the goal should be reached within so many steps; slower rates are gentler but cost more
 
 
+class Training(Protocol):
+    """What the schedule sees of the loop that it steers."""
+
+    adapter: Adapter
+    recipe: Recipe
+    schedule: Schedule
+    engine: Engine
+    examples: Mapping[Stream, Sequence[Example]]
+    devices: Devices
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    plan: BatchPlan
+    total: int
+    start_weights: checkpoint.Tensors
+    balance_state: dict[str, float]
+    gradient_state: dict[str, Any]
+    tokens: int
+
+    @property
+    def progress(self) -> Callable[[int, int, str], None] | None:
+        """Told of every step of the range test."""
+
+    def step(self, step: int, lr: float, forget: bool = True) -> dict[str, float]:
+        """One optimiser step; returns what it saw."""
+
+
 class Watch:
     """Looks at both sides every few steps and decides; remembers the last weights that were within all bounds."""
 
-    def __init__(self, loop: _Loop, goal: Goal | None) -> None:
+    def __init__(self, loop: Training, goal: Goal | None) -> None:
         self.loop, self.goal = loop, goal
         self.schedule = loop.schedule
         self.lr = self.schedule.lr or 0.0
@@ -121,19 +148,21 @@ class Watch:
         row |= {k: v for k, v in (("forget_loss", self.forget_loss), ("retain_loss", self.retain_loss)) if v is not None}
         return self._decide(self.schedule)
 
+    def _distance(self) -> float:
+        """How much the forget loss had to rise at the start, in nats; 0 without a goal."""
+        return 0.0 if self.goal is None or self.base_forget is None else max(0.0, self.goal.loss - self.base_forget)
+
     def _near(self) -> bool:
         """Whether most of the way to the goal is gone: from here on every step is looked at, for it may overshoot."""
         gap = self.gap()
-        if gap is None or self.goal is None or self.base_forget is None:
-            return False
-        return gap < 0.6 * (self.goal.loss - self.base_forget)
+        return gap is not None and gap < 0.6 * self._distance()
 
     def _decide(self, schedule: Adaptive) -> Reason | None:
         gap, rise = self.gap(), self.rise()
         there = gap is not None and gap <= 0
         repairs = bool(self.loop.recipe.forget and self.loop.recipe.retain)
         if rise > schedule.utility_bound:
-            if repairs and rise <= max(schedule.transient, schedule.utility_bound):
+            if repairs and rise <= schedule.transient * self._distance():
                 self.erasing = not there
                 return None
             checkpoint.restore(self.loop.model, self.good)
@@ -248,7 +277,7 @@ class Watch:
         self.good = good
 
 
-def choose_rate(loop: _Loop, watch: Watch) -> tuple[float, list[dict[str, float]]]:
+def choose_rate(loop: Training, watch: Watch) -> tuple[float, list[dict[str, float]]]:
     """The range test: a few steps at each rate from the same start; returns the rate to use and what was seen.
 
     With something to forget and a goal, the smallest rate that would reach the goal within :data:`WANTED_STEPS` (or the

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from expunge.core.errors import InputError
 from expunge.core.files import write_json
 from expunge.data.order import BatchPlan, share
 from expunge.engine import checkpoint
-from expunge.engine.adaptive import Watch, choose_rate
+from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
 from expunge.engine.masks import saliency_masks
@@ -33,8 +33,6 @@ from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import AdapterOffReference, CachedReference, CopyReference, choose
-
-Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged"]
 
 
 class Progress(Protocol):

@@ -51,7 +51,11 @@ class Adaptive(Schedule):
     epochs: float = Field(20, gt=0, description="budget: passes over the forget set, if they are more than 'steps'")
     steps: int = Field(400, ge=1, description="budget in optimiser steps, if they are more than 'epochs'")
     utility_bound: float = Field(0.1, gt=0, description="largest accepted rise of the retain loss per target, in nats")
-    transient: float = Field(2.0, gt=0, description="rise of the retain loss that a retain term may win back on the way, in nats")
+    transient: float = Field(
+        0.9,
+        ge=0,
+        description="rise of the retain loss that a retain term may win back on the way, as a share of the forget set's rise",
+    )
     check_every: int = Field(5, ge=1, description="steps between checks of the goal and the bound; every step once it is near")
     check_examples: int = Field(128, ge=4, description="examples of each side that a check looks at, at most")
 
