@@ -17,6 +17,7 @@ from expunge.report.text import DASH, MINUS, duration
 
 #: heading, key of the number, decimals
 COLUMNS = (
+    ("forget loss", "forget.loss", 2),
     ("forget probability", "forget.probability", 3),
     ("forget ROUGE-L", "forget.rouge-l-recall", 3),
     ("truth ratio score", "forget.truth-ratio", 3),
@@ -30,6 +31,14 @@ UTILITY = tuple(
     for name, first in (("retain", "probability"), ("real_authors", "option-probability"), ("world_facts", "option-probability"))
     for heading, kind in (("probability", first), ("ROUGE-L", "rouge-l-recall"), ("truth ratio", "truth-ratio"))
 )
+REASONS = {
+    "goal": "Reached the goal, the loss of unseen text",
+    "budget": "Spent the budget before the goal",
+    "converged": "Spent the budget (nothing to reach: no term on the forget set, or the weights are changed at the end)",
+    "utility": "Stopped at the bound on the retain loss; the last weights within it are kept",
+    "diverged": "Stopped because the loss or the gradient was not finite",
+    "failed": "Failed",
+}
 PACKAGES = ("python", "expunge", "torch", "transformers", "tokenizers", "accelerate", "numpy", "scipy")
 
 
@@ -75,6 +84,13 @@ def _outcome(result: Result) -> Iterator[str]:
     yield f"Of {sum(counts.values()) + len(result.failed)} unlearning runs: {', '.join(said)}."
     controls = [f"{m.label} {m.judgement.verdict.value}" for m in judged if m.judgement and m.role != "unlearned"]
     yield f"Controls: {', '.join(controls)}."
+    yield ""
+    ended: dict[str, list[str]] = {}
+    for label, found in _runs(result):
+        ended.setdefault(found["reason"], []).append(label)
+    for reason, heading in REASONS.items():
+        if reason in ended:
+            yield f"- {heading}: {'; '.join(ended[reason])}"
 
 
 def _learnt(learnt: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -150,13 +166,19 @@ def _cell(number: Number | None, places: int, flags: list[str], interval: bool) 
 def _stopped(result: Result) -> Iterator[str]:
     yield _row(["run", "step size", "why it stopped"])
     yield _row(["---", "---:", "---"])
+    for label, found in _runs(result):
+        size = f"{found['lr']:.1e}".replace("-", MINUS) if "lr" in found else DASH
+        yield _row([label, size, found["sentence"]])
+
+
+def _runs(result: Result) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each run's manifest says of its end; of a failed one the reason and the message."""
     for method, seed in result.plan.runs:
-        name = f"{method}-{seed}"
+        label, name = f"{method}, seed {seed}", f"{method}-{seed}"
         if name in result.failed:
-            yield _row([f"{method}, seed {seed}", DASH, f"**failed**: {result.failed[name]}"])
-            continue
-        found = Run.open(result.plan.out / name).manifest["stages"]["unlearn"]["result"]
-        yield _row([f"{method}, seed {seed}", f"{found['lr']:.1e}".replace("-", MINUS), found["sentence"]])
+            yield label, {"reason": "failed", "sentence": f"**failed**: {result.failed[name]}"}
+        else:
+            yield label, Run.open(result.plan.out / name).manifest["stages"]["unlearn"]["result"]
 
 
 def _times(result: Result) -> Iterator[str]:
