@@ -48,11 +48,11 @@ from expunge.pipeline.models import open_adapter
 EPOCHS, LR, DECAY = 40, 5e-3, 0.5
 PERTURBED_RETAIN = 20  #: authors of retain90 that have paraphrased and wrong answers
 METHODS = (
-    "npo", "simnpo", "graddiff", "graddiff-kl", "gradascent", "finetune", "idk-nll", "idkdpo", "dpo", "altpo", "rmu", "undial",
-    "wga", "satimp", "ceu", "pdu", "task-vector",
+    "npo", "simnpo", "graddiff", "gradascent", "idkdpo", "rmu", "undial", "wga", "task-vector", "ceu", "idk-nll", "altpo", "pdu",
+    "finetune", "graddiff-kl", "satimp", "dpo",
 )  # fmt: skip
-#: Those that are run with a second seed: one of each kind of forget term. Chosen before anything was measured.
-TWICE = ("npo", "simnpo", "graddiff", "gradascent", "idkdpo", "rmu", "undial", "task-vector")
+#: Those that are run with a second seed too: the ones that end soon, so that a second run costs little.
+TWICE = ("graddiff", "gradascent", "wga", "pdu", "undial", "ceu")
 
 
 @dataclass(frozen=True)
