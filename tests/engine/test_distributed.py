@@ -15,6 +15,7 @@ import torch
 pytestmark = pytest.mark.distributed
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+ADAPTIVE = {"name": "adaptive", "steps": 20, "epochs": 1, "batch": 5}
 FIXED = {"name": "fixed", "lr": 3e-3, "steps": 6, "batch": 7, "warmup": 0}
 
 
@@ -43,7 +44,9 @@ FSDP = {
 }  # fmt: skip
 
 
-def launch(out: Path, method: str, parts: dict, launcher: tuple[str, ...] = (), extra: dict[str, str] | None = None) -> dict:
+def launch(
+    out: Path, method: str, parts: dict, launcher: tuple[str, ...] = (), extra: dict[str, str] | None = None, mode: str = ""
+) -> dict:
     """Run the worker alone, or as two processes under a launcher."""
     words = [sys.executable, *launcher]
     if launcher == ACCELERATE:
@@ -52,8 +55,12 @@ def launch(out: Path, method: str, parts: dict, launcher: tuple[str, ...] = (), 
         words += ["--nproc_per_node", "2", "--master_port", str(free_port())]
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **(extra or {})}
-    words += [str(WORKER), str(out), method, json.dumps(parts)]
+    words += [str(WORKER), str(out), method, json.dumps(parts), mode]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    if mode == "killed":
+        assert done.returncode != 0
+        assert not out.is_file()
+        return {}
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
@@ -75,7 +82,7 @@ def compare(one: dict, two: dict) -> None:
         ("dpo", {"retain": "kl", "schedule": FIXED}),
         ("npo", {"parameters": "lora", "retain": "kl", "schedule": FIXED}),
         ("rmu", {"schedule": FIXED}),
-        ("npo", {"schedule": {"name": "adaptive", "steps": 20, "epochs": 1, "batch": 5}}),
+        ("npo", {"schedule": ADAPTIVE}),
     ],
     ids=["plain", "project", "copy", "lora", "inner-layer", "adaptive"],
 )
@@ -83,11 +90,24 @@ def test_two_processes_equal_one(tmp_path: Path, method: str, parts: dict) -> No
     compare(launch(tmp_path / "one.pt", method, parts), launch(tmp_path / "two.pt", method, parts, ACCELERATE))
 
 
-@pytest.mark.parametrize("method", ["npo", "undial"])
+@pytest.mark.parametrize("method", ["npo", "undial", "graddiff"])
 def test_fsdp2_equals_one_process(tmp_path: Path, method: str) -> None:
     """Parameters, gradients and optimiser state sharded over two processes (FSDP2, gloo): the same weights again."""
-    parts = {"schedule": FIXED}
+    parts = {"schedule": ADAPTIVE if method == "graddiff" else FIXED}
     compare(launch(tmp_path / "one.pt", method, parts), launch(tmp_path / "two.pt", method, parts, TORCHRUN, FSDP))
+
+
+@pytest.mark.parametrize(("launcher", "extra"), [(ACCELERATE, None), (TORCHRUN, FSDP)], ids=["ddp", "fsdp2"])
+def test_two_processes_killed_and_resumed_end_bit_equal(tmp_path: Path, launcher: tuple[str, ...], extra: dict | None) -> None:
+    parts = {"schedule": FIXED}
+    whole = launch(tmp_path / "whole.pt", "npo", parts, launcher, extra)
+    launch(tmp_path / "resumed.pt", "npo", parts, launcher, extra, mode="killed")
+    steps = sorted(p.parent.name for p in (tmp_path / "run" / "checkpoint").glob("*/state.json"))
+    assert len(steps) == (4 if extra else 1), steps
+    resumed = launch(tmp_path / "resumed.pt", "npo", parts, launcher, extra, mode="resumed")
+    assert whole["losses"] == resumed["losses"]
+    for name, value in whole["weights"].items():
+        assert torch.equal(value, resumed["weights"][name]), name
 
 
 def test_fsdp2_refuses_what_it_cannot_do(tmp_path: Path) -> None:
