@@ -77,6 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         code = 130
     except typer.Exit as error:
         code = error.exit_code
+    except BrokenPipeError:  # the reader of the output went away (`expunge methods | head`)
+        sys.stderr.close()
+        code = 141
+    except OSError as error:
+        code = output.system(error, traceback.format_exc())
     except Exception as error:
         code = output.unforeseen(error, traceback.format_exc())
     if argv is None:

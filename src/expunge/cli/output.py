@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +21,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from expunge.engine.loop import Progress as Callback
+if TYPE_CHECKING:  # torch takes more than a second to import: only commands that compute may pay for it
+    from expunge.engine.loop import Progress as Callback
 
 
 class Output:
@@ -70,6 +72,20 @@ class Output:
             return 2
         sys.stderr.write(trace)
         self.error(f"{type(error).__name__}: {error}", "Nobody foresaw this: please report it with the lines above.")
+        return 1
+
+    def system(self, error: OSError, trace: str) -> int:
+        """An error of the operating system; returns the exit code. A full disk and a missing permission need no traceback."""
+        said = {
+            errno.ENOSPC: ("The disk is full", "Free some room; the same command with --resume goes on where it stopped."),
+            errno.EDQUOT: ("The disk quota is used up", "Free some room; the same command with --resume goes on."),
+            errno.EFBIG: ("A file grew past the limit of this system", "Raise the limit (ulimit -f), then use --resume."),
+            errno.EACCES: ("There is no permission", "Change the permission, or choose another folder."),
+            errno.EROFS: ("The disk is read-only", "Choose another folder."),
+        }.get(error.errno or 0)
+        if said is None:
+            return self.unforeseen(error, trace)
+        self.error(f"{said[0]}: {error.filename}." if error.filename else f"{said[0]}.", said[1])
         return 1
 
     @contextmanager

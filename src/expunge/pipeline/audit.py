@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -18,11 +19,11 @@ from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.named import companions, is_named
 from expunge.data.records import RecordSet
-from expunge.data.sources import load as load_records
 from expunge.engine.loop import Progress
 from expunge.pipeline.config import TextConfig, UnlearnConfig
-from expunge.pipeline.models import open_adapter, resolve
-from expunge.pipeline.train import retrained
+from expunge.pipeline.cost import AuditCost, audit_cost
+from expunge.pipeline.models import check_source, load_set, open_adapter, resolve
+from expunge.pipeline.train import finished, retrained, retraining_of
 from expunge.pipeline.unlearn import Request, load_request, split_holdout
 
 DOCUMENT = "audit.json"
@@ -30,6 +31,8 @@ DOCUMENT = "audit.json"
 
 class AuditConfig(Settings):
     """What an audit compares with."""
+
+    name: ClassVar[str] = "audit"
 
     retrained: tuple[str, ...] = Field((), description="models trained without the forget set: hub ids, folders or run folders")
     retrain: int = Field(0, ge=0, le=50, description="models to retrain here, with seeds 1, 2, ...")
@@ -50,7 +53,7 @@ def sets_of(config: UnlearnConfig, request: Request, utility: Mapping[str, str])
         found["holdout"] = split_holdout(request.holdout, config.engine.seed)[1]
     published = companions(config.forget) if is_named(config.forget) else None
     for name, source in {**(published.audit if published else {}), **utility}.items():
-        found[name] = load_records(source, name=name, columns=config.text.columns or None)
+        found[name] = load_set(source, name, config.text.columns)
     return found
 
 
@@ -108,18 +111,30 @@ def unlearned_model(run: Path, label: str | None = None) -> AuditedModel:
     )
 
 
-def audit_run(
-    folder: Path, config: AuditConfig, *, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
-) -> AuditDocument:
-    """Audit one unlearning run, and leave ``audit.json`` in it; done again only if something has changed.
+@dataclass
+class AuditPlan:
+    """An audit of a run that has passed every check and has not begun."""
+
+    run: Run
+    config: AuditConfig
+    unlearning: UnlearnConfig
+    request: Request
+    unlearned: AuditedModel
+    sets: dict[str, RecordSet]
+    cost: AuditCost
+
+
+def plan(folder: Path, config: AuditConfig) -> AuditPlan:
+    """Check that a run can be audited, and say what it will cost; nothing is trained, scored or written.
 
     Raises:
-        InputError: no unlearning run, or the data have changed since.
+        InputError: no unlearning run, data that have changed since, a model or set that is not there, or nothing that says how
+            to retrain.
     """
     run = Run.open(folder)
-    if run.manifest["kind"] != "unlearn":
-        raise InputError(f"{str(folder)!r} is a run of kind {run.manifest['kind']!r}, not of `expunge unlearn`.")
+    _check_kind(run)
     settings = UnlearnConfig(**run.manifest["config"])
+    unlearned = unlearned_model(folder)
     request = load_request(settings)
     for name, records in (("forget", request.forget), ("retain", request.retain), ("holdout", request.holdout)):
         recorded = run.manifest["inputs"].get(name, {}).get("digest")
@@ -127,13 +142,49 @@ def audit_run(
             raise InputError(
                 f"The {name} data have changed since the run {str(folder)!r}.", "Put the file back, or unlearn again."
             )
-    unlearned = unlearned_model(folder)
-    gold = retrained_models(settings, config, request.forget, progress, say)
+    for source in (settings.model, *config.retrained):
+        check_source(source)
     sets = sets_of(settings, request, config.utility)
-    models = [target_model(settings), *gold, unlearned]
-    title = f"{unlearned.method} on {settings.model}"
-    audit_stage(run, models, sets, config.settings, progress=progress, title=title)
-    return read(folder)
+    missing, steps = 0, 0
+    for seed in range(1, config.retrain + 1):
+        made = retraining_of(settings.model, request.forget, seed, base=config.base or settings.base, retain=settings.retain)
+        missing += not finished(made[1])
+    manifest = Path(settings.model) / "manifest.json"
+    if missing and manifest.is_file():
+        steps = int(Run.open(manifest.parent).manifest["stages"]["train"]["result"]["steps"])
+    models = 2 + len(config.retrained) + config.retrain
+    cost = audit_cost(folder, sets, config.settings, models=models, retrain=missing, retrain_steps=steps)
+    return AuditPlan(run, config, settings, request, unlearned, sets, cost)
+
+
+def _check_kind(run: Run) -> None:
+    kind, folder = run.manifest["kind"], run.folder
+    whole = (folder if kind == "sequence" else folder.parent) / "manifest.json"
+    if whole.is_file() and Run.open(whole.parent).manifest["kind"] == "sequence":
+        raise InputError(
+            f"{str(folder)!r} belongs to a sequence of requests, which is audited as a whole.",
+            f"Repeat its command with --resume --retrain 3: expunge unlearn MODEL --requests FILE ... --out {whole.parent}.",
+        )
+    if kind != "unlearn":
+        raise InputError(
+            f"{str(folder)!r} is a run of kind {kind!r}, not of `expunge unlearn`.", "Give the folder that its --out named."
+        )
+
+
+def audit_run(made: AuditPlan, *, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None) -> AuditDocument:
+    """Audit one unlearning run, and leave ``audit.json`` in it; done again only if something has changed.
+
+    Args:
+        made: the checked audit.
+        progress: of the work.
+        say: told what is being done, and if nothing had to be.
+    """
+    gold = retrained_models(made.unlearning, made.config, made.request.forget, progress, say)
+    models = [target_model(made.unlearning), *gold, made.unlearned]
+    title = f"{made.unlearned.method} on {made.unlearning.model}"
+    if not audit_stage(made.run, models, made.sets, made.config.settings, progress=progress, title=title):
+        say("audit: from an earlier run, nothing has changed since")
+    return read(made.run.folder)
 
 
 def audit_stage(
@@ -177,6 +228,8 @@ def read(folder: Path) -> AuditDocument:
         InputError: it has none.
     """
     path = folder / DOCUMENT
+    if not path.is_file() and (kind := Run.open(folder).manifest["kind"]) != "unlearn":
+        raise InputError(f"{str(folder)!r} is a run of kind {kind!r}, and has no audit.", "Give a run of `expunge unlearn`.")
     if not path.is_file():
         raise InputError(f"The run {str(folder)!r} has not been audited.", f"Do it: expunge audit {folder} --retrain 3.")
     return AuditDocument.model_validate_json(path.read_text(encoding="utf-8"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ from expunge.engine.options import Engine
 
 class TextConfig(Settings):
     """How text becomes tokens."""
+
+    name: ClassVar[str] = "text"
 
     columns: dict[str, str] = Field(default_factory=dict, description="names of your columns, e.g. prompt=question_text")
     template: str | None = Field(
@@ -35,6 +37,8 @@ class Allowances(Settings):
 class UnlearnConfig(Allowances):
     """Everything that an unlearning run depends on."""
 
+    name: ClassVar[str] = "unlearn"
+
     model: str = Field(description="hub id, local folder, or a run folder of `expunge train`: the target model")
     forget: str = Field(description="what to forget: a file or a named data set")
     retain: str | None = Field(None, description="what to keep: a file or a named data set")
@@ -55,6 +59,8 @@ class UnlearnConfig(Allowances):
 
 class TrainConfig(Settings):
     """Everything that a training run depends on."""
+
+    name: ClassVar[str] = "train"
 
     model: str = Field(description="hub id or local folder of the base model; with scratch: a preset such as llama-tiny")
     data: tuple[str, ...] = Field(min_length=1, description="files or named data sets to train on")

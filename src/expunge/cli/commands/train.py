@@ -44,6 +44,7 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Train and leave a run folder."""
+    from expunge.core.files import check_room
     from expunge.pipeline import train as stage
     from expunge.pipeline.config import TrainConfig, from_file, merge
     from expunge.pipeline.unlearn import check_out
@@ -63,6 +64,7 @@ def train(
         raise InputError("No data to train on were given.", "Add --data DATA.")
     check_out(out, resume)
     made = stage.plan(TrainConfig(**merged))
+    check_room(out, made.cost.disk, "Training")
     output.note(f"training: {made.cost.text()}")
     if dry_run:
         output.result({"cost": made.cost.json(), "recipe": made.recipe.spec()})
@@ -70,6 +72,9 @@ def train(
     with output.progress("training") as progress:
         run = stage.execute(made, out, resume=resume, progress=progress)
     result = run.manifest["stages"]["train"]["result"]
-    output.result({"run": str(out), "model": str(out / "model"), **result})
+    reused = "train" in run.skipped
+    output.result({"run": str(out), "model": str(out / "model"), "reused": reused, **result})
+    if reused:
+        output.say("This run had finished; nothing was left to do.")
     output.say(f"{result['sentence']}\nModel: {out / 'model'}")
     return 0
