@@ -20,8 +20,8 @@ from expunge.core.settings import Settings
 from expunge.data.named import companions, is_named
 from expunge.data.records import RecordSet
 from expunge.engine.loop import Progress
+from expunge.pipeline.audit_cost import AuditCost, audit_cost
 from expunge.pipeline.config import TextConfig, UnlearnConfig
-from expunge.pipeline.cost import AuditCost, audit_cost
 from expunge.pipeline.models import check_source, load_set, open_adapter, resolve
 from expunge.pipeline.train import finished, retrained, retraining_of
 from expunge.pipeline.unlearn import Request, load_request, split_holdout
