@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         output.error(error.message, error.remedy)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        output.error("Interrupted.", "The same command with --resume goes on where it stopped.")
+        how = " with --resume" if words[:1] in (["train"], ["unlearn"]) else ""
+        output.error("Interrupted.", f"The same command{how} goes on where it stopped.")
         code = 130
     except typer.Exit as error:
         code = error.exit_code

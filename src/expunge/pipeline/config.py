@@ -81,13 +81,21 @@ def from_file(path: Path) -> dict[str, Any]:
         InputError: it is missing, not YAML, or no mapping.
     """
     if not path.is_file():
-        raise InputError(f"There is no configuration file {str(path)!r}.")
+        raise InputError(f"There is no configuration file {str(path)!r}.", "Give a YAML or JSON file to --config.")
     try:
         held = load_yaml(path.read_text(encoding="utf-8"))
     except Exception as error:  # PyYAML and the decoder raise many kinds; all mean that the file is unreadable
-        raise InputError(f"The configuration {str(path)!r} cannot be read: {str(error).splitlines()[0]}.") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"The configuration {str(path)!r}{where} cannot be read: {reason}.", "Write it as YAML or JSON."
+        ) from None
     if not isinstance(held, dict):
-        raise InputError(f"The configuration {str(path)!r} must be a mapping of settings, not {type(held).__name__}.")
+        raise InputError(
+            f"The configuration {str(path)!r} must be a mapping of settings, not {type(held).__name__}.",
+            "Write lines such as 'method: npo'.",
+        )
     return held
 
 

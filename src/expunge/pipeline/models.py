@@ -41,9 +41,18 @@ def open_adapter(source: str, text: TextConfig) -> LanguageAdapter:
     if manifest.is_file() and text.template is None:
         config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
         held = text.model_copy(update={"template": config.get("text", {}).get("template")})
+    place = Path(resolve(source))
+    check_memory(sum(p.stat().st_size for p in place.glob("*.safetensors")) if place.is_dir() else 0, f"Loading {source!r}")
     return load(
         resolve(source), dtype=held.dtype, template=held.template, max_length=held.max_length, truncate=held.truncate
     )  # fmt: skip
+
+
+def is_preset(name: str) -> bool:
+    """Whether a name is that of a small untrained model, and of nothing in the file system."""
+    from expunge.adapters.presets import PRESETS
+
+    return name in PRESETS and not Path(name).exists()
 
 
 def load_sets(sources: Mapping[str, str | None], columns: Mapping[str, str]) -> dict[str, RecordSet]:

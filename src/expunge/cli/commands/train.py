@@ -47,6 +47,7 @@ def train(
     from expunge.core.files import check_room
     from expunge.pipeline import train as stage
     from expunge.pipeline.config import TrainConfig, from_file, merge
+    from expunge.pipeline.models import is_preset
     from expunge.pipeline.unlearn import check_out
 
     output = Output(json)
@@ -63,11 +64,16 @@ def train(
     if not merged.get("data"):
         raise InputError("No data to train on were given.", "Add --data DATA.")
     check_out(out, resume)
-    made = stage.plan(TrainConfig(**merged))
+    settings = TrainConfig(**merged)
+    if not settings.scratch and is_preset(settings.model):
+        raise InputError(
+            f"{settings.model!r} is the shape of a small untrained model.", "Add --scratch to train it from the start."
+        )
+    made = stage.plan(settings)
     check_room(out, made.cost.disk, "Training")
     output.note(f"training: {made.cost.text()}")
     if dry_run:
-        output.result({"cost": made.cost.json(), "recipe": made.recipe.spec()})
+        output.result({"cost": made.cost.json(), "recipe": made.recipe.spec(), "config": settings.model_dump(mode="json")})
         return 0
     with output.progress("training") as progress:
         run = stage.execute(made, out, resume=resume, progress=progress)

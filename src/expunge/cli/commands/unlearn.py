@@ -123,7 +123,8 @@ def _one(merged: dict[str, Any], out: Path, *, resume: bool, dry_run: bool, outp
         output.note(note)
     output.note(f"{settings.method}: {made.cost.text()}")
     if dry_run:
-        output.result({"cost": made.cost.json(), "recipe": made.recipe.spec(), "notes": made.notes})
+        dump = settings.model_dump(mode="json")
+        output.result({"cost": made.cost.json(), "recipe": made.recipe.spec(), "config": dump, "notes": made.notes})
         return 0
     with output.progress(settings.method) as progress:
         run = stage.execute(made, settings, out, resume=resume, progress=progress)
