@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,24 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # torch takes more than a second to import: only commands that compute may pay for it
     from expunge.engine.loop import Progress as Callback
+
+
+_SYSTEM = {
+    errno.ENOSPC: ("The disk is full", "Free some room; the same command with --resume goes on where it stopped."),
+    errno.EDQUOT: ("The disk quota is used up", "Free some room; the same command with --resume goes on where it stopped."),
+    errno.EFBIG: ("A file grew past the limit of this system", "Raise it (ulimit -f); the same command with --resume goes on."),
+    errno.EACCES: ("There is no permission", "Change the permission, or choose another folder."),
+    errno.EROFS: ("The disk is read-only", "Choose another folder."),
+}
+"""What the operating system may refuse in the middle of the work, with what to do about it: no traceback helps there."""
+
+
+def _number(error: Exception) -> int:
+    """The operating system's number of an error; safetensors raises its own kind, with the number in the text."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 class Output:
@@ -68,24 +87,16 @@ class Output:
             sys.stderr.write(usage() + "\n")
             return 2
         if usage is not None:
-            self.error(usage(), "See expunge --help.")
+            place = getattr(getattr(error, "ctx", None), "command_path", "expunge")
+            self.error(usage().rstrip(".") + ".", f"See {place} --help.")
             return 2
+        said = _SYSTEM.get(_number(error))
+        if said is not None:
+            name = getattr(error, "filename", None)
+            self.error(f"{said[0]}: {name}." if name else f"{said[0]}.", said[1])
+            return 1
         sys.stderr.write(trace)
         self.error(f"{type(error).__name__}: {error}", "Nobody foresaw this: please report it with the lines above.")
-        return 1
-
-    def system(self, error: OSError, trace: str) -> int:
-        """An error of the operating system; returns the exit code. A full disk and a missing permission need no traceback."""
-        said = {
-            errno.ENOSPC: ("The disk is full", "Free some room; the same command with --resume goes on where it stopped."),
-            errno.EDQUOT: ("The disk quota is used up", "Free some room; the same command with --resume goes on."),
-            errno.EFBIG: ("A file grew past the limit of this system", "Raise the limit (ulimit -f), then use --resume."),
-            errno.EACCES: ("There is no permission", "Change the permission, or choose another folder."),
-            errno.EROFS: ("The disk is read-only", "Choose another folder."),
-        }.get(error.errno or 0)
-        if said is None:
-            return self.unforeseen(error, trace)
-        self.error(f"{said[0]}: {error.filename}." if error.filename else f"{said[0]}.", said[1])
         return 1
 
     @contextmanager

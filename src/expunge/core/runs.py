@@ -117,10 +117,15 @@ class Run:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"The manifest of {str(folder)!r} cannot be read: {error}.") from None
+            raise InputError(f"The manifest of {str(folder)!r} cannot be read: {error}.", "Do the run again.") from None
+        if not isinstance(manifest, dict):
+            raise InputError(f"The manifest of {str(folder)!r} is no JSON object.", "Do the run again.")
         if manifest.get("schema_version") != SCHEMA_VERSION:
             written = manifest.get("schema_version")
-            raise InputError(f"The run {str(folder)!r} is of format {written!r}; this version reads {SCHEMA_VERSION!r}.")
+            raise InputError(
+                f"The run {str(folder)!r} is of format {written!r}; this version reads {SCHEMA_VERSION!r}.",
+                "Do the run again, or read it with the version that wrote it.",
+            )
         return cls(folder, manifest)
 
     def write(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from expunge.core.access import Stream
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import atomic_path, check_room, digest_json
 from expunge.core.runs import Run, cache_folder
+from expunge.core.settings import nest
 from expunge.data.records import Record, RecordSet
 from expunge.engine.loop import Outcome, Progress, train, write_log_summary
 from expunge.engine.parts import Recipe
@@ -22,7 +23,7 @@ from expunge.methods.recipe import build as build_recipe
 from expunge.pipeline.config import TrainConfig
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import all_texts, check_memory, describe_data, load_set, load_sets, open_adapter, resolve
-from expunge.pipeline.processes import first_process
+from expunge.pipeline.processes import drop_checkpoint, first_process
 
 _DEFAULTS: dict[str, Any] = {"schedule": {"name": "fixed", "lr": None, "epochs": 10, "batch": 16, "warmup": 1, "decay": "linear"}}
 
@@ -77,7 +78,7 @@ def plan(config: TrainConfig) -> TrainPlan:
         records = RecordSet(records.name, tuple(r for r in records if content_key(r) not in gone), records.source)
     if not len(records):
         raise InputError("No record is left to train on.", "Check the data and what is excluded.")
-    recipe = build_recipe("finetune", {**_DEFAULTS, **config.parts})
+    recipe = build_recipe("finetune", _with_defaults(config.parts))
     # The tokenizer of a model made from scratch covers all of the data, the excluded records too: with a vocabulary of its
     # own, a retrained model could not be compared token by token with the target.
     adapter, base = (
@@ -93,6 +94,15 @@ def plan(config: TrainConfig) -> TrainPlan:
     disk = 3 * sum(p.numel() * p.element_size() for p in adapter.model.parameters())
     cost = estimate(recipe, {Stream.RETAIN: examples}, parameters, memory, disk)
     return TrainPlan(config, adapter, recipe, examples, records, cost, base)
+
+
+def _with_defaults(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a training; settings of a schedule without its name change the default one instead of replacing it."""
+    given = nest(dict(parts))
+    schedule = given.get("schedule", {})
+    if isinstance(schedule, Mapping) and "name" not in schedule:
+        given["schedule"] = {**_DEFAULTS["schedule"], **schedule}
+    return given
 
 
 def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
@@ -142,6 +152,7 @@ def execute(made: TrainPlan, out: Path, *, resume: bool = False, progress: Progr
         return save_outcome(made.adapter, outcome, out)
 
     result = run.stage("train", inputs, work, ["model", "training.json", "log.jsonl"])
+    drop_checkpoint(out)
     if result["reason"] == "diverged":
         raise Destroyed(result["sentence"])
     return run

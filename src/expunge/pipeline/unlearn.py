@@ -32,7 +32,7 @@ from expunge.methods.registry import METHODS
 from expunge.pipeline.config import Allowances, UnlearnConfig
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter
-from expunge.pipeline.processes import first_process
+from expunge.pipeline.processes import drop_checkpoint, first_process
 from expunge.pipeline.train import save_outcome
 
 
@@ -253,6 +253,7 @@ def execute(
         return result | {"recipe": made.recipe.spec(), "goal": goal.model_dump() if goal else None}
 
     result = run.stage("unlearn", inputs, work, ["model", "training.json", "log.jsonl"])
+    drop_checkpoint(out)
     if result["reason"] == "diverged":
         raise Destroyed(result["sentence"])
     return run
