@@ -14,7 +14,7 @@ from expunge.audit.document import AuditDocument, Role
 from expunge.audit.run import AuditedModel, audit
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError
-from expunge.core.files import write_text
+from expunge.core.files import digest_file, write_text
 from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.named import companions, is_named
@@ -79,12 +79,18 @@ def retrained_models(
     return given
 
 
-def entry_of(label: str, role: Role, folder: Path, text: TextConfig, *, seed: int, stage: str, method: str = "") -> AuditedModel:
-    """A model that a finished run holds, with what making it cost."""
+def entry_of(
+    label: str, role: Role, folder: Path, text: TextConfig, *, seed: int, stage: str, method: str = "", **more: str
+) -> AuditedModel:
+    """A model that a finished run holds, with what making it cost; ``more`` joins its settings."""
     entry = Run.open(folder).manifest["stages"][stage]
     result = entry["result"]
     cost = {k: float(result[k]) for k in ("seconds", "peak_bytes", "steps", "tokens")}
-    settings = {"recipe": result.get("recipe", entry["inputs"].get("recipe", {})), "engine": entry["inputs"].get("engine", {})}
+    settings = {
+        "recipe": result.get("recipe", entry["inputs"].get("recipe", {})),
+        "engine": entry["inputs"].get("engine", {}),
+        **more,
+    }
     return AuditedModel(
         label, role, lazily(str(folder), text), path=str(folder), method=method, seed=seed, cost=cost, settings=settings,
         stopped=result["sentence"],
@@ -162,7 +168,7 @@ def _check_kind(run: Run) -> None:
     whole = (folder if kind == "sequence" else folder.parent) / "manifest.json"
     if whole.is_file() and Run.open(whole.parent).manifest["kind"] == "sequence":
         raise InputError(
-            f"{str(folder)!r} belongs to a sequence of requests, which is audited as a whole.",
+            f"{str(folder)!r} belongs to a sequence of requests, which is audited when it is done, as a whole.",
             f"Repeat its command with --resume --retrain 3: expunge unlearn MODEL --requests FILE ... --out {whole.parent}.",
         )
     if kind != "unlearn":
@@ -228,8 +234,8 @@ def read(folder: Path) -> AuditDocument:
         InputError: it has none.
     """
     path = folder / DOCUMENT
-    if not path.is_file() and (kind := Run.open(folder).manifest["kind"]) != "unlearn":
-        raise InputError(f"{str(folder)!r} is a run of kind {kind!r}, and has no audit.", "Give a run of `expunge unlearn`.")
+    if not path.is_file():
+        _check_kind(Run.open(folder))
     if not path.is_file():
         raise InputError(f"The run {str(folder)!r} has not been audited.", f"Do it: expunge audit {folder} --retrain 3.")
     return AuditDocument.model_validate_json(path.read_text(encoding="utf-8"))
@@ -248,6 +254,14 @@ def read_all(folders: Sequence[Path]) -> list[AuditDocument]:
     return found
 
 
+def by_request(documents: Sequence[AuditDocument]) -> list[list[AuditDocument]]:
+    """Audits grouped by what was to be forgotten, in order: only these can be compared."""
+    groups: dict[str, list[AuditDocument]] = {}
+    for document in documents:
+        groups.setdefault(str(document.data.get("forget", {}).get("digest")), []).append(document)
+    return list(groups.values())
+
+
 def requests_of(folder: Path) -> list[Path]:
     """The runs of a sequence of requests, in order; none for any other folder."""
     if not (folder / "manifest.json").is_file() or Run.open(folder).manifest["kind"] != "sequence":
@@ -256,8 +270,6 @@ def requests_of(folder: Path) -> list[Path]:
 
 
 def _weights(source: str) -> dict[str, str]:
-    """What a run's manifest says of its weights; nothing for other sources, whose content is looked at when they are loaded."""
-    if not (Path(source) / "manifest.json").is_file():
-        return {}
-    stages = Run.open(Path(source)).manifest["stages"].values()
-    return {n: d for s in stages for n, d in s["outputs"].items() if n.endswith(".safetensors")}
+    """Digests of a local model's weights as they lie there now; nothing for a hub id."""
+    place = Path(resolve(source))
+    return {p.name: digest_file(p) for p in sorted(place.glob("*.safetensors"))} if place.is_dir() else {}

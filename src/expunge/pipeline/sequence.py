@@ -23,16 +23,16 @@ from expunge.core.errors import InputError, nearest
 from expunge.core.files import check_room
 from expunge.core.runs import Run
 from expunge.data.records import Record, RecordSet
-from expunge.data.sources import load as load_records
 from expunge.engine.loop import Progress
 from expunge.pipeline import unlearn
 from expunge.pipeline.audit import audit_stage, entry_of, lazily, read
 from expunge.pipeline.config import UnlearnConfig
 from expunge.pipeline.cost import Cost
-from expunge.pipeline.models import load_sets, open_adapter
+from expunge.pipeline.models import load_set, load_sets, open_adapter
 from expunge.pipeline.train import content_key, retrained, retraining_of
 
 _KEYS = {"id", "forget", "subjects", "ids"}
+_EXAMPLE = 'Write one request a line, such as {"id": "r1", "forget": "r1.jsonl"} or {"id": "r2", "subjects": ["person-0007"]}.'
 
 Bars = Callable[[str], AbstractContextManager[Progress | None]]
 
@@ -54,7 +54,7 @@ def read_requests(path: Path, retain: RecordSet, columns: dict[str, str] | None 
             id, or nothing would be left to keep.
     """
     if not path.is_file():
-        raise InputError(f"There is no file of requests {str(path)!r}.")
+        raise InputError(f"There is no file of requests {str(path)!r}.", _EXAMPLE)
     steps: list[Step] = []
     left = list(retain)
     forgotten: set[str] = set()
@@ -66,7 +66,7 @@ def read_requests(path: Path, retain: RecordSet, columns: dict[str, str] | None 
             raise InputError(
                 f"{path} line {number}: the request id {request['id']!r} is taken by an earlier line.", "Give each its own."
             )
-        chosen = _select(request, left, f"{path} line {number}", columns)
+        chosen = _select(request, left, f"{path} line {number}", columns, retain)
         keys = {content_key(r) for r in chosen}
         if keys & forgotten:
             raise InputError(
@@ -81,9 +81,7 @@ def read_requests(path: Path, retain: RecordSet, columns: dict[str, str] | None 
             Step(request["id"], RecordSet(request["id"], tuple(chosen), source), RecordSet("retain", tuple(left), retain.source))
         )
     if not steps:
-        raise InputError(
-            f"The file {str(path)!r} holds no request.", 'Write one a line, such as {"id": "r1", "forget": "r1.jsonl"}.'
-        )
+        raise InputError(f"The file {str(path)!r} holds no request.", _EXAMPLE)
     return steps
 
 
@@ -91,9 +89,9 @@ def _request(line: str, where: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{where} is no JSON: {error}.") from None
+        raise InputError(f"{where} is no JSON: {error}.", _EXAMPLE) from None
     if not isinstance(request, dict):
-        raise InputError(f"{where} must be a JSON object.", 'Such as {"id": "r1", "forget": "r1.jsonl"}.')
+        raise InputError(f"{where} must be a JSON object.", _EXAMPLE)
     for key in request.keys() - _KEYS:
         close = nearest(key, _KEYS)
         raise InputError(
@@ -102,15 +100,22 @@ def _request(line: str, where: str) -> dict[str, Any]:
         )
     name = request.get("id")
     if not isinstance(name, str) or not name or not name.replace("-", "").replace("_", "").isalnum():
-        raise InputError(f"{where} needs an 'id' of letters, digits, '-' and '_'; got {name!r}.")
+        raise InputError(
+            f"{where} needs an 'id' of letters, digits, '-' and '_'; got {name!r}.", "It names the folder of its run."
+        )
     if len(request.keys() & {"forget", "subjects", "ids"}) != 1:
-        raise InputError(f"{where} must have exactly one of 'forget', 'subjects' and 'ids'.")
+        raise InputError(f"{where} must have exactly one of 'forget', 'subjects' and 'ids'.", _EXAMPLE)
     return request
 
 
-def _select(request: dict[str, Any], left: Sequence[Record], where: str, columns: dict[str, str] | None) -> list[Record]:
+def _select(
+    request: dict[str, Any], left: Sequence[Record], where: str, columns: dict[str, str] | None, everything: RecordSet
+) -> list[Record]:
     if "forget" in request:
-        return list(load_records(str(request["forget"]), name=request["id"], columns=columns))
+        try:
+            return list(load_set(str(request["forget"]), request["id"], columns or {}))
+        except InputError as error:
+            raise InputError(f"{where}: {error.message}", error.remedy) from None
     key = "subjects" if "subjects" in request else "ids"
     wanted = request[key]
     if not isinstance(wanted, list) or not wanted or not all(isinstance(w, str) for w in wanted):
@@ -118,11 +123,13 @@ def _select(request: dict[str, Any], left: Sequence[Record], where: str, columns
     of: Callable[[Record], str] = (lambda r: r.cluster) if key == "subjects" else (lambda r: r.id)
     present = {of(r) for r in left}
     for name in wanted:
+        if name not in present and any(of(r) == name for r in everything):
+            raise InputError(f"{where}: {name!r} was asked for by an earlier request.", "Leave it out.")
         if name not in present:
             close = nearest(name, present)
             raise InputError(
                 f"{where}: the retain data have no {key.removesuffix('s')} {name!r}.",
-                f"Near: {', '.join(close)}." if close else "",
+                f"Near: {', '.join(close)}." if close else f"It has, for example, {', '.join(sorted(present)[:3])}.",
             )
     return [r for r in left if of(r) in set(wanted)]
 
@@ -261,10 +268,13 @@ def _audit(
             made = retrained(config.model, together, seed, base=config.base, retain=config.retain, progress=bar, say=say)
         gold.append(entry_of(f"retrained seed {seed}", "retrained", made, config.text, seed=seed, stage="train"))
     target = AuditedModel("target", "target", lazily(config.model, config.text), path=config.model)
-    after = [
-        entry_of(f"after {s.id}", "unlearned", f, config.text, seed=config.engine.seed, stage="unlearn", method=config.method)
+    after = [  # what came before tells the models apart in a comparison: they are no seeds of one method
+        entry_of(
+            f"after {s.id}", "unlearned", f, config.text,
+            seed=config.engine.seed, stage="unlearn", method=config.method, after=s.id,
+        )
         for s, f in zip(steps, folders, strict=True)
-    ]
+    ]  # fmt: skip
     documents = []
     for number, (step, folder) in enumerate(zip(steps, folders, strict=True)):
         sets = {"forget": step.forget, **shared}
