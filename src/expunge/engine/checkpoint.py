@@ -17,7 +17,11 @@ Tensors = dict[str, Tensor]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that move, by name."""
+    """Parameters that move, by name; of a sharded model the shards, which a forward pass alone leaves gathered."""
+    for module in model.modules():
+        reshard: Any = getattr(module, "reshard", None)
+        if callable(reshard):
+            reshard()
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
