@@ -63,7 +63,7 @@ def summary(document: AuditDocument, *, width: int = 160) -> RenderableType:
     places = {key: digits([m.numbers[key] for m in models if key in m.numbers]) for key in keys}
     wide, narrow = width >= _WIDE, width < _NARROW
     table = Table(title=Text(clean(document.title)), title_justify="left", title_style="bold", header_style="bold", **_PLAIN)
-    table.add_column("Model", overflow="fold", min_width=15 if narrow else None)
+    table.add_column("Model", overflow="fold", min_width=13 if narrow else None)
     if not narrow:
         table.add_column("Verdict", no_wrap=True)
     for key in keys:
