@@ -278,7 +278,7 @@ def _audit(
     documents = []
     for number, (step, folder) in enumerate(zip(steps, folders, strict=True)):
         sets = {"forget": step.forget, **shared}
-        title = f"Request {step.id} ({number + 1} of {len(steps)}) by {config.method}, and after every later request"
+        title = f"Request {step.id} ({number + 1} of {len(steps)}), {config.method}"
         with bars(f"audit of request {step.id}") as bar:
             new = audit_stage(Run.open(folder), [target, *gold, *after[number:]], sets, settings, progress=bar, title=title)
         if not new:
