@@ -30,7 +30,7 @@ demo: $(VENV)/.installed ## set up, then train, unlearn, audit and report on gen
 	$(BIN)/expunge demo $(ARGS)
 
 test: $(VENV)/.installed ## set up, then run the whole test suite
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed ## linter, formatter, types, import floors, freshness of the generated documentation
 	$(BIN)/python scripts/check_files.py

@@ -81,7 +81,7 @@ def _page(m: type[Metric]) -> str:
 def _evaluate(m: type[Metric]) -> Iterator[str]:
     function: Callable[..., Any] = m.evaluate
     given = ", ".join(f"{p.name}=..." for p in inspect.signature(function).parameters.values() if p.default is p.empty)
-    yield code(f"from {_HOME} import evaluate_metric\n\nevaluate_metric({m.name!r}, {given})", "python")
+    yield code(f'from {_HOME} import evaluate_metric\n\nevaluate_metric("{m.name}", {given})', "python")
     yield code(f"{function.__name__}{signature(function)}", "python")
     yield markdown(inspect.cleandoc(function.__doc__ or ""))
 

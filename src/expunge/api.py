@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from expunge.core.errors import InputError, unknown
 from expunge.core.settings import nest
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def unlearn(
     template: str | None = None,
     alternatives: str = "auto",
     alternative_template: str | None = None,
+    parts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-    **parts: Any,
+    **more: Any,
 ) -> Outcome:
     """Make ``model`` forget records; the model is changed in place (with LoRA the result wraps it).
 
@@ -57,9 +59,11 @@ def unlearn(
         template: prompt template where the tokenizer has no chat template.
         alternatives: where other answers come from: auto, refusals, given, others, template.
         alternative_template: their text, for ``template``.
+        parts: parameters and parts of the method, as in a configuration file: ``{"retain": "kl", "parameters": "lora"}``. Here
+            ``forget`` and ``retain`` are the loss terms, not the data.
         progress: called with (done, total, text).
-        **parts: parameters and parts of the method, dots as double underscores: ``beta=0.2``, ``retain="kl"``,
-            ``parameters="lora"``, ``schedule__epochs=10``, ``engine__max_tokens=4096``.
+        **more: the same as keywords, dots as double underscores: ``beta=0.2``, ``parameters="lora"``, ``schedule__epochs=10``,
+            ``engine__max_tokens=4096``.
 
     Returns:
         The outcome: ``model``, why it stopped (``reason``, ``sentence``, ``reached``), losses, the log.
@@ -70,9 +74,13 @@ def unlearn(
     from expunge.adapters.language import LanguageAdapter
     from expunge.engine.options import Engine
     from expunge.pipeline import unlearn as stage
-    from expunge.pipeline.config import Allowances
+    from expunge.pipeline.config import Allowances, UnlearnConfig
 
-    given = nest({k.replace("__", "."): v for k, v in parts.items()})
+    _check_tokenizer(tokenizer)
+    kinds = get_args(UnlearnConfig.model_fields["alternatives"].annotation)
+    if alternatives not in kinds:
+        raise unknown("kind of alternatives", str(alternatives), kinds)
+    given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
     allowed = Allowances(allow_overlap=allow_overlap, drop_overlap=drop_overlap, allow_large_forget=allow_large_forget)
     request = stage.check(_request(forget, retain, holdout, columns), allowed)
@@ -121,6 +129,8 @@ def audit_model(
     from expunge.data.sources import load
     from expunge.pipeline.unlearn import split_holdout
 
+    _check_tokenizer(tokenizer)
+    made = AuditSettings(**settings)
     request = _request(forget, retain, holdout, columns)
     sets = {"forget": request.forget}
     if request.retain is not None:
@@ -135,7 +145,15 @@ def audit_model(
     models = [entry("target", "target", target)]
     models += [entry(f"retrained {i + 1}", "retrained", m) for i, m in enumerate(retrained)]
     models.append(entry("unlearned", "unlearned", unlearned))
-    return measure(models, sets, AuditSettings(**settings), cache=cache, title="Audit")
+    return measure(models, sets, made, cache=cache, title="Audit")
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab"):
+        raise InputError(
+            f"The tokenizer is of type {type(tokenizer).__name__}, and no transformers tokenizer.",
+            "Give what AutoTokenizer.from_pretrained returns.",
+        )
 
 
 def _request(forget: Source, retain: Source | None, holdout: Source | None, columns: Mapping[str, str] | None) -> Any:

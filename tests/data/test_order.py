@@ -19,10 +19,9 @@ batches = st.integers(1, 17)
 
 
 @settings(deadline=None)
-@given(sizes, sizes, batches, batches, st.integers(0, 2**40), st.booleans())
-def test_every_pass_is_a_permutation(forget: int, retain: int, b: int, r: int, seed: int, grouped: bool) -> None:
-    lengths = {"forget": [7 * i % 13 for i in range(forget)], "retain": [5 * i % 11 for i in range(retain)]} if grouped else None
-    plan = BatchPlan({"forget": forget, "retain": retain}, {"forget": b, "retain": r}, seed=seed, steps=40, lengths=lengths)
+@given(sizes, sizes, batches, batches, st.integers(0, 2**40))
+def test_every_pass_is_a_permutation(forget: int, retain: int, b: int, r: int, seed: int) -> None:
+    plan = BatchPlan({"forget": forget, "retain": retain}, {"forget": b, "retain": r}, seed=seed, steps=40)
     per_epoch = plan.steps_per_epoch
     drawn: list[int] = []
     seen: list[int] = []
@@ -39,11 +38,10 @@ def test_every_pass_is_a_permutation(forget: int, retain: int, b: int, r: int, s
 
 
 @settings(deadline=None)
-@given(sizes, batches, st.integers(0, 100), st.integers(0, 39), st.booleans())
-def test_a_step_needs_no_history(size: int, batch: int, seed: int, step: int, grouped: bool) -> None:
+@given(sizes, batches, st.integers(0, 100), st.integers(0, 39))
+def test_a_step_needs_no_history(size: int, batch: int, seed: int, step: int) -> None:
     def make() -> BatchPlan:
-        lengths = {"retain": list(range(size))} if grouped else None
-        return BatchPlan({"forget": 9, "retain": size}, {"forget": 2, "retain": batch}, seed=seed, steps=40, lengths=lengths)
+        return BatchPlan({"forget": 9, "retain": size}, {"forget": 2, "retain": batch}, seed=seed, steps=40)
 
     straight = list(make())
     assert make().plan(step) == straight[step]
@@ -83,8 +81,7 @@ def test_uniform() -> None:
 def test_golden() -> None:
     """The same on every platform and with every version of NumPy: runs can be resumed elsewhere."""
     plan = BatchPlan({"forget": 10, "retain": 13}, {"forget": 4, "retain": 5}, seed=7, steps=100)
-    grouped = BatchPlan({"forget": 10}, {"forget": 4}, seed=7, steps=100, lengths={"forget": list(range(10))})
-    found = [plan.plan(0), plan.plan(2), plan.plan(99), grouped.plan(0)]
+    found = [plan.plan(0), plan.plan(2), plan.plan(99)]
     assert found == GOLDEN
 
 
@@ -92,7 +89,6 @@ GOLDEN: list[dict[str, list[int]]] = [
     {"forget": [5, 4, 1, 0], "retain": [12, 8, 9, 1, 11]},
     {"forget": [7, 6], "retain": [6, 5, 0, 1, 0]},
     {"forget": [4, 7, 0, 9], "retain": [11, 3, 2, 8, 7]},
-    {"forget": [3, 2, 1, 0]},
 ]
 
 
@@ -110,25 +106,6 @@ def test_another_process_sees_the_same() -> None:
     )
     plan = BatchPlan({"forget": 30, "retain": 70}, {"forget": 4, "retain": 5}, seed=7, steps=100)
     assert done.stdout.strip() == str(plan.plan(61))
-
-
-def test_grouping_saves_padding_and_keeps_chance() -> None:
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(10, 200, 1000).tolist()
-
-    def padding(plan: BatchPlan) -> int:
-        return sum(max(lengths[i] for i in b["forget"]) * len(b["forget"]) - sum(lengths[i] for i in b["forget"]) for b in plan)
-
-    plain = BatchPlan({"forget": 1000}, {"forget": 8}, seed=0, steps=125)
-    grouped = BatchPlan({"forget": 1000}, {"forget": 8}, seed=0, steps=125, lengths={"forget": lengths})
-    assert padding(grouped) < 0.2 * padding(plain)
-    # Long and short batches are mixed over the epoch, and the next epoch has other batches.
-    means = [np.mean([lengths[i] for i in b["forget"]]) for b in grouped]
-    assert abs(np.corrcoef(means, np.arange(125))[0, 1]) < 0.3
-    again = BatchPlan({"forget": 1000}, {"forget": 8}, seed=0, steps=250, lengths={"forget": lengths})
-    assert {frozenset(again.plan(s)["forget"]) for s in range(125)}.isdisjoint(
-        frozenset(again.plan(s)["forget"]) for s in range(125, 250)
-    )
 
 
 def test_the_cache_stays_small() -> None:
@@ -152,9 +129,7 @@ def test_bad_plans(arguments: tuple[dict[str, int], dict[str, int]], message: st
         BatchPlan(*arguments, seed=0, steps=1)
 
 
-def test_bad_lengths_and_steps() -> None:
-    with pytest.raises(InputError, match="2 lengths for the 3 examples of 'forget'"):
-        BatchPlan({"forget": 3}, {"forget": 1}, seed=0, steps=1, lengths={"forget": [1, 2]})
+def test_bad_seeds_steps_and_ranks() -> None:
     with pytest.raises(InputError, match="Seed and steps"):
         BatchPlan({"forget": 3}, {"forget": 1}, seed=-1, steps=1)
     plan = BatchPlan({"forget": 3}, {"forget": 1}, seed=0, steps=1)

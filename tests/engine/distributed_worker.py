@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from expunge.engine.options import Engine
 from expunge.methods.recipe import build
 
 
-def main(out: Path, method: str, parts: str) -> None:
+def main(out: Path, method: str, parts: str, mode: str = "") -> None:
     split = split_people(persons=8, forget=2, holdout=2, seed=3)
     records = [*split.forget, *split.retain]
     tokenizer = word_tokenizer([t for r in records for t in (r.prompt, r.answer)] + [DEFAULT_TEMPLATE])
@@ -32,12 +34,19 @@ def main(out: Path, method: str, parts: str) -> None:
     }
     recipe = build(method, json.loads(parts))
     # 300 tokens a forward pass: several per step, and not the same number in both processes.
-    engine = Engine(max_tokens=300, device="cpu", checkpoint_every=0)
-    outcome = train(adapter, recipe, examples, engine, goal=Goal(loss=9.0, source="holdout", examples=1))
+    engine = Engine(max_tokens=300, device="cpu", checkpoint_every=2 if mode else 0)
+    folder = out.parent / "run" if mode else None
+
+    def observe(step: int, _: object) -> None:
+        if mode == "killed" and step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    goal = Goal(loss=9.0, source="holdout", examples=1)
+    outcome = train(adapter, recipe, examples, engine, goal=goal, folder=folder, resume=mode == "resumed", observe=observe)
     state = {n: p.detach().cpu() for n, p in outcome.state().items()}
-    if int(__import__("os").environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         torch.save({"weights": state, "losses": [row["loss"] for row in outcome.history], "lr": outcome.lr}, out)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -279,16 +279,16 @@ def test_checkpoint_round_trip(tmp_path) -> None:
     optimizer.step()
     checkpoint.save(
         tmp_path / "c",
-        0,
+        "process-0",
         weights=checkpoint.snapshot(model),
         good=checkpoint.snapshot(model),
         optimizer=optimizer.state_dict(),
         state={"step": 3},
     )
-    held = checkpoint.load(tmp_path / "c", 0)
+    held = checkpoint.load(tmp_path / "c", "process-0")
     assert held is not None
     assert held.state == {"step": 3}
     other = torch.nn.Linear(3, 2)
     checkpoint.restore(other, held.weights)
     assert torch.equal(other.weight, model.weight)
-    assert checkpoint.load(tmp_path / "none", 0) is None
+    assert checkpoint.load(tmp_path / "none", "process-0") is None

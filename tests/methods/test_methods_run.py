@@ -119,7 +119,7 @@ def test_every_method_runs_through_the_engine_and_moves_the_model(target, name):
 
 
 RATES = {
-    "npo": 3e-4,
+    "npo": 6e-5,
     "simnpo": 1e-3,
     "graddiff": 5e-4,
     "satimp": 5e-3,

@@ -6,14 +6,13 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.world import World
-
 from expunge.data.people import world as countries
 from expunge.data.records import RecordSet
 from expunge.engine.options import Engine
 from expunge.pipeline import unlearn as stage
 from expunge.pipeline.config import Allowances
 from expunge.pipeline.unlearn import Request
+from tests.world import World
 
 MANY = {"persons": 100, "facts": 3}
 FEW = {"persons": 60, "facts": 2}

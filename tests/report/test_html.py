@@ -229,6 +229,14 @@ def test_a_control_that_fails_is_an_alarm() -> None:
     assert "A control came out wrong" not in page.html([factory.light()])
 
 
+def test_a_control_that_is_undecided_is_a_doubt_and_no_alarm() -> None:
+    unsure = factory.Character("retrained seed 1", "retrained", Verdict.UNDECIDED, 0.06, 0.06, 0.04, "train")
+    text = page.html([factory.light((factory.TARGET, unsure, factory.NPO))])
+    assert "A control is undecided" in text
+    assert "the verdicts below are no surer" in text
+    assert "alarm" not in text.split("</style>")[1]
+
+
 def test_without_gold_nothing_is_called_forgotten() -> None:
     text = page.html([factory.ungoverned()])
     assert "npo is judged: no gold standard." in text

@@ -211,7 +211,7 @@ class Encoder:
         if not self.truncate:
             raise InputError(
                 f"Record {record.id!r} has {len(ids)} tokens; the model's context holds {limit}.",
-                "Split or shorten it, or ask for truncation (truncate=True) to lose what is beyond.",
+                "Split or shorten it, or have it cut: text.truncate=true (in Python truncate=True).",
             )
         if start >= limit:
             raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -18,6 +18,8 @@ QUICK_ATTACKS = ("loss", "zlib", "min-k", "min-k-plus-plus", "reference")
 
 class AuditSettings(Settings):
     """Options of :func:`expunge.audit.run.audit`."""
+
+    name: ClassVar[str] = "audit"
 
     metrics: tuple[str, ...] = Field((), description="metrics to compute; none given: all")
     options: dict[str, dict[str, Any]] = Field(

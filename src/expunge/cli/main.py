@@ -69,19 +69,29 @@ def main(argv: list[str] | None = None) -> int:
         command = typer.main.get_command(app)
         result = command.main(args=words, prog_name="expunge", standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        if code == 130:  # typer turns Ctrl-C into this without a word
+            code = _interrupted(output, words)
     except ExpungeError as error:
         output.error(error.message, error.remedy)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        output.error("Interrupted.", "The same command with --resume goes on where it stopped.")
-        code = 130
+        code = _interrupted(output, words)
     except typer.Exit as error:
         code = error.exit_code
+    except BrokenPipeError:  # the reader of the output went away (`expunge methods | head`)
+        sys.stderr.close()
+        code = 141
     except Exception as error:
         code = output.unforeseen(error, traceback.format_exc())
     if argv is None:
         sys.exit(code)
     return code
+
+
+def _interrupted(output: Output, words: list[str]) -> int:
+    how = " with --resume" if words[:1] in (["train"], ["unlearn"]) else ""
+    output.error("Interrupted.", f"The same command{how} goes on where it stopped.")
+    return 130
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +22,26 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from expunge.engine.loop import Progress as Callback
+if TYPE_CHECKING:  # torch takes more than a second to import: only commands that compute may pay for it
+    from expunge.engine.loop import Progress as Callback
+
+
+_SYSTEM = {
+    errno.ENOSPC: ("The disk is full", "Free some room; the same command with --resume goes on where it stopped."),
+    errno.EDQUOT: ("The disk quota is used up", "Free some room; the same command with --resume goes on where it stopped."),
+    errno.EFBIG: ("A file grew past the limit of this system", "Raise it (ulimit -f); the same command with --resume goes on."),
+    errno.EACCES: ("There is no permission", "Change the permission, or choose another folder."),
+    errno.EROFS: ("The disk is read-only", "Choose another folder."),
+}
+"""What the operating system may refuse in the middle of the work, with what to do about it: no traceback helps there."""
+
+
+def _number(error: Exception) -> int:
+    """The operating system's number of an error; safetensors raises its own kind, with the number in the text."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 class Output:
@@ -66,8 +87,14 @@ class Output:
             sys.stderr.write(usage() + "\n")
             return 2
         if usage is not None:
-            self.error(usage(), "See expunge --help.")
+            place = getattr(getattr(error, "ctx", None), "command_path", "expunge")
+            self.error(usage().rstrip(".") + ".", f"See {place} --help.")
             return 2
+        said = _SYSTEM.get(_number(error))
+        if said is not None:
+            name = getattr(error, "filename", None)
+            self.error(f"{said[0]}: {name}." if name else f"{said[0]}.", said[1])
+            return 1
         sys.stderr.write(trace)
         self.error(f"{type(error).__name__}: {error}", "Nobody foresaw this: please report it with the lines above.")
         return 1

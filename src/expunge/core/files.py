@@ -166,6 +166,28 @@ def _unfinished(path: Path) -> bool:
     return any(part.startswith(".") and part.endswith(_PARTIAL) for part in path.parts)
 
 
+def empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what killed writers left unfinished."""
+    return all(p.name.startswith(".") and p.name.endswith(_PARTIAL) for p in folder.iterdir())
+
+
+def check_writable(folder: Path) -> None:
+    """Check that ``folder`` (which need not exist yet) can be made and written to; nothing is made.
+
+    Raises:
+        InputError: a file stands in its way, or the permission is missing.
+    """
+    at = folder.absolute()
+    while not at.exists():
+        at = at.parent
+    if not at.is_dir():
+        raise InputError(f"{str(folder)!r} cannot be made: {str(at)!r} is a file.", "Choose another --out.")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{str(folder)!r} cannot be made: there is no permission to write in {str(at)!r}.", "Choose another --out."
+        )
+
+
 def check_room(folder: Path, needed: int, what: str) -> None:
     """Check that ``needed`` bytes fit on the disk of ``folder`` (which need not exist yet).
 

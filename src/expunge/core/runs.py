@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import ExpungeError, InputError
-from expunge.core.files import digest_file, digest_json, write_json
+from expunge.core.files import digest_file, digest_json, empty, write_json
 from expunge.core.version import __version__
 
 SCHEMA_VERSION = "1"
@@ -63,6 +63,7 @@ class Run:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
+        self.skipped: list[str] = []  #: stages that :meth:`stage` found done already
 
     @classmethod
     def start(
@@ -90,7 +91,7 @@ class Run:
                     "Resume with the same settings, or choose another --out.",
                 )
             return run
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not empty(folder):
             raise InputError(f"The folder {str(folder)!r} exists, is not empty and holds no run.", "Choose another --out.")
         folder.mkdir(parents=True, exist_ok=True)
         manifest = {
@@ -116,10 +117,15 @@ class Run:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"The manifest of {str(folder)!r} cannot be read: {error}.") from None
+            raise InputError(f"The manifest of {str(folder)!r} cannot be read: {error}.", "Do the run again.") from None
+        if not isinstance(manifest, dict):
+            raise InputError(f"The manifest of {str(folder)!r} is no JSON object.", "Do the run again.")
         if manifest.get("schema_version") != SCHEMA_VERSION:
             written = manifest.get("schema_version")
-            raise InputError(f"The run {str(folder)!r} is of format {written!r}; this version reads {SCHEMA_VERSION!r}.")
+            raise InputError(
+                f"The run {str(folder)!r} is of format {written!r}; this version reads {SCHEMA_VERSION!r}.",
+                "Do the run again, or read it with the version that wrote it.",
+            )
         return cls(folder, manifest)
 
     def write(self) -> None:
@@ -140,6 +146,22 @@ class Run:
             return False
         return all((self.folder / p).is_file() and digest_file(self.folder / p) == d for p, d in entry["outputs"].items())
 
+    def check_same(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """Check that a stage that was begun is gone on with from the same inputs: a checkpoint belongs to its data.
+
+        Raises:
+            InputError: they differ; the message names them.
+        """
+        entry = self.manifest["stages"].get(name)
+        if entry is None or entry["inputs_digest"] == digest_json(inputs):
+            return
+        held = entry["inputs"]
+        differing = sorted(k for k in {*inputs, *held} if digest_json(inputs.get(k)) != digest_json(held.get(k)))
+        raise InputError(
+            f"Since the run {str(self.folder)!r} was started this has changed: {', '.join(differing)}.",
+            "Put it back as it was, choose another --out, or remove that folder to begin anew.",
+        )
+
     def stage(
         self, name: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], outputs: Sequence[str]
     ) -> dict[str, Any]:
@@ -156,6 +178,7 @@ class Run:
         """
         if self.done(name, inputs):
             result: dict[str, Any] = self.manifest["stages"][name]["result"]
+            self.skipped.append(name)
             return result
         entry: dict[str, Any] = {
             "state": "running",

@@ -155,7 +155,7 @@ def parse_overrides(pairs: typing.Sequence[str]) -> dict[str, Any]:
         if not eq or not key:
             raise InputError(f"{pair!r} is no override.", "Write key=value, for example beta=0.2 or schedule.steps=100.")
         if key in flat:
-            raise InputError(f"The parameter {key!r} is given twice.")
+            raise InputError(f"The parameter {key!r} is given twice.", "Give it once.")
         try:
             flat[key] = yaml.load(text, _Loader) if text else ""
         except yaml.YAMLError:
@@ -182,7 +182,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(at.get(last), dict) and not isinstance(value, dict):
             at, last = at[last], "name"
         if last in at:
-            raise InputError(f"The parameter {key!r} is given twice.")
+            raise InputError(f"The parameter {key!r} is given twice.", "Give it once.")
         at[last] = value
     return out
 

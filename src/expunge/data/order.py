@@ -23,9 +23,6 @@ import numpy.typing as npt
 
 from expunge.core.errors import InputError
 
-MEGABATCH = 32
-"""Batches in a megabatch, within which examples are sorted by length."""
-
 Permutation = npt.NDArray[np.int64]
 
 
@@ -37,11 +34,9 @@ class BatchPlan:
         batch: global batch size of each stream (over all processes and accumulation steps).
         seed: non-negative.
         steps: number of steps; the length of the plan.
-        lengths: for streams to be grouped by length, the length of each example (tokens). A pass stays a permutation, but batches
-            are formed within length-sorted runs of 32 batches, whose order is then random again; so a batch pads little.
 
     Raises:
-        InputError: a stream is empty, a batch size is below 1, or names or lengths do not match.
+        InputError: a stream is empty, a batch size is below 1, or names do not match.
     """
 
     def __init__(
@@ -51,15 +46,13 @@ class BatchPlan:
         *,
         seed: int,
         steps: int,
-        lengths: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        _check(sizes, batch, seed, steps, lengths or {})
+        _check(sizes, batch, seed, steps)
         self.sizes = dict(sizes)
         self.batch = {name: int(batch[name]) for name in sizes}
         self.seed = seed
         self.steps = steps
         self.anchor = next(iter(self.sizes))
-        self._lengths = {name: np.asarray(values, dtype=np.int64) for name, values in (lengths or {}).items()}
         self._passes: dict[str, dict[int, Permutation]] = {name: {} for name in sizes}
 
     @property
@@ -113,8 +106,7 @@ class BatchPlan:
     def _draw(self, name: str, number: int) -> Permutation:
         key = [int(word) for word in np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4")[:4]]
         raw = np.random.Philox(np.random.SeedSequence([self.seed, number, *key]))
-        order = _permutation(raw, self.sizes[name])
-        return _grouped(order, self._lengths[name], self.batch[name], raw) if name in self._lengths else order
+        return _permutation(raw, self.sizes[name])
 
 
 def _ints(values: Permutation) -> list[int]:
@@ -123,18 +115,6 @@ def _ints(values: Permutation) -> list[int]:
 
 def _permutation(raw: np.random.Philox, n: int) -> Permutation:
     return np.argsort(np.atleast_1d(raw.random_raw(n)), kind="stable").astype(np.int64)
-
-
-def _grouped(order: Permutation, lengths: Permutation, batch: int, raw: np.random.Philox) -> Permutation:
-    """Sort a permutation by length within megabatches, then shuffle the full batches; a smaller last batch stays last."""
-    full = len(order) // batch * batch
-    last = order[full:]  # set aside before sorting, or every epoch would end with the shortest examples
-    runs = [order[at : min(at + batch * MEGABATCH, full)] for at in range(0, full, batch * MEGABATCH)]
-    ordered = [run[np.argsort(-lengths[run], kind="stable")] for run in runs]
-    if not ordered:
-        return last
-    batches = np.concatenate(ordered).reshape(-1, batch)
-    return np.concatenate([batches[_permutation(raw, len(batches))].reshape(-1), last])
 
 
 def share(indices: Sequence[int], rank: int, world: int) -> list[int]:
@@ -156,9 +136,7 @@ def share(indices: Sequence[int], rank: int, world: int) -> list[int]:
     return list(indices[len(indices) * rank // world : len(indices) * (rank + 1) // world])
 
 
-def _check(
-    sizes: Mapping[str, int], batch: Mapping[str, int], seed: int, steps: int, lengths: Mapping[str, Sequence[int]]
-) -> None:
+def _check(sizes: Mapping[str, int], batch: Mapping[str, int], seed: int, steps: int) -> None:
     if not sizes:
         raise InputError("A plan of batches needs at least one stream.")
     if set(sizes) != set(batch):
@@ -170,10 +148,5 @@ def _check(
             raise InputError(f"The stream {name!r} is empty.", "Give it at least one example.")
         if batch[name] < 1:
             raise InputError(f"The batch size of {name!r} must be an int in [1, inf); got {batch[name]}.")
-    for name, values in lengths.items():
-        if len(values) != sizes.get(name):
-            raise InputError(
-                f"There are {len(values)} lengths for the {sizes.get(name, 0)} examples of {name!r}.", "Give one each."
-            )
     if seed < 0 or steps < 0:
         raise InputError(f"Seed and steps of a plan must be ints in [0, inf); got {seed} and {steps}.")

@@ -285,7 +285,7 @@ def choose_rate(loop: Training, watch: Watch) -> tuple[float, list[dict[str, flo
     if none would. With nothing to forget, a third of the rate under which the training loss fell most.
     """
     start = checkpoint.snapshot(loop.model)
-    size = _weight_size(loop.model)
+    size = _weight_size(loop.model, loop.devices)
     watch.look()
     watch.base_retain, watch.base_forget = watch.retain_loss, watch.forget_loss
     gap, first = watch.gap(), {"forget": watch.forget_loss, "retain": watch.retain_loss}
@@ -331,14 +331,18 @@ def _pick(trials: list[dict[str, float]], gap: float | None, first: dict[str, fl
     return max(fine, key=lambda t: t["forget"])["lr"]
 
 
-def _weight_size(model: nn.Module) -> float:
-    """Root mean square of the entries of the matrices that move (all of them, if every matrix is zero as in a fresh LoRA's B)."""
+def _weight_size(model: nn.Module, devices: Devices) -> float:
+    """Root mean square of the entries of the matrices that move (all of them, if every matrix is zero as in a fresh LoRA's B).
+
+    Summed over processes: of a sharded model each has other entries, and all must take the same step.
+    """
     total = count = 0.0
     for parameter in checkpoint.trainable(model).values():
         if parameter.ndim > 1:
             local = checkpoint._local(parameter.detach()).float()
             total += float(torch.sum(local * local))
             count += local.numel()
+    total, count = devices.sum_floats([total, count])
     return math.sqrt(total / count) if count and total else 0.02
 
 

@@ -17,7 +17,11 @@ Tensors = dict[str, Tensor]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that move, by name."""
+    """Parameters that move, by name; of a sharded model the shards, which a forward pass alone leaves gathered."""
+    for module in model.modules():
+        reshard: Any = getattr(module, "reshard", None)
+        if callable(reshard):
+            reshard()
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -39,6 +43,35 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """State dict of an optimiser; of a sharded model with this process's shards as plain tensors."""
+    held = optimizer.state_dict()
+    return {**held, "state": {k: {n: _plain(v) for n, v in entry.items()} for k, entry in held["state"].items()}}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put an :func:`optimizer_state` back; shards become sharded tensors again."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {k: {n: _sharded(v, parameters[k]) for n, v in entry.items()} for k, entry in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": state})
+
+
+def _plain(value: Any) -> Any:
+    return _local(value) if isinstance(value, Tensor) else value
+
+
+def _sharded(value: Any, parameter: nn.Parameter) -> Any:
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    from torch.distributed.tensor import DTensor
+
+    placements: Any = parameter.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        value.to(parameter.device), mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
 @dataclass
 class Held:
     """What a checkpoint holds."""
@@ -49,18 +82,18 @@ class Held:
     state: dict[str, Any]
 
 
-def save(folder: Path, rank: int, *, weights: Tensors, good: Tensors, optimizer: dict[str, Any], state: dict[str, Any]) -> None:
+def save(folder: Path, writer: str, *, weights: Tensors, good: Tensors, optimizer: dict[str, Any], state: dict[str, Any]) -> None:
     """Write one checkpoint in place of the last one.
 
     Args:
         folder: gets a folder per writing process with ``weights``, ``good``, the optimiser's state and ``state.json``.
-        rank: of the writing process (0 alone writes, unless the model is sharded).
+        writer: name of the checkpoint; the first process alone writes one, unless the model is sharded.
         weights: parameters that move, now.
         good: the same at the last check that was within all bounds.
         optimizer: its state dict (tensors and numbers).
         state: JSON: step, controller, balance, learning rate.
     """
-    with atomic_path(folder / f"process-{rank}") as temporary:
+    with atomic_path(folder / writer) as temporary:
         temporary.mkdir()
         save_file({k: v.contiguous() for k, v in weights.items()}, temporary / "weights.safetensors")
         save_file({k: v.contiguous() for k, v in good.items()}, temporary / "good.safetensors")
@@ -68,11 +101,15 @@ def save(folder: Path, rank: int, *, weights: Tensors, good: Tensors, optimizer:
         (temporary / "state.json").write_text(json.dumps(state))
 
 
-def load(folder: Path, rank: int) -> Held | None:
+def step_of(folder: Path, writer: str) -> int:
+    """Steps done at a checkpoint; -1 if there is none."""
+    path = folder / writer / "state.json"
+    return int(json.loads(path.read_text())["step"]) if path.is_file() else -1
+
+
+def load(folder: Path, writer: str) -> Held | None:
     """Read a checkpoint written by :func:`save` and set torch's random state; None if there is none."""
-    at = folder / f"process-{rank}"
-    if not at.is_dir():
-        at = folder / "process-0"
+    at = folder / writer
     if not (at / "state.json").is_file():
         return None
     held = torch.load(at / "optimizer.pt", weights_only=True, map_location="cpu")

@@ -322,7 +322,7 @@ class _Loop:
         watch = Watch(self, self.goal)
         done = 0
         rates: list[dict[str, float]] = []
-        held = checkpoint.load(self.folder / "checkpoint", self.devices.rank) if resume and self.folder else None
+        held = self._held() if resume else None
         if held is not None:
             done, rates = self._restore(held, watch)
         elif self.schedule.lr is None:
@@ -373,13 +373,36 @@ class _Loop:
             "step": done, "watch": watch.state(), "balance": self.balance_state, "rates": rates, "history": self.history,
             "tokens": self.tokens, "gradient": {k: v for k, v in self.gradient_state.items() if not isinstance(v, Tensor)},
         }  # fmt: skip
-        where = self.folder / "checkpoint"
-        weights, optimizer = checkpoint.snapshot(self.model), self.optimizer.state_dict()
-        checkpoint.save(where, self.devices.rank, weights=weights, good=watch.good, optimizer=optimizer, state=state)
+        number = done // self.engine.checkpoint_every
+        checkpoint.save(
+            self.folder / "checkpoint",
+            self._writers()[number % len(self._writers())],
+            weights=checkpoint.snapshot(self.model),
+            good=watch.good,
+            optimizer=checkpoint.optimizer_state(self.optimizer),
+            state=state,
+        )
+
+    def _writers(self) -> tuple[str, ...]:
+        """Names of this process's checkpoints. Shards are written by all processes: two take turns, one is always whole."""
+        rank = self.devices.rank
+        return (f"process-{rank}-a", f"process-{rank}-b") if self.devices.sharded else ("process-0",)
+
+    def _held(self) -> checkpoint.Held | None:
+        """The last checkpoint that every process has."""
+        if self.folder is None:
+            return None
+        where, world = self.folder / "checkpoint", self.devices.world
+        steps = [checkpoint.step_of(where, name) for name in self._writers()]
+        sums = self.devices.sum_floats([float(s) for s in steps] + [float(s * s) for s in steps])
+        n = len(steps)
+        # Equal on all processes if and only if the mean of the squares is the square of the mean.
+        whole = [i for i in range(n) if steps[i] >= 0 and world * sums[n + i] == sums[i] ** 2]
+        return checkpoint.load(where, self._writers()[max(whole, key=lambda i: steps[i])]) if whole else None
 
     def _restore(self, held: checkpoint.Held, watch: Watch) -> tuple[int, list[dict[str, float]]]:
         checkpoint.restore(self.model, held.weights)
-        self.optimizer.load_state_dict(held.optimizer)
+        checkpoint.restore_optimizer(self.optimizer, held.optimizer)
         state = held.state
         self.balance_state = state["balance"]
         self.gradient_state = state["gradient"]

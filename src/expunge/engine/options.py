@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from expunge.core.settings import Settings
 
 class Engine(Settings):
     """Options of the training loop that are not part of the method."""
+
+    name: ClassVar[str] = "engine"
 
     seed: int = Field(0, ge=0, description="seed of the order of examples and of every random part")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="precision of matrix products; weights keep theirs")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -13,16 +14,16 @@ from expunge.audit.document import AuditDocument, Role
 from expunge.audit.run import AuditedModel, audit
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError
-from expunge.core.files import write_text
+from expunge.core.files import digest_file, write_text
 from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.named import companions, is_named
 from expunge.data.records import RecordSet
-from expunge.data.sources import load as load_records
 from expunge.engine.loop import Progress
+from expunge.pipeline.audit_cost import AuditCost, audit_cost
 from expunge.pipeline.config import TextConfig, UnlearnConfig
-from expunge.pipeline.models import open_adapter, resolve
-from expunge.pipeline.train import retrained
+from expunge.pipeline.models import check_source, load_set, open_adapter, resolve
+from expunge.pipeline.train import finished, retrained, retraining_of
 from expunge.pipeline.unlearn import Request, load_request, split_holdout
 
 DOCUMENT = "audit.json"
@@ -30,6 +31,8 @@ DOCUMENT = "audit.json"
 
 class AuditConfig(Settings):
     """What an audit compares with."""
+
+    name: ClassVar[str] = "audit"
 
     retrained: tuple[str, ...] = Field((), description="models trained without the forget set: hub ids, folders or run folders")
     retrain: int = Field(0, ge=0, le=50, description="models to retrain here, with seeds 1, 2, ...")
@@ -50,7 +53,7 @@ def sets_of(config: UnlearnConfig, request: Request, utility: Mapping[str, str])
         found["holdout"] = split_holdout(request.holdout, config.engine.seed)[1]
     published = companions(config.forget) if is_named(config.forget) else None
     for name, source in {**(published.audit if published else {}), **utility}.items():
-        found[name] = load_records(source, name=name, columns=config.text.columns or None)
+        found[name] = load_set(source, name, config.text.columns)
     return found
 
 
@@ -76,12 +79,18 @@ def retrained_models(
     return given
 
 
-def entry_of(label: str, role: Role, folder: Path, text: TextConfig, *, seed: int, stage: str, method: str = "") -> AuditedModel:
-    """A model that a finished run holds, with what making it cost."""
+def entry_of(
+    label: str, role: Role, folder: Path, text: TextConfig, *, seed: int, stage: str, method: str = "", **more: str
+) -> AuditedModel:
+    """A model that a finished run holds, with what making it cost; ``more`` joins its settings."""
     entry = Run.open(folder).manifest["stages"][stage]
     result = entry["result"]
     cost = {k: float(result[k]) for k in ("seconds", "peak_bytes", "steps", "tokens")}
-    settings = {"recipe": result.get("recipe", entry["inputs"].get("recipe", {})), "engine": entry["inputs"].get("engine", {})}
+    settings = {
+        "recipe": result.get("recipe", entry["inputs"].get("recipe", {})),
+        "engine": entry["inputs"].get("engine", {}),
+        **more,
+    }
     return AuditedModel(
         label, role, lazily(str(folder), text), path=str(folder), method=method, seed=seed, cost=cost, settings=settings,
         stopped=result["sentence"],
@@ -108,18 +117,30 @@ def unlearned_model(run: Path, label: str | None = None) -> AuditedModel:
     )
 
 
-def audit_run(
-    folder: Path, config: AuditConfig, *, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
-) -> AuditDocument:
-    """Audit one unlearning run, and leave ``audit.json`` in it; done again only if something has changed.
+@dataclass
+class AuditPlan:
+    """An audit of a run that has passed every check and has not begun."""
+
+    run: Run
+    config: AuditConfig
+    unlearning: UnlearnConfig
+    request: Request
+    unlearned: AuditedModel
+    sets: dict[str, RecordSet]
+    cost: AuditCost
+
+
+def plan(folder: Path, config: AuditConfig) -> AuditPlan:
+    """Check that a run can be audited, and say what it will cost; nothing is trained, scored or written.
 
     Raises:
-        InputError: no unlearning run, or the data have changed since.
+        InputError: no unlearning run, data that have changed since, a model or set that is not there, or nothing that says how
+            to retrain.
     """
     run = Run.open(folder)
-    if run.manifest["kind"] != "unlearn":
-        raise InputError(f"{str(folder)!r} is a run of kind {run.manifest['kind']!r}, not of `expunge unlearn`.")
+    _check_kind(run)
     settings = UnlearnConfig(**run.manifest["config"])
+    unlearned = unlearned_model(folder)
     request = load_request(settings)
     for name, records in (("forget", request.forget), ("retain", request.retain), ("holdout", request.holdout)):
         recorded = run.manifest["inputs"].get(name, {}).get("digest")
@@ -127,13 +148,49 @@ def audit_run(
             raise InputError(
                 f"The {name} data have changed since the run {str(folder)!r}.", "Put the file back, or unlearn again."
             )
-    unlearned = unlearned_model(folder)
-    gold = retrained_models(settings, config, request.forget, progress, say)
+    for source in (settings.model, *config.retrained):
+        check_source(source)
     sets = sets_of(settings, request, config.utility)
-    models = [target_model(settings), *gold, unlearned]
-    title = f"{unlearned.method} on {settings.model}"
-    audit_stage(run, models, sets, config.settings, progress=progress, title=title)
-    return read(folder)
+    missing, steps = 0, 0
+    for seed in range(1, config.retrain + 1):
+        made = retraining_of(settings.model, request.forget, seed, base=config.base or settings.base, retain=settings.retain)
+        missing += not finished(made[1])
+    manifest = Path(settings.model) / "manifest.json"
+    if missing and manifest.is_file():
+        steps = int(Run.open(manifest.parent).manifest["stages"]["train"]["result"]["steps"])
+    models = 2 + len(config.retrained) + config.retrain
+    cost = audit_cost(folder, sets, config.settings, models=models, retrain=missing, retrain_steps=steps)
+    return AuditPlan(run, config, settings, request, unlearned, sets, cost)
+
+
+def _check_kind(run: Run) -> None:
+    kind, folder = run.manifest["kind"], run.folder
+    whole = (folder if kind == "sequence" else folder.parent) / "manifest.json"
+    if whole.is_file() and Run.open(whole.parent).manifest["kind"] == "sequence":
+        raise InputError(
+            f"{str(folder)!r} belongs to a sequence of requests, which is audited when it is done, as a whole.",
+            f"Repeat its command with --resume --retrain 3: expunge unlearn MODEL --requests FILE ... --out {whole.parent}.",
+        )
+    if kind != "unlearn":
+        raise InputError(
+            f"{str(folder)!r} is a run of kind {kind!r}, not of `expunge unlearn`.", "Give the folder that its --out named."
+        )
+
+
+def audit_run(made: AuditPlan, *, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None) -> AuditDocument:
+    """Audit one unlearning run, and leave ``audit.json`` in it; done again only if something has changed.
+
+    Args:
+        made: the checked audit.
+        progress: of the work.
+        say: told what is being done, and if nothing had to be.
+    """
+    gold = retrained_models(made.unlearning, made.config, made.request.forget, progress, say)
+    models = [target_model(made.unlearning), *gold, made.unlearned]
+    title = f"{made.unlearned.method} on {made.unlearning.model}"
+    if not audit_stage(made.run, models, made.sets, made.config.settings, progress=progress, title=title):
+        say("audit: from an earlier run, nothing has changed since")
+    return read(made.run.folder)
 
 
 def audit_stage(
@@ -178,6 +235,8 @@ def read(folder: Path) -> AuditDocument:
     """
     path = folder / DOCUMENT
     if not path.is_file():
+        _check_kind(Run.open(folder))
+    if not path.is_file():
         raise InputError(f"The run {str(folder)!r} has not been audited.", f"Do it: expunge audit {folder} --retrain 3.")
     return AuditDocument.model_validate_json(path.read_text(encoding="utf-8"))
 
@@ -195,6 +254,14 @@ def read_all(folders: Sequence[Path]) -> list[AuditDocument]:
     return found
 
 
+def by_request(documents: Sequence[AuditDocument]) -> list[list[AuditDocument]]:
+    """Audits grouped by what was to be forgotten, in order: only these can be compared."""
+    groups: dict[str, list[AuditDocument]] = {}
+    for document in documents:
+        groups.setdefault(str(document.data.get("forget", {}).get("digest")), []).append(document)
+    return list(groups.values())
+
+
 def requests_of(folder: Path) -> list[Path]:
     """The runs of a sequence of requests, in order; none for any other folder."""
     if not (folder / "manifest.json").is_file() or Run.open(folder).manifest["kind"] != "sequence":
@@ -203,8 +270,6 @@ def requests_of(folder: Path) -> list[Path]:
 
 
 def _weights(source: str) -> dict[str, str]:
-    """What a run's manifest says of its weights; nothing for other sources, whose content is looked at when they are loaded."""
-    if not (Path(source) / "manifest.json").is_file():
-        return {}
-    stages = Run.open(Path(source)).manifest["stages"].values()
-    return {n: d for s in stages for n, d in s["outputs"].items() if n.endswith(".safetensors")}
+    """Digests of a local model's weights as they lie there now; nothing for a hub id."""
+    place = Path(resolve(source))
+    return {p.name: digest_file(p) for p in sorted(place.glob("*.safetensors"))} if place.is_dir() else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,8 @@ from expunge.engine.options import Engine
 
 class TextConfig(Settings):
     """How text becomes tokens."""
+
+    name: ClassVar[str] = "text"
 
     columns: dict[str, str] = Field(default_factory=dict, description="names of your columns, e.g. prompt=question_text")
     template: str | None = Field(
@@ -34,6 +36,8 @@ class Allowances(Settings):
 
 class UnlearnConfig(Allowances):
     """Everything that an unlearning run depends on."""
+
+    name: ClassVar[str] = "unlearn"
 
     model: str = Field(description="hub id, local folder, or a run folder of `expunge train`: the target model")
     forget: str = Field(description="what to forget: a file or a named data set")
@@ -56,6 +60,8 @@ class UnlearnConfig(Allowances):
 class TrainConfig(Settings):
     """Everything that a training run depends on."""
 
+    name: ClassVar[str] = "train"
+
     model: str = Field(description="hub id or local folder of the base model; with scratch: a preset such as llama-tiny")
     data: tuple[str, ...] = Field(min_length=1, description="files or named data sets to train on")
     scratch: bool = Field(False, description="start from random weights of the preset, with a tokenizer made from the data")
@@ -75,13 +81,21 @@ def from_file(path: Path) -> dict[str, Any]:
         InputError: it is missing, not YAML, or no mapping.
     """
     if not path.is_file():
-        raise InputError(f"There is no configuration file {str(path)!r}.")
+        raise InputError(f"There is no configuration file {str(path)!r}.", "Give a YAML or JSON file to --config.")
     try:
         held = load_yaml(path.read_text(encoding="utf-8"))
     except Exception as error:  # PyYAML and the decoder raise many kinds; all mean that the file is unreadable
-        raise InputError(f"The configuration {str(path)!r} cannot be read: {str(error).splitlines()[0]}.") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"The configuration {str(path)!r}{where} cannot be read: {reason}.", "Write it as YAML or JSON."
+        ) from None
     if not isinstance(held, dict):
-        raise InputError(f"The configuration {str(path)!r} must be a mapping of settings, not {type(held).__name__}.")
+        raise InputError(
+            f"The configuration {str(path)!r} must be a mapping of settings, not {type(held).__name__}.",
+            "Write lines such as 'method: npo'.",
+        )
     return held
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.core.errors import InputError
 from expunge.core.files import size
+from expunge.data.named import is_named
 from expunge.data.records import Record, RecordSet
+from expunge.data.sources import load as load_records
 from expunge.pipeline.config import TextConfig
 
 if TYPE_CHECKING:
@@ -39,9 +41,83 @@ def open_adapter(source: str, text: TextConfig) -> LanguageAdapter:
     if manifest.is_file() and text.template is None:
         config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
         held = text.model_copy(update={"template": config.get("text", {}).get("template")})
+    place = Path(resolve(source))
+    check_memory(sum(p.stat().st_size for p in place.glob("*.safetensors")) if place.is_dir() else 0, f"Loading {source!r}")
     return load(
         resolve(source), dtype=held.dtype, template=held.template, max_length=held.max_length, truncate=held.truncate
     )  # fmt: skip
+
+
+def is_preset(name: str) -> bool:
+    """Whether a name is that of a small untrained model, and of nothing in the file system."""
+    from expunge.adapters.presets import PRESETS
+
+    return name in PRESETS and not Path(name).exists()
+
+
+def load_sets(sources: Mapping[str, str | None], columns: Mapping[str, str]) -> dict[str, RecordSet]:
+    """Load the sets of a request by name; a source that is None is left out.
+
+    Named data sets know their own columns. Files may differ: a file that lacks the named columns is read by the usual ones,
+    as long as the named ones fit another file.
+
+    Raises:
+        InputError: a source cannot be read, or no file has the named columns.
+    """
+    found: dict[str, RecordSet] = {}
+    misfits: dict[str, InputError] = {}
+    fitted = False
+    for name, source in sources.items():
+        if source is None:
+            continue
+        own = not columns or (is_named(source) and not Path(source).is_file())
+        try:
+            found[name] = load_records(source, name=name, columns=None if own else columns)
+            fitted = fitted or not own
+        except InputError as error:
+            if own:
+                raise
+            misfits[name] = error
+    for name, misfit in misfits.items():
+        if not fitted:
+            raise misfit
+        try:
+            found[name] = load_records(str(sources[name]), name=name)
+        except InputError:
+            raise misfit from None
+    if columns and not fitted:
+        raise InputError("Columns were named, and there is no file to read them from.", "Leave the column names out.")
+    return {name: found[name] for name in sources if name in found}
+
+
+def load_set(source: str, name: str, columns: Mapping[str, str]) -> RecordSet:
+    """Load one further set, by the named columns if it is a file that has them, else by the usual ones.
+
+    Raises:
+        InputError: it cannot be read either way.
+    """
+    if columns and not is_named(source):
+        try:
+            return load_records(source, name=name, columns=columns)
+        except InputError as error:
+            try:
+                return load_records(source, name=name)
+            except InputError:
+                raise error from None
+    return load_records(source, name=name)
+
+
+def check_source(source: str) -> None:
+    """Check that a local model is there before anything is trained for it; of a hub id only the form is checked.
+
+    Raises:
+        InputError: there is no such folder, it holds no weights, or its run has not finished.
+    """
+    from expunge.adapters.loading import check_weights, locate
+
+    place = Path(locate(resolve(source)))
+    if not (place / "adapter_config.json").is_file():
+        check_weights(place)
 
 
 def all_texts(sets: Sequence[RecordSet]) -> list[str]:

@@ -15,21 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expunge.adapters.language import LanguageAdapter
 from expunge.audit.document import AuditDocument
 from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError, nearest
+from expunge.core.files import check_room
 from expunge.core.runs import Run
 from expunge.data.records import Record, RecordSet
-from expunge.data.sources import load as load_records
 from expunge.engine.loop import Progress
 from expunge.pipeline import unlearn
 from expunge.pipeline.audit import audit_stage, entry_of, lazily, read
 from expunge.pipeline.config import UnlearnConfig
-from expunge.pipeline.models import open_adapter
-from expunge.pipeline.train import content_key, retrained
+from expunge.pipeline.cost import Cost
+from expunge.pipeline.models import load_set, load_sets, open_adapter
+from expunge.pipeline.train import content_key, retrained, retraining_of
 
 _KEYS = {"id", "forget", "subjects", "ids"}
+_EXAMPLE = 'Write one request a line, such as {"id": "r1", "forget": "r1.jsonl"} or {"id": "r2", "subjects": ["person-0007"]}.'
 
 Bars = Callable[[str], AbstractContextManager[Progress | None]]
 
@@ -51,7 +54,7 @@ def read_requests(path: Path, retain: RecordSet, columns: dict[str, str] | None 
             id, or nothing would be left to keep.
     """
     if not path.is_file():
-        raise InputError(f"There is no file of requests {str(path)!r}.")
+        raise InputError(f"There is no file of requests {str(path)!r}.", _EXAMPLE)
     steps: list[Step] = []
     left = list(retain)
     forgotten: set[str] = set()
@@ -63,7 +66,7 @@ def read_requests(path: Path, retain: RecordSet, columns: dict[str, str] | None 
             raise InputError(
                 f"{path} line {number}: the request id {request['id']!r} is taken by an earlier line.", "Give each its own."
             )
-        chosen = _select(request, left, f"{path} line {number}", columns)
+        chosen = _select(request, left, f"{path} line {number}", columns, retain)
         keys = {content_key(r) for r in chosen}
         if keys & forgotten:
             raise InputError(
@@ -78,9 +81,7 @@ def read_requests(path: Path, retain: RecordSet, columns: dict[str, str] | None 
             Step(request["id"], RecordSet(request["id"], tuple(chosen), source), RecordSet("retain", tuple(left), retain.source))
         )
     if not steps:
-        raise InputError(
-            f"The file {str(path)!r} holds no request.", 'Write one a line, such as {"id": "r1", "forget": "r1.jsonl"}.'
-        )
+        raise InputError(f"The file {str(path)!r} holds no request.", _EXAMPLE)
     return steps
 
 
@@ -88,9 +89,9 @@ def _request(line: str, where: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{where} is no JSON: {error}.") from None
+        raise InputError(f"{where} is no JSON: {error}.", _EXAMPLE) from None
     if not isinstance(request, dict):
-        raise InputError(f"{where} must be a JSON object.", 'Such as {"id": "r1", "forget": "r1.jsonl"}.')
+        raise InputError(f"{where} must be a JSON object.", _EXAMPLE)
     for key in request.keys() - _KEYS:
         close = nearest(key, _KEYS)
         raise InputError(
@@ -99,15 +100,22 @@ def _request(line: str, where: str) -> dict[str, Any]:
         )
     name = request.get("id")
     if not isinstance(name, str) or not name or not name.replace("-", "").replace("_", "").isalnum():
-        raise InputError(f"{where} needs an 'id' of letters, digits, '-' and '_'; got {name!r}.")
+        raise InputError(
+            f"{where} needs an 'id' of letters, digits, '-' and '_'; got {name!r}.", "It names the folder of its run."
+        )
     if len(request.keys() & {"forget", "subjects", "ids"}) != 1:
-        raise InputError(f"{where} must have exactly one of 'forget', 'subjects' and 'ids'.")
+        raise InputError(f"{where} must have exactly one of 'forget', 'subjects' and 'ids'.", _EXAMPLE)
     return request
 
 
-def _select(request: dict[str, Any], left: Sequence[Record], where: str, columns: dict[str, str] | None) -> list[Record]:
+def _select(
+    request: dict[str, Any], left: Sequence[Record], where: str, columns: dict[str, str] | None, everything: RecordSet
+) -> list[Record]:
     if "forget" in request:
-        return list(load_records(str(request["forget"]), name=request["id"], columns=columns))
+        try:
+            return list(load_set(str(request["forget"]), request["id"], columns or {}))
+        except InputError as error:
+            raise InputError(f"{where}: {error.message}", error.remedy) from None
     key = "subjects" if "subjects" in request else "ids"
     wanted = request[key]
     if not isinstance(wanted, list) or not wanted or not all(isinstance(w, str) for w in wanted):
@@ -115,18 +123,85 @@ def _select(request: dict[str, Any], left: Sequence[Record], where: str, columns
     of: Callable[[Record], str] = (lambda r: r.cluster) if key == "subjects" else (lambda r: r.id)
     present = {of(r) for r in left}
     for name in wanted:
+        if name not in present and any(of(r) == name for r in everything):
+            raise InputError(f"{where}: {name!r} was asked for by an earlier request.", "Leave it out.")
         if name not in present:
             close = nearest(name, present)
             raise InputError(
                 f"{where}: the retain data have no {key.removesuffix('s')} {name!r}.",
-                f"Near: {', '.join(close)}." if close else "",
+                f"Near: {', '.join(close)}." if close else f"It has, for example, {', '.join(sorted(present)[:3])}.",
             )
     return [r for r in left if of(r) in set(wanted)]
 
 
+@dataclass(frozen=True)
+class Done:
+    """A request that was carried out: its run folder, whether its goal was reached, and how training ended, in a sentence."""
+
+    id: str
+    folder: Path
+    reached: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests that have passed every check, none of them begun; ``cost`` is that of all of them together."""
+
+    config: UnlearnConfig
+    steps: list[Step]
+    checked: list[unlearn.Request]
+    holdout: RecordSet | None
+    cost: Cost
+    notes: list[str]
+
+
+def plan(path: Path, config: UnlearnConfig, retrain: int = 0) -> Requests:
+    """Check all requests and say what they will cost; nothing is trained or written.
+
+    Args:
+        path: the file of requests.
+        config: as for one request; ``forget`` is ignored, ``retain`` is everything that was trained on.
+        retrain: number of models to retrain for the audits.
+
+    Raises:
+        InputError: anything does not fit.
+    """
+    if config.retain is None:
+        raise InputError(
+            "A sequence of requests needs the data that are kept.",
+            "Give --retain DATA: everything that the model was trained on.",
+        )
+    unlearn.check_method(config)
+    sources = {"retain": config.retain, "holdout": config.holdout}
+    held = load_sets(sources, config.text.columns)
+    steps = read_requests(path, held["retain"], config.text.columns or None)
+    holdout = held.get("holdout")
+    checked = [unlearn.check(unlearn.Request(s.forget, s.retain, holdout), config) for s in steps]
+    if retrain:  # that it can be done is known before anything is begun
+        retraining_of(config.model, steps[0].forget, 1, base=config.base, retain=config.retain)
+    adapter = open_adapter(config.model, config.text)
+    base = open_adapter(config.base, config.text) if config.base else None
+    made = [_plan(adapter, base, request, config) for request in checked]
+    cost = Cost(
+        sum(m.cost.steps for m in made), sum(m.cost.tokens for m in made), max(m.cost.memory for m in made),
+        sum(m.cost.disk for m in made), made[0].cost.parameters,
+    )  # fmt: skip
+    notes = list(dict.fromkeys(note for m in made for note in m.notes))
+    return Requests(config, steps, checked, holdout, cost, notes)
+
+
+def _plan(
+    adapter: LanguageAdapter, base: LanguageAdapter | None, request: unlearn.Request, config: UnlearnConfig
+) -> unlearn.UnlearnPlan:
+    return unlearn.plan(
+        adapter, request, config.method, config.parts, config.engine,
+        how=config.alternatives, template=config.alternative_template, base=base,
+    )  # fmt: skip
+
+
 def run(
-    path: Path,
-    config: UnlearnConfig,
+    made: Requests,
     out: Path,
     *,
     retrain: int = 0,
@@ -134,12 +209,11 @@ def run(
     resume: bool = False,
     bars: Bars,
     say: Callable[[str], None],
-) -> list[AuditDocument]:
+) -> tuple[list[AuditDocument], list[Done]]:
     """Do the requests in order and audit the model after each, earlier requests included.
 
     Args:
-        path: the file of requests.
-        config: as for one request; ``forget`` is ignored, ``retain`` is everything that was trained on.
+        made: the checked requests.
         out: folder; gets a run folder per request, each with an ``audit.json``.
         retrain: number of models retrained without the records of all requests.
         settings: of the audits.
@@ -147,38 +221,32 @@ def run(
         bars, say: progress.
 
     Raises:
-        InputError: anything does not fit; all requests are checked before the first is begun.
+        InputError: the folder is in use, or holds other requests.
     """
-    if config.retain is None:
-        raise InputError(
-            "A sequence of requests needs the data that are kept.",
-            "Give --retain DATA: everything that the model was trained on.",
-        )
-    columns = config.text.columns or None
-    everything = load_records(config.retain, name="retain", columns=columns)
-    holdout = load_records(config.holdout, name="holdout", columns=columns) if config.holdout else None
-    steps = read_requests(path, everything, columns)
-    checked = [unlearn.check(unlearn.Request(s.forget, s.retain, holdout), config) for s in steps]
+    config, steps = made.config, made.steps
+    check_room(out, made.cost.disk, "The sequence")
     Run.start(out, "sequence", {**config.model_dump(mode="json"), "requests": [s.forget.digest for s in steps]}, resume=resume)
-    source, folders = config.model, []
-    for number, (step, request) in enumerate(zip(steps, checked, strict=True), 1):
+    source, done = config.model, []
+    for number, (step, request) in enumerate(zip(steps, made.checked, strict=True), 1):
         folder = out / f"{number:02d}-{step.id}"
         at = config.model_copy(update={"model": source, "forget": step.forget.source})
         if not _done(folder):
-            adapter = open_adapter(source, at.text)
-            made = unlearn.plan(
-                adapter, request, at.method, at.parts, at.engine, how=at.alternatives, template=at.alternative_template
-            )
+            base = open_adapter(config.base, config.text) if config.base else None
+            planned = _plan(open_adapter(source, at.text), base, request, at)
             with bars(f"request {number} of {len(steps)}: {step.id}") as bar:
-                held = unlearn.execute(made, at, folder, resume=(folder / "manifest.json").is_file(), progress=bar)
-            say(f"{step.id}: {held.manifest['stages']['unlearn']['result']['sentence']}")
+                unlearn.execute(planned, at, folder, resume=(folder / "manifest.json").is_file(), progress=bar)
+            said = step.id
         else:
-            say(f"{step.id}: from an earlier run")
-        folders.append(folder)
+            said = f"{step.id}: from an earlier run"
+        result = Run.open(folder).manifest["stages"]["unlearn"]["result"]
+        say(f"{said}: {result['sentence']}")
+        done.append(Done(step.id, folder, bool(result["reached"]), result["sentence"]))
         source = str(folder)
-    return _audit(
-        config, steps, folders, holdout=holdout, retrain=retrain, settings=settings or AuditSettings(), bars=bars, say=say
-    )
+    documents = _audit(
+        config, steps, [d.folder for d in done],
+        holdout=made.holdout, retrain=retrain, settings=settings or AuditSettings(), bars=bars, say=say,
+    )  # fmt: skip
+    return documents, done
 
 
 def _audit(
@@ -200,16 +268,21 @@ def _audit(
             made = retrained(config.model, together, seed, base=config.base, retain=config.retain, progress=bar, say=say)
         gold.append(entry_of(f"retrained seed {seed}", "retrained", made, config.text, seed=seed, stage="train"))
     target = AuditedModel("target", "target", lazily(config.model, config.text), path=config.model)
-    after = [
-        entry_of(f"after {s.id}", "unlearned", f, config.text, seed=config.engine.seed, stage="unlearn", method=config.method)
+    after = [  # what came before tells the models apart in a comparison: they are no seeds of one method
+        entry_of(
+            f"after {s.id}", "unlearned", f, config.text,
+            seed=config.engine.seed, stage="unlearn", method=config.method, after=s.id,
+        )
         for s, f in zip(steps, folders, strict=True)
-    ]
+    ]  # fmt: skip
     documents = []
     for number, (step, folder) in enumerate(zip(steps, folders, strict=True)):
         sets = {"forget": step.forget, **shared}
-        title = f"Request {step.id} ({number + 1} of {len(steps)}) by {config.method}, and after every later request"
+        title = f"Request {step.id} ({number + 1} of {len(steps)}), {config.method}"
         with bars(f"audit of request {step.id}") as bar:
-            audit_stage(Run.open(folder), [target, *gold, *after[number:]], sets, settings, progress=bar, title=title)
+            new = audit_stage(Run.open(folder), [target, *gold, *after[number:]], sets, settings, progress=bar, title=title)
+        if not new:
+            say(f"audit of request {step.id}: from an earlier run")
         documents.append(read(folder))
     return documents
 

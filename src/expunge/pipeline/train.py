@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from expunge.core.access import Stream
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import atomic_path, check_room, digest_json
 from expunge.core.runs import Run, cache_folder
+from expunge.core.settings import nest
 from expunge.data.records import Record, RecordSet
-from expunge.data.sources import load as load_records
 from expunge.engine.loop import Outcome, Progress, train, write_log_summary
 from expunge.engine.parts import Recipe
 from expunge.methods.recipe import build as build_recipe
 from expunge.pipeline.config import TrainConfig
 from expunge.pipeline.cost import Cost, estimate
-from expunge.pipeline.models import all_texts, check_memory, describe_data, open_adapter, resolve
-from expunge.pipeline.processes import first_process
+from expunge.pipeline.models import all_texts, check_memory, describe_data, load_set, load_sets, open_adapter, resolve
+from expunge.pipeline.processes import drop_checkpoint, first_process
 
 _DEFAULTS: dict[str, Any] = {"schedule": {"name": "fixed", "lr": None, "epochs": 10, "batch": 16, "warmup": 1, "decay": "linear"}}
 
@@ -54,8 +54,8 @@ def load_all(sources: Sequence[str], columns: dict[str, str], name: str) -> Reco
     """
     seen: dict[str, str] = {}
     records: list[Record] = []
-    for source in sources:
-        for record in load_records(source, name=name, columns=columns or None):
+    for held in load_sets({source: source for source in sources}, columns).values():
+        for record in held:
             key = content_key(record)
             if seen.get(record.id) == key:
                 continue
@@ -78,7 +78,7 @@ def plan(config: TrainConfig) -> TrainPlan:
         records = RecordSet(records.name, tuple(r for r in records if content_key(r) not in gone), records.source)
     if not len(records):
         raise InputError("No record is left to train on.", "Check the data and what is excluded.")
-    recipe = build_recipe("finetune", {**_DEFAULTS, **config.parts})
+    recipe = build_recipe("finetune", _with_defaults(config.parts))
     # The tokenizer of a model made from scratch covers all of the data, the excluded records too: with a vocabulary of its
     # own, a retrained model could not be compared token by token with the target.
     adapter, base = (
@@ -96,6 +96,15 @@ def plan(config: TrainConfig) -> TrainPlan:
     return TrainPlan(config, adapter, recipe, examples, records, cost, base)
 
 
+def _with_defaults(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a training; settings of a schedule without its name change the default one instead of replacing it."""
+    given = nest(dict(parts))
+    schedule = given.get("schedule", {})
+    if isinstance(schedule, Mapping) and "name" not in schedule:
+        given["schedule"] = {**_DEFAULTS["schedule"], **schedule}
+    return given
+
+
 def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
     from expunge.adapters.presets import build
     from expunge.adapters.tokenise import DEFAULT_TEMPLATE
@@ -103,7 +112,7 @@ def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
 
     # Words of people never trained on must be single tokens as those of the others are: spelt out in characters that the model
     # has never produced, they would look far less likely than anything unlearnt.
-    more = [load_records(s, name="vocabulary", columns=config.text.columns or None) for s in config.vocabulary]
+    more = [load_set(s, "vocabulary", config.text.columns) for s in config.vocabulary]
     tokenizer = word_tokenizer([*all_texts([vocabulary, *more]), config.text.template or DEFAULT_TEMPLATE])
     model = build(config.model, tokenizer, seed=config.engine.seed)
     return LanguageAdapter(
@@ -127,6 +136,7 @@ def execute(made: TrainPlan, out: Path, *, resume: bool = False, progress: Progr
     run = first_process(
         lambda: Run.start(out, "train", made.config.model_dump(mode="json"), resume=resume), lambda: Run.open(out)
     )
+    run.check_same("train", inputs)
     run.note_inputs(data=describe_data(made.records), base={"source": made.base, "digest": inputs["base"]})
 
     def work() -> dict[str, Any]:
@@ -142,6 +152,7 @@ def execute(made: TrainPlan, out: Path, *, resume: bool = False, progress: Progr
         return save_outcome(made.adapter, outcome, out)
 
     result = run.stage("train", inputs, work, ["model", "training.json", "log.jsonl"])
+    drop_checkpoint(out)
     if result["reason"] == "diverged":
         raise Destroyed(result["sentence"])
     return run
@@ -182,6 +193,23 @@ def retrained(
     Raises:
         InputError: nothing says how the target was trained.
     """
+    made, out = retraining_of(target, forget, seed, base=base, retain=retain)
+    if finished(out):
+        if say:
+            say(f"retrained model, seed {seed}: from the cache")
+        return out
+    execute(plan(made), out, resume=(out / "manifest.json").is_file(), progress=progress)
+    return out
+
+
+def retraining_of(
+    target: str, forget: RecordSet, seed: int, *, base: str | None = None, retain: str | None = None
+) -> tuple[TrainConfig, Path]:
+    """The configuration of the training that :func:`retrained` asks for, and its folder in the cache.
+
+    Raises:
+        InputError: nothing says how the target was trained.
+    """
     folder = Path(target)
     if (folder / "manifest.json").is_file() and Run.open(folder).manifest["kind"] == "train":
         config = TrainConfig(**Run.open(folder).manifest["config"])
@@ -193,13 +221,7 @@ def retrained(
             "Give a run folder of `expunge train` as the model, or --base MODEL with --retain DATA, "
             "or --retrained MODEL that you trained.",
         )
-    made, out = retraining(config, forget, seed)
-    if finished(out):
-        if say:
-            say(f"retrained model, seed {seed}: from the cache")
-        return out
-    execute(plan(made), out, resume=(out / "manifest.json").is_file(), progress=progress)
-    return out
+    return retraining(config, forget, seed)
 
 
 def retraining(config: TrainConfig, forget: RecordSet, seed: int) -> tuple[TrainConfig, Path]:

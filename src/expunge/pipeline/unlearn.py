@@ -14,11 +14,10 @@ from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.memory import training_memory
 from expunge.core.access import Stream
 from expunge.core.errors import Destroyed, InputError
-from expunge.core.files import check_room
+from expunge.core.files import check_room, check_writable, empty
 from expunge.core.runs import Run, cache_folder
 from expunge.data.checks import OverlapReport, check_request, drop_overlap
 from expunge.data.records import Record, RecordSet
-from expunge.data.sources import load as load_records
 from expunge.engine.goal import Goal
 from expunge.engine.goal import estimate as estimate_goal
 from expunge.engine.loop import Outcome, Progress, train
@@ -32,8 +31,8 @@ from expunge.methods.recipe import build as build_recipe
 from expunge.methods.registry import METHODS
 from expunge.pipeline.config import Allowances, UnlearnConfig
 from expunge.pipeline.cost import Cost, estimate
-from expunge.pipeline.models import check_memory, describe_data, open_adapter
-from expunge.pipeline.processes import first_process
+from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter
+from expunge.pipeline.processes import drop_checkpoint, first_process
 from expunge.pipeline.train import save_outcome
 
 
@@ -55,7 +54,8 @@ def check_out(out: Path, resume: bool) -> None:
     """
     if out.is_file():
         raise InputError(f"{str(out)!r} is a file.", "Choose another --out.")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    check_writable(out)
+    if not resume and out.is_dir() and not empty(out):
         raise InputError(
             f"The folder {str(out)!r} exists and is not empty.", "Go on with it by --resume, or choose another --out."
         )
@@ -100,11 +100,9 @@ def load_request(config: UnlearnConfig) -> Request:
     Raises:
         InputError: a source cannot be read, a set is empty, sets overlap, or there is more to forget than to keep.
     """
-    columns = config.text.columns or None
-    forget = load_records(config.forget, name="forget", columns=columns)
-    retain = load_records(config.retain, name="retain", columns=columns) if config.retain else None
-    holdout = load_records(config.holdout, name="holdout", columns=columns) if config.holdout else None
-    return check(Request(forget, retain, holdout), config)
+    sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
+    sets = load_sets(sources, config.text.columns)
+    return check(Request(sets["forget"], sets.get("retain"), sets.get("holdout")), config)
 
 
 def check(request: Request, config: Allowances) -> Request:
@@ -175,6 +173,18 @@ def plan(
     return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes)
 
 
+def check_method(config: UnlearnConfig) -> None:
+    """Check method and parts against what is given, before data are read and a large model is loaded.
+
+    Raises:
+        InputError: an unknown name, a value out of range, or a side that the method needs and was not given.
+    """
+    if config.method != "custom":
+        METHODS.get(config.method)
+    recipe = build_recipe(config.method, config.parts)
+    _check_sides(config.method, recipe, config.retain is not None, config.base is not None)
+
+
 def _check_sides(method: str, recipe: Recipe, retain: bool, base: bool) -> None:
     if recipe.start == "initial" and not base:
         raise InputError(f"The method {method!r} starts from the untrained base model.", "Give it: --base MODEL.")
@@ -229,12 +239,13 @@ def execute(
     dump = config.model_dump(mode="json")
     run = first_process(lambda: Run.start(out, "unlearn", dump, resume=resume, command=command), lambda: Run.open(out))
     sets = {"forget": made.request.forget, "retain": made.request.retain, "holdout": made.request.holdout}
-    run.note_inputs(**{k: describe_data(v) for k, v in sets.items() if v is not None})
-    run.note_inputs(target={"source": config.model, "digest": made.adapter.fingerprint()}, overlap=made.request.overlap.to_json())
     inputs = {
         "target": made.adapter.fingerprint(), "recipe": made.recipe.spec(), "engine": config.engine.model_dump(mode="json"),
         "data": {k: v.digest for k, v in sets.items() if v is not None},
     }  # fmt: skip
+    run.check_same("unlearn", inputs)
+    run.note_inputs(**{k: describe_data(v) for k, v in sets.items() if v is not None})
+    run.note_inputs(target={"source": config.model, "digest": inputs["target"]}, overlap=made.request.overlap.to_json())
 
     def work() -> dict[str, Any]:
         outcome, goal = run_in_memory(made, folder=out, resume=resume, progress=progress)
@@ -242,6 +253,7 @@ def execute(
         return result | {"recipe": made.recipe.spec(), "goal": goal.model_dump() if goal else None}
 
     result = run.stage("unlearn", inputs, work, ["model", "training.json", "log.jsonl"])
+    drop_checkpoint(out)
     if result["reason"] == "diverged":
         raise Destroyed(result["sentence"])
     return run
@@ -253,10 +265,7 @@ def from_config(config: UnlearnConfig) -> UnlearnPlan:
     Raises:
         InputError: anything does not fit; nothing was started.
     """
-    if config.method != "custom":
-        METHODS.get(config.method)
-    recipe = build_recipe(config.method, config.parts)  # what is wrong with it is said before a large model is loaded
-    _check_sides(config.method, recipe, config.retain is not None, config.base is not None)
+    check_method(config)
     request = load_request(config)
     adapter = open_adapter(config.model, config.text)
     base = open_adapter(config.base, config.text) if config.base else None

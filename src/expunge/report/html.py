@@ -24,7 +24,7 @@ from expunge.report import glossary, text, view
 from expunge.report.compare import Comparison, compare
 from expunge.report.drawings import Drawings, comparison_plot, draw
 from expunge.report.strips import margin_strip
-from expunge.report.weakest import control_faults
+from expunge.report.weakest import control_faults, only_doubts
 
 if TYPE_CHECKING:
     import jinja2
@@ -143,6 +143,7 @@ def _environment() -> jinja2.Environment:
         "amount": text.amount,
         "check_text": view.check_text,
         "control_faults": control_faults,
+        "only_doubts": only_doubts,
         "OPEN_SAMPLES": OPEN_SAMPLES,
     }
     return environment

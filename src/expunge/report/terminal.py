@@ -63,16 +63,19 @@ def summary(document: AuditDocument, *, width: int = 160) -> RenderableType:
     places = {key: digits([m.numbers[key] for m in models if key in m.numbers]) for key in keys}
     wide, narrow = width >= _WIDE, width < _NARROW
     table = Table(title=Text(clean(document.title)), title_justify="left", title_style="bold", header_style="bold", **_PLAIN)
-    table.add_column("Model", overflow="fold", min_width=15 if narrow else None)
+    notes: list[str] = []
+    rows = [[_cell(model.numbers.get(key), wide, notes, places[key]) for key in keys] for model in models]
+    verdicts = max((len(_verdict(model)) for model in models), default=0)
+    table.add_column("Model", overflow="fold", min_width=verdicts if narrow else None)
     if not narrow:
         table.add_column("Verdict", no_wrap=True)
-    for key in keys:
-        table.add_column(Text(_heading(document, models, key)), justify="right", overflow="fold", min_width=14)
+    for at, key in enumerate(keys):
+        # A heading may be wrapped, a number or an interval may not.
+        needed = max((len(line) for row in rows for line in row[at].plain.splitlines()), default=0)
+        table.add_column(Text(_heading(document, models, key)), justify="right", overflow="fold", min_width=needed)
     if not narrow:
         table.add_column("Time", justify="right", no_wrap=True)
-    notes: list[str] = []
-    for model in models:
-        cells = [_cell(model.numbers.get(key), wide, notes, places[key]) for key in keys]
+    for model, cells in zip(models, rows, strict=True):
         if narrow:
             table.add_row(_name(model) + Text("\n") + _verdict(model), *cells)
             continue

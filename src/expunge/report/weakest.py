@@ -38,6 +38,12 @@ def weakest(judgement: Judgement) -> Check | None:
     return max(judgement.checks, key=rank, default=None)
 
 
+def only_doubts(document: AuditDocument) -> bool:
+    """Whether every control that did not come out is undecided: too little evidence, and nothing that contradicts the audit."""
+    wrong = [m.judgement.verdict for m in document.models if m.judgement is not None and _fault(m)]
+    return all(verdict is Verdict.UNDECIDED for verdict in wrong)
+
+
 def control_faults(document: AuditDocument) -> list[str]:
     """One sentence per control whose verdict is not what it must be.
 

@@ -19,6 +19,7 @@ _HELP = """Measure an unlearned model against models that never saw the forget s
       expunge audit runs/npo --retrain 3
       expunge audit runs/npo --retrained my/retrained-model --retrained my/other-seed
       expunge audit runs/npo --retrain 5 --base meta-llama/Llama-3.2-1B --utility facts=world.jsonl
+      expunge audit runs/npo --retrain 3 --dry-run
       expunge audit runs/npo --retrain 3 budget=200 relearn=none
 
     \b
@@ -46,11 +47,12 @@ def audit(
     utility: Annotated[
         list[str] | None, typer.Option(help="A further set that must stay known; repeatable.", metavar="NAME=DATA")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the cost, stop.")] = False,
     require: Annotated[str | None, typer.Option(help="Verdict to ask for, e.g. forgotten.", metavar="VERDICT")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Audit one run."""
-    from expunge.pipeline.audit import AuditConfig, audit_run
+    from expunge.pipeline.audit import AuditConfig, audit_run, plan
     from expunge.report.terminal import print_summary, summary_json
 
     output = Output(json)
@@ -60,9 +62,13 @@ def audit(
         "retrained": retrained or (), "retrain": retrain, "base": base, "settings": parse_overrides(parts or []),
         "utility": dict(_pair(word) for word in utility or []),
     }  # fmt: skip
-    config = AuditConfig(**given)
+    made = plan(run, AuditConfig(**given))
+    output.note(f"audit: {made.cost.text()}")
+    if dry_run:
+        output.result({"cost": made.cost.json(), "sets": {name: len(records) for name, records in made.sets.items()}})
+        return 0
     with output.progress("audit") as progress:
-        document = audit_run(run, config, progress=progress, say=output.note)
+        document = audit_run(made, progress=progress, say=output.note)
     output.result(summary_json([document]))
     if not json:
         print_summary([document])

@@ -24,6 +24,10 @@ _COMPARE = """Compare audited runs: trade-off table, sorted by distance to the r
     Examples:
       expunge compare runs/npo runs/simnpo runs/rmu
       expunge compare runs/* --out compare.html --json
+      expunge compare runs/requests-by-npo runs/requests-by-rmu
+
+    \b
+    Sequences of requests are compared request by request.
     """
 
 
@@ -64,7 +68,7 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Compare runs."""
-    from expunge.pipeline.audit import read_all
+    from expunge.pipeline.audit import by_request, read_all, requests_of
     from expunge.report.compare import compare as comparison
     from expunge.report.html import write
     from expunge.report.terminal import comparison_json, trade_off
@@ -73,9 +77,16 @@ def compare(
     if out is not None and out.exists() and not force:
         raise InputError(f"The file {str(out)!r} exists.", "Add --force to replace it.")
     documents = read_all(runs)
-    found = comparison(documents)
-    output.result(comparison_json(found))
-    output.say(trade_off(found))
+    if any(requests_of(run) for run in runs):
+        found = [(group[0].title, comparison(group)) for group in by_request(documents)]
+        output.result({"requests": [{"title": title, **comparison_json(table)} for title, table in found]})
+        for title, table in found:
+            output.say(title)
+            output.say(trade_off(table))
+    else:
+        single = comparison(documents)
+        output.result(comparison_json(single))
+        output.say(trade_off(single))
     if out is not None:
         write(documents, out)
         output.say(f"Page: {out}")

@@ -44,8 +44,10 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Train and leave a run folder."""
+    from expunge.core.files import check_room
     from expunge.pipeline import train as stage
     from expunge.pipeline.config import TrainConfig, from_file, merge
+    from expunge.pipeline.models import is_preset
     from expunge.pipeline.unlearn import check_out
 
     output = Output(json)
@@ -62,14 +64,23 @@ def train(
     if not merged.get("data"):
         raise InputError("No data to train on were given.", "Add --data DATA.")
     check_out(out, resume)
-    made = stage.plan(TrainConfig(**merged))
+    settings = TrainConfig(**merged)
+    if not settings.scratch and is_preset(settings.model):
+        raise InputError(
+            f"{settings.model!r} is the shape of a small untrained model.", "Add --scratch to train it from the start."
+        )
+    made = stage.plan(settings)
+    check_room(out, made.cost.disk, "Training")
     output.note(f"training: {made.cost.text()}")
     if dry_run:
-        output.result({"cost": made.cost.json(), "recipe": made.recipe.spec()})
+        output.result({"cost": made.cost.json(), "recipe": made.recipe.spec(), "config": settings.model_dump(mode="json")})
         return 0
     with output.progress("training") as progress:
         run = stage.execute(made, out, resume=resume, progress=progress)
     result = run.manifest["stages"]["train"]["result"]
-    output.result({"run": str(out), "model": str(out / "model"), **result})
+    reused = "train" in run.skipped
+    output.result({"run": str(out), "model": str(out / "model"), "reused": reused, **result})
+    if reused:
+        output.say("This run had finished; nothing was left to do.")
     output.say(f"{result['sentence']}\nModel: {out / 'model'}")
     return 0

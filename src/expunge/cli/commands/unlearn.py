@@ -25,11 +25,12 @@ _HELP = """Make a model forget a set of records.
       expunge unlearn MODEL --forget F --retain R --method npo retain=kl parameters=lora gradient=project --out runs/x
       expunge unlearn MODEL --forget F --retain R --method npo schedule=paper --out runs/paper
       expunge unlearn --config run.yaml --out runs/y
-      expunge unlearn MODEL --requests requests.jsonl --retain all.jsonl --out runs/many
+      expunge unlearn MODEL --requests requests.jsonl --retain all.jsonl --retrain 3 --out runs/many
 
     \b
     PARTS are key=value pairs: parameters of the method (beta=0.2) or parts of it (retain=kl, parameters=lora,
-    gradient=project, schedule.epochs=20, engine.seed=3). `expunge methods NAME` lists them.
+    gradient=project, schedule.epochs=20, engine.seed=3). `expunge methods NAME` lists them. With --requests, audit.KEY=VALUE
+    are settings of the audits.
     """
 
 
@@ -77,15 +78,13 @@ def unlearn(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Run one request, or several in order."""
-    from expunge.pipeline import sequence
-    from expunge.pipeline import unlearn as stage
-    from expunge.pipeline.config import UnlearnConfig, from_file, merge
-    from expunge.report.terminal import print_summary, summary_json
+    from expunge.pipeline.config import from_file, merge
 
     output = Output(json)
     if model is not None and "=" in model and config is not None:
         parts, model = [model, *(parts or [])], None
     overrides = parse_overrides(parts or [])
+    _no_options(overrides)
     engine = {**overrides.pop("engine", {}), **({"seed": seed} if seed is not None else {})}
     text = {**overrides.pop("text", {}), **({"columns": _columns(column)} if column else {})}
     if alternative_template is not None and alternatives is None:
@@ -96,38 +95,98 @@ def unlearn(
         "allow_large_forget": allow_large_forget or None, "alternative_template": alternative_template,
         "parts": overrides or None, "engine": engine or None, "text": text or None,
     }  # fmt: skip
-    merged = merge(from_file(config) if config else {}, given)
+    merged = merge({"parts": {}}, from_file(config) if config else {}, given)
     if out is None:
         raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")
+    if requests is None and retrain:
+        raise InputError("--retrain belongs to --requests.", f"Retrain in the audit: expunge audit {out} --retrain {retrain}.")
     if requests is not None:
-        merged.setdefault("forget", str(requests))
-        documents = sequence.run(
-            requests, UnlearnConfig(**merged), out, retrain=retrain, resume=resume, bars=output.progress, say=output.note
-        )
-        output.result(summary_json(documents))
-        if not json:
-            print_summary(documents)
-            output.say(f"Next: expunge report {out}")
-        return 0
+        return _several(requests, merged, out, retrain=retrain, resume=resume, dry_run=dry_run, output=output)
+    return _one(merged, out, resume=resume, dry_run=dry_run, output=output)
+
+
+def _one(merged: dict[str, Any], out: Path, *, resume: bool, dry_run: bool, output: Output) -> int:
+    from expunge.core.files import check_room
+    from expunge.pipeline import unlearn as stage
+    from expunge.pipeline.config import UnlearnConfig
+
+    if "audit" in merged["parts"]:
+        raise InputError("audit.* belongs to --requests.", f"Give it to the audit: expunge audit {out} KEY=VALUE.")
     for name, option in (("model", "MODEL"), ("forget", "--forget DATA")):
         if name not in merged:
             raise InputError(f"The {name} is missing.", f"Give {option}; see expunge unlearn --help.")
     settings = UnlearnConfig(**merged)
     stage.check_out(out, resume)
     made = stage.from_config(settings)
+    check_room(out, made.cost.disk, "Unlearning")
     for note in made.notes:
         output.note(note)
     output.note(f"{settings.method}: {made.cost.text()}")
     if dry_run:
-        output.result({"cost": made.cost.json(), "recipe": made.recipe.spec(), "notes": made.notes})
+        dump = settings.model_dump(mode="json")
+        output.result({"cost": made.cost.json(), "recipe": made.recipe.spec(), "config": dump, "notes": made.notes})
         return 0
     with output.progress(settings.method) as progress:
         run = stage.execute(made, settings, out, resume=resume, progress=progress)
     result = run.manifest["stages"]["unlearn"]["result"]
-    output.result({"run": str(out), "model": str(out / "model"), **result})
+    reused = "unlearn" in run.skipped
+    output.result({"run": str(out), "model": str(out / "model"), "reused": reused, **result})
+    if reused:
+        output.say("This run had finished; nothing was left to do.")
     output.say(result["sentence"])
     output.say(f"Model: {out / 'model'}   Next: expunge audit {out} --retrain 3")
     return 0 if result["reached"] else 3
+
+
+def _several(
+    requests: Path, merged: dict[str, Any], out: Path, *, retrain: int, resume: bool, dry_run: bool, output: Output
+) -> int:
+    from expunge.audit.settings import AuditSettings
+    from expunge.pipeline import sequence
+    from expunge.pipeline.config import UnlearnConfig
+    from expunge.pipeline.unlearn import check_out
+    from expunge.report.terminal import print_summary, summary_json
+
+    if merged.get("forget"):
+        raise InputError("--forget and --requests exclude each other.", "Name what to forget in the file of requests.")
+    if "model" not in merged:
+        raise InputError("The model is missing.", "Give MODEL; see expunge unlearn --help.")
+    measured = merged["parts"].pop("audit", {})
+    if not isinstance(measured, dict):
+        raise InputError(f"audit={measured} says nothing.", "Write audit.KEY=VALUE, for example audit.budget=200.")
+    audit = AuditSettings(**measured)
+    settings = UnlearnConfig(**{**merged, "forget": str(requests)})
+    check_out(out, resume)
+    made = sequence.plan(requests, settings, retrain=retrain)
+    for note in made.notes:
+        output.note(note)
+    output.note(f"{len(made.steps)} requests by {settings.method}: {made.cost.text()}; then audits")
+    if dry_run:
+        steps = [{"id": s.id, "forget": len(s.forget), "retain": len(s.retain)} for s in made.steps]
+        output.result({"cost": made.cost.json(), "requests": steps, "notes": made.notes})
+        return 0
+    documents, done = sequence.run(
+        made, out, retrain=retrain, settings=audit, resume=resume, bars=output.progress, say=output.note
+    )
+    ended = [{"id": d.id, "run": str(d.folder), "reached": d.reached, "sentence": d.sentence} for d in done]
+    output.result({"run": str(out), "requests": ended, **summary_json(documents)})
+    if not output.machine:
+        print_summary(documents)
+        output.say(f"Next: expunge report {out}")
+    return 0 if all(d.reached for d in done) else 3
+
+
+_OPTIONS = ("model", "forget", "holdout", "method", "base", "alternatives", "alternative_template", "seed", "out", "requests")
+
+
+def _no_options(overrides: dict[str, Any]) -> None:
+    """Refuse what is written as a part and is an option (``forget`` and ``retain`` are both, and a part can be no file)."""
+    for key in overrides:
+        if key in _OPTIONS and key != "forget":
+            option = key.replace("_", "-")
+            raise InputError(
+                f"{key!r} is no part of a method.", "It is the first argument." if key == "model" else f"Write --{option} VALUE."
+            )
 
 
 def _columns(words: list[str]) -> dict[str, str]:
