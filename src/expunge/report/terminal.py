@@ -23,6 +23,7 @@ from expunge.report.weakest import control_faults
 
 KINDS: tuple[Kind, ...] = ("forget", "utility", "privacy", "relearn")
 _WIDE, _NARROW = 150, 100  #: columns
+_FRONT = "◆"  #: marks a method that no other beats on both axes
 _PLAIN: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
 _LOOKS = {
     Verdict.FORGOTTEN: ("✔", "bold green"),
@@ -89,19 +90,23 @@ def trade_off(comparison: Comparison) -> Table:
     table = Table(
         title="Distance to the retrained gold standard", title_justify="left", title_style="bold", header_style="bold", **_PLAIN
     )
+    notes: list[str] = []
+    rows = [row for row in (comparison.target, comparison.gold, *comparison.rows) if row is not None]
+    columns = list(column_places(comparison))
+    held = [
+        [_cell(n, False, notes, p) for n, p in zip((row.distance, row.forget, row.utility), columns, strict=True)] for row in rows
+    ]
     table.add_column("Method", overflow="fold")
     table.add_column("Verdicts")
-    for name in ("distance", comparison.forget_key, comparison.utility_key):
-        table.add_column(Text(name), justify="right")
+    for at, name in enumerate(("distance", comparison.forget_key, comparison.utility_key)):
+        needed = max(len(line) for cells in held for line in cells[at].plain.splitlines())
+        table.add_column(Text(name), justify="right", overflow="fold", min_width=needed)
     table.add_column("Seeds", justify="right")
-    table.add_column("Pareto")
-    reference = [row for row in (comparison.target, comparison.gold) if row is not None]
-    for row in (*reference, *comparison.rows):
-        numbers = zip((row.distance, row.forget, row.utility), column_places(comparison), strict=True)
-        cells = [_cell(number, True, [], places) for number, places in numbers]
+    for row, cells in zip(rows, held, strict=True):
         verdicts = ", ".join(dict.fromkeys(v.value for v in row.verdicts)) or DASH
-        table.add_row(Text(clean(row.label)), Text(verdicts), *cells, str(row.seeds), "yes" if row.pareto else "")
-    table.caption = Text(" ".join((comparison.definition, *comparison.notes)))
+        table.add_row(Text(clean(row.label) + (f" {_FRONT}" if row.pareto else "")), Text(verdicts), *cells, str(row.seeds))
+    marks = [f"({i}) {clean(note)}." for i, note in enumerate(notes, 1)]
+    table.caption = Text(" ".join((comparison.definition, f"{_FRONT}: on the Pareto front.", *marks, *comparison.notes)))
     table.caption_justify = "left"
     return table
 
