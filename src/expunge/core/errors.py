@@ -7,11 +7,12 @@ The command line prints the text without a traceback and exits with :attr:`Expun
 code meaning
 ==== =====================================================================================
 0    done, and the goal that was asked for is reached
-1    an error nobody foresaw (with a traceback: please report it)
+1    an error nobody foresaw (with a traceback: please report it), or the machine failed on the way (a disk filled: one sentence)
 2    bad input or environment: nothing was started, nothing was written
 3    finished, but the goal was not reached (forgetting incomplete, or the utility bound hit)
 4    stopped to protect the model (loss or weights became NaN/Inf): the last good state is kept
 130  interrupted by the user: `--resume` goes on
+141  what read the output went away (a closed pipe)
 ==== =====================================================================================
 """
 
