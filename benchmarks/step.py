@@ -116,25 +116,26 @@ def our_loss(adapter, reference, forget, retain):
 
 
 def ours(model, forget, retain, steps: int) -> dict[str, float]:
-    """Cached reference, one forward pass for both sets, no padding, fused losses."""
-    import torch
+    """The whole engine as ``expunge unlearn --method npo schedule=paper`` runs it."""
+    from expunge.core.access import Stream
+    from expunge.engine.loop import train
+    from expunge.engine.options import Engine
+    from expunge.methods.recipe import build
 
     adapter, forget, retain = prepare(model, forget, retain)
     begin = time.perf_counter()
-    reference = our_reference(adapter, forget)
+    our_reference(adapter, forget)
     cached = time.perf_counter() - begin
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
-    times, processor = [], []
-    model.train()
-    for a in range(0, (steps + 1) * BATCH, BATCH):
-        begin, busy = time.perf_counter(), time.process_time()
-        our_loss(adapter, reference, forget[a : a + BATCH], retain[a : a + BATCH]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - begin)
-        processor.append(time.process_time() - busy)
-    return {"seconds": sum(times[1:]), "cpu": sum(processor[1:]), "cache": cached * steps / (steps + 1)}
+    marks: list[tuple[float, float]] = []
+    recipe = build("npo", {"schedule": {
+        "name": "fixed", "lr": RATE, "batch": BATCH, "steps": steps + 1, "warmup": 0, "decay": "constant", "weight_decay": 0,
+    }})  # fmt: skip
+    train(
+        adapter, recipe, {Stream.FORGET: forget, Stream.RETAIN: retain}, Engine(device="cpu", checkpoint_every=0),
+        observe=lambda *_: marks.append((time.perf_counter(), time.process_time())),
+    )  # fmt: skip
+    (wall, busy), (wall_end, busy_end) = marks[1], marks[-1]
+    return {"seconds": wall_end - wall, "cpu": busy_end - busy, "cache": cached * steps / (steps + 1)}
 
 
 def pad(rows):

@@ -84,7 +84,7 @@ def unlearn(
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
     allowed = Allowances(allow_overlap=allow_overlap, drop_overlap=drop_overlap, allow_large_forget=allow_large_forget)
     request = stage.check(_request(forget, retain, holdout, columns), allowed)
-    adapter = LanguageAdapter(model, tokenizer, template=template)
+    adapter = LanguageAdapter(model, tokenizer, template=template, dropout=engine.dropout)
     made = stage.plan(adapter, request, method, given, engine, how=alternatives, template=alternative_template)
     outcome, _ = stage.run_in_memory(made, progress=progress)
     return outcome

@@ -10,6 +10,7 @@ import torch
 
 import expunge
 from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.presets import build
 from expunge.core.errors import InputError
 from tests.command import rows
 from tests.world import World
@@ -53,6 +54,21 @@ def test_unlearn_and_audit_in_memory(held: World, tmp_path: Path, monkeypatch: p
     verdicts = [m.judgement.verdict for m in document.models if m.judgement]
     assert verdicts[0] == "not forgotten"
     assert not list(tmp_path.iterdir())
+
+
+def test_the_models_own_dropout_is_there_if_asked_for(people_world: World) -> None:
+    """Two steps from one start: the same without dropout whatever the model's own, other weights with it."""
+    split, tokenizer = people_world.split, people_world.tokenizer
+    found = []
+    for asked, own in ((False, 0.0), (False, 0.5), (True, 0.5)):
+        model = build(GPT2, tokenizer, seed=0, resid_pdrop=own, embd_pdrop=own, attn_pdrop=own)
+        expunge.unlearn(
+            model, tokenizer, forget=table(split.forget)[:4], retain=table(split.retain)[:8], method="graddiff",
+            schedule={"name": "fixed", "steps": 2, "lr": 1e-3}, engine__dropout=asked,
+        )  # fmt: skip
+        found.append(model.transformer.h[0].mlp.c_fc.weight.detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=1e-5)
 
 
 def test_lora_wraps_the_model(people_world: World) -> None:

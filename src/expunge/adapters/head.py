@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 KEEP_BYTES = 192 * 2**20  #: softmax matrices up to this size are kept for the backward pass, larger ones computed again
-BLOCK_BYTES = 16 * 2**20  #: size of one block of scores: small enough for a processor's last cache
+BLOCK_BYTES = 64 * 2**20  #: size of one block of scores that are not kept; products of few rows with a large head are slow
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -147,17 +147,18 @@ def linear_cross_entropy(
         weight: head, ``[V, D]``, of the same type as ``hidden``.
         targets: classes, int64 ``[N]`` in ``[0, V)``.
         bias: ``[V]`` or none.
-        rows: rows per block; none: as many as fit into :data:`BLOCK_BYTES`.
+        rows: rows per block; none: all, if their scores are kept as they are, else as many as fit into :data:`BLOCK_BYTES`.
         keep: keep the exponentials ``[N, V]`` for the backward pass (faster), or compute them again (smaller); none: keep them
             up to :data:`KEEP_BYTES`.
 
     Returns:
         Losses ``[N]``, float32 (float64 for float64 input).
     """
-    width = len(weight) * (8 if hidden.dtype == torch.float64 else 4)
-    rows = rows or max(16, BLOCK_BYTES // width)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     keep = needed and (targets.numel() * len(weight) * hidden.element_size() <= KEEP_BYTES if keep is None else keep)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    whole = keep and hidden.dtype == exact
+    rows = rows or (max(1, targets.numel()) if whole else max(16, BLOCK_BYTES // (len(weight) * exact.itemsize)))
     losses: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, rows, keep)  # type: ignore[no-untyped-call]
     return losses
 

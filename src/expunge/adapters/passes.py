@@ -93,7 +93,8 @@ class Runner:
             def rows(states: Tensor) -> Tensor:
                 return pick(states, batch.owner, batch.tensors["predict"], width)
         else:
-            cells = layout.cells
+            cells = batch.token_owner * width + batch.tensors["real"]
+            cells = cells if layers else cells[batch.tensors["inner"]]
             inputs = {k: batch.tensors[k][:, :width].reshape(-1).index_select(0, cells)[None] for k in _INPUTS}
             index = batch.tensors["row"] + batch.owner if layers else batch.tensors["row"]
 
@@ -132,10 +133,10 @@ class Runner:
         count = sum(batch.token_counts) - (0 if everything else batch.n_examples)
         if not self._packs or count > batch.n_examples * width * 15 // 16 or not packing.packable(model, width):
             return None
-        owner, column = batch.token_owner, batch.tensors["real"]
-        if not everything:
-            owner, column = owner[batch.tensors["inner"]], column[batch.tensors["inner"]]
-        return packing.Layout.of(owner * width + column, batch.n_examples, width)
+        if everything:
+            return packing.Layout.of(batch.token_counts, batch.token_owner, batch.tensors["real"])
+        inner = batch.tensors["inner"]
+        return packing.Layout.of([n - 1 for n in batch.token_counts], batch.token_owner[inner], batch.tensors["real"][inner])
 
     def _trial(self, model: nn.Module) -> bool:
         """Whether packing leaves the states before the head as they are, and goes through every block's attention."""
@@ -146,7 +147,8 @@ class Runner:
         ids = (torch.arange(real.numel()).reshape(real.shape) % vocabulary).to(device)
         places = torch.arange(real.shape[1]).expand(real.shape).to(device)
         cells = real.reshape(-1).nonzero().squeeze(1).to(device)
-        layout = packing.Layout.of(cells, *real.shape)
+        owner, column = (t.to(device) for t in real.nonzero(as_tuple=True))
+        layout = packing.Layout.of([int(n) for n in sizes], owner, column)
         options = {"use_cache": False} if "use_cache" in forward_parameters(base(model)) else {}
         caught: list[Tensor] = []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -32,6 +33,7 @@ TRIAL_STEPS = 10  #: optimiser steps per try of the range test
 WARMUP_STEPS = 5  #: of the adaptive schedule
 #: tries, as shares of the root mean square of the weight matrices: an Adam step moves every weight by about one rate
 SHARES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+ALIKE = 0.02  #: losses that differ by no more, in nats, are alike to the range test
 WANTED_STEPS = 120  #: the goal should be reached within so many steps; slower rates are gentler but cost more
 
 
@@ -52,6 +54,7 @@ class Training(Protocol):
     balance_state: dict[str, float]
     gradient_state: dict[str, Any]
     tokens: int
+    scratch: Path
 
     @property
     def progress(self) -> Callable[[int, int, str], None] | None:
@@ -62,7 +65,10 @@ class Training(Protocol):
 
 
 class Watch:
-    """Looks at both sides every few steps and decides; remembers the last weights that were within all bounds."""
+    """Looks at both sides every few steps and decides; remembers the last weights that were within all bounds.
+
+    A fixed schedule has no bounds: the weights at the start wait in a file, and come back if it diverges.
+    """
 
     def __init__(self, loop: Training, goal: Goal | None) -> None:
         self.loop, self.goal = loop, goal
@@ -71,6 +77,10 @@ class Watch:
         limit = self.schedule.check_examples if isinstance(self.schedule, Adaptive) else 128
         self.forget = _some(loop.examples.get(Stream.FORGET, ()), limit, loop.engine.seed)
         self.retain = _some(loop.examples.get(Stream.RETAIN, ()), limit, loop.engine.seed)
+        # A look takes no more memory than a step.
+        longest = max((e.size for held in loop.examples.values() for e in held), default=1)
+        rows = loop.schedule.batch + (loop.schedule.retain_batch or loop.schedule.batch)
+        self.max_tokens = min(loop.engine.max_tokens, longest * rows)
         self.forget_loss: float | None = None
         self.retain_loss: float | None = None
         self.base_retain: float | None = None
@@ -94,7 +104,7 @@ class Watch:
         mine = [examples[i] for i in share(list(range(len(examples))), devices.rank, devices.world)]
         was = self.loop.model.training
         self.loop.model.eval()
-        total = math.fsum(mean_losses(self.loop.adapter, self.loop.model, mine, self.loop.engine.max_tokens, devices.device))
+        total = math.fsum(mean_losses(self.loop.adapter, self.loop.model, mine, self.max_tokens, devices.device))
         self.loop.model.train(was)
         return devices.sum_floats([total])[0] / len(examples)
 
@@ -113,7 +123,10 @@ class Watch:
         if done == 0:
             self.look()
             self.base_retain, self.base_forget = self.retain_loss, self.forget_loss
-            self.good = checkpoint.snapshot(self.loop.model)
+            if isinstance(self.schedule, Adaptive):
+                self._keep()
+            else:
+                checkpoint.save_start(self.loop.scratch, self.loop.model, self.loop.devices.rank)
         gap = self.gap()
         return "goal" if isinstance(self.schedule, Adaptive) and gap is not None and gap <= 0 else None
 
@@ -137,11 +150,14 @@ class Watch:
 
     def after(self, row: dict[str, float], done: int) -> Reason | None:
         """Look when it is time, note it in the log's ``row``, and say whether training ends."""
+        if not isinstance(self.schedule, Adaptive):
+            if row.get("finite") != 0.0:
+                return None
+            checkpoint.restore_start(self.loop.scratch, self.loop.model, self.loop.devices.rank)
+            return "diverged"
         if row.get("finite") == 0.0:
             checkpoint.restore(self.loop.model, self.good)
             return "diverged" if not self._slower() else None
-        if not isinstance(self.schedule, Adaptive):
-            return None
         if done % self.schedule.check_every and not self._near():
             return None
         self.look()
@@ -173,8 +189,12 @@ class Watch:
             self.look()
             return "utility"
         self.erasing = not (repairs and there)
-        self.good = checkpoint.snapshot(self.loop.model)
+        self._keep()
         return "goal" if there else None
+
+    def _keep(self) -> None:
+        """Remember the weights as they are, in the memory of those remembered before."""
+        self.good = checkpoint.snapshot(self.loop.model, self.good)
 
     def rise(self) -> float:
         """How much the retain loss has risen, in nats; infinite if it is not finite, 0 without retain examples."""
@@ -220,9 +240,9 @@ class Watch:
                 "Try a retain term (retain=nll or retain=kl), more retain data, or a wider schedule.utility_bound."
             )
         if reason == "diverged":
+            kept = "the last good weights" if isinstance(self.schedule, Adaptive) else "the weights from before the run"
             return (
-                f"Stopped after {steps} steps: the loss or the gradient was not finite; the last good weights are kept. "
-                "Try a lower schedule.lr."
+                f"Stopped after {steps} steps: the loss or the gradient was not finite; {kept} are kept. Try a lower schedule.lr."
             )
         return (
             f"Budget of {steps} steps spent before the goal ({side}; goal {_n(self.goal.loss if self.goal else None)}). "
@@ -282,7 +302,8 @@ def choose_rate(loop: Training, watch: Watch) -> tuple[float, list[dict[str, flo
 
     With something to forget and a goal, the smallest rate that would reach the goal within :data:`WANTED_STEPS` (or the
     budget), judged by how far the trial went, among those that keep the retain loss within the bound; the fastest of these
-    if none would. With nothing to forget, a third of the rate under which the training loss fell most.
+    if none would. With nothing to forget, a third of the largest rate under which the training loss fell most, or nearly so: on a
+    model that knows its data all small rates are alike, and the smallest would do nothing.
     """
     start = checkpoint.snapshot(loop.model)
     size = _weight_size(loop.model, loop.devices)
@@ -322,7 +343,9 @@ def _pick(trials: list[dict[str, float]], gap: float | None, first: dict[str, fl
     ] or trials[:1]
     if gap is None or gap <= 0:
         key = "retain" if first["forget"] is None or not watch.loop.recipe.forget else "forget"
-        return min(fine, key=lambda t: t[key] if math.isfinite(t[key]) else math.inf)["lr"] / 3
+        best = min((t[key] for t in fine if math.isfinite(t[key])), default=math.inf)
+        alike = [t["lr"] for t in fine if t[key] <= best + ALIKE] or [fine[0]["lr"]]
+        return max(alike) / 3
     wanted = min(WANTED_STEPS, watch.loop.total)
     for trial in fine:
         moved = trial["forget"] - _f(first["forget"])

@@ -25,9 +25,28 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def snapshot(model: nn.Module) -> Tensors:
-    """A copy in main memory of the parameters that move (of a sharded model: of this process's shards)."""
-    return {n: _local(p.detach()).to("cpu", copy=True) for n, p in trainable(model).items()}
+def snapshot(model: nn.Module, into: Tensors | None = None) -> Tensors:
+    """A copy in main memory of the parameters that move (of a sharded model: of this process's shards).
+
+    ``into`` is an earlier snapshot that is no longer needed: its memory is used again.
+    """
+    now = {n: _local(p.detach()) for n, p in trainable(model).items()}
+    if not into:
+        return {n: p.to("cpu", copy=True) for n, p in now.items()}
+    for name, parameter in now.items():
+        into[name].copy_(parameter)
+    return into
+
+
+def save_start(folder: Path, model: nn.Module, rank: int) -> None:
+    """Write the parameters that move (of a sharded model: this process's shards) to a file, to go back to if training fails."""
+    with atomic_path(folder / f"start-{rank}.safetensors") as temporary:
+        save_file({n: _local(p.detach()).cpu().contiguous() for n, p in trainable(model).items()}, temporary)
+
+
+def restore_start(folder: Path, model: nn.Module, rank: int) -> None:
+    """Put back what :func:`save_start` wrote."""
+    restore(model, load_file(folder / f"start-{rank}.safetensors"))
 
 
 def restore(model: nn.Module, saved: Tensors) -> None:

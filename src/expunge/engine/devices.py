@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -100,9 +99,11 @@ class Devices:
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float | None) -> float:
         """Scale the gradient down to ``limit``; returns its norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit, error_if_nonfinite=False)
-        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        return float(full)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        size = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if limit is not None and size > limit:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return size
 
     def gather(self, model: nn.Module) -> dict[str, Tensor] | None:
         """The whole state of a sharded model in main memory (empty on all processes but the first), None if it is not sharded."""

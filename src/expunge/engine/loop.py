@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from expunge.adapters.base import Adapter, Example
 from expunge.core.access import Stream
 from expunge.core.errors import InputError
 from expunge.core.files import write_json
+from expunge.core.memory import freed_memory_kept
 from expunge.data.order import BatchPlan, share
 from expunge.engine import checkpoint
 from expunge.engine.adaptive import Reason, Watch, choose_rate
@@ -113,8 +115,12 @@ def train(
     Raises:
         InputError: the recipe does not fit the data or the model.
     """
-    loop = _Loop(adapter, recipe, examples, engine, goal=goal, folder=folder, cache=cache, observe=observe, progress=progress)
-    return loop.run(resume)
+    with tempfile.TemporaryDirectory() as scratch:
+        loop = _Loop(
+            adapter, recipe, examples, engine, goal=goal, folder=folder, cache=cache, observe=observe, progress=progress,
+            scratch=folder / "checkpoint" if folder else Path(scratch),
+        )  # fmt: skip
+        return loop.run(resume)
 
 
 class _Loop:
@@ -130,10 +136,12 @@ class _Loop:
         cache: Path | None,
         observe: Callable[[int, nn.Module], None] | None,
         progress: Progress | None,
+        scratch: Path,
     ) -> None:
         self.started = time.perf_counter()
         self.adapter, self.recipe, self.examples, self.engine = adapter, recipe, examples, engine
         self.goal, self.folder, self.observe, self.progress = goal, folder, observe, progress
+        self.scratch = scratch
         self.schedule = recipe.schedule
         self.devices = Devices(engine)
         if recipe.gradient.by_term and self.devices.sharded:
@@ -330,16 +338,17 @@ class _Loop:
         if self.observe and done == 0:
             self.observe(0, self.devices.unwrap(self.model))
         reason: Reason | None = watch.first(done)
-        while reason is None and done < self.total:
-            row = self.step(done, watch.rate(done), watch.erasing)
-            done += 1
-            reason = watch.after(row, done)
-            self.history.append(row)
-            self._report(row, done)
-            if self.observe:
-                self.observe(done, self.devices.unwrap(self.model))
-            if self.folder and self.engine.checkpoint_every and done % self.engine.checkpoint_every == 0 and reason is None:
-                self._save(done, watch, rates)
+        with freed_memory_kept():
+            while reason is None and done < self.total:
+                row = self.step(done, watch.rate(done), watch.erasing)
+                done += 1
+                reason = watch.after(row, done)
+                self.history.append(row)
+                self._report(row, done)
+                if self.observe:
+                    self.observe(done, self.devices.unwrap(self.model))
+                if self.folder and self.engine.checkpoint_every and done % self.engine.checkpoint_every == 0 and reason is None:
+                    self._save(done, watch, rates)
         reason = reason or watch.ended()
         self._finish(watch)
         return self._outcome(reason, done, watch, rates)

@@ -18,7 +18,7 @@ class Engine(Settings):
     precision: Literal["float32", "bfloat16"] = Field("float32", description="precision of matrix products; weights keep theirs")
     max_tokens: int = Field(8192, ge=64, description="padded input tokens per forward pass and process; larger steps accumulate")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
-    dropout: bool = Field(False, description="apply LoRA's dropout while training; the model's own is always off")
+    dropout: bool = Field(False, description="apply the dropout of the model, and of LoRA, while training")
     checkpoint_every: int = Field(
         50, ge=0, description="optimiser steps between checkpoints from which --resume goes on; 0: none"
     )

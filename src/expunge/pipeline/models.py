@@ -32,8 +32,11 @@ def resolve(source: str) -> str:
     return str(folder / "model")
 
 
-def open_adapter(source: str, text: TextConfig) -> LanguageAdapter:
-    """Load a causal language model with its tokenizer; the way text is formed is the run's own if ``source`` is a run."""
+def open_adapter(source: str, text: TextConfig, *, dropout: bool = False) -> LanguageAdapter:
+    """Load a causal language model with its tokenizer; the way text is formed is the run's own if ``source`` is a run.
+
+    ``dropout`` leaves the model's own dropout to the training loop.
+    """
     from expunge.adapters.loading import load
 
     held = text
@@ -44,7 +47,8 @@ def open_adapter(source: str, text: TextConfig) -> LanguageAdapter:
     place = Path(resolve(source))
     check_memory(sum(p.stat().st_size for p in place.glob("*.safetensors")) if place.is_dir() else 0, f"Loading {source!r}")
     return load(
-        resolve(source), dtype=held.dtype, template=held.template, max_length=held.max_length, truncate=held.truncate
+        resolve(source), dtype=held.dtype, template=held.template, max_length=held.max_length, truncate=held.truncate,
+        dropout=dropout,
     )  # fmt: skip
 
 

@@ -180,8 +180,8 @@ def plan(path: Path, config: UnlearnConfig, retrain: int = 0) -> Requests:
     checked = [unlearn.check(unlearn.Request(s.forget, s.retain, holdout), config) for s in steps]
     if retrain:  # that it can be done is known before anything is begun
         retraining_of(config.model, steps[0].forget, 1, base=config.base, retain=config.retain)
-    adapter = open_adapter(config.model, config.text)
-    base = open_adapter(config.base, config.text) if config.base else None
+    adapter = open_adapter(config.model, config.text, dropout=config.engine.dropout)
+    base = open_adapter(config.base, config.text, dropout=config.engine.dropout) if config.base else None
     made = [_plan(adapter, base, request, config) for request in checked]
     cost = Cost(
         sum(m.cost.steps for m in made), sum(m.cost.tokens for m in made), max(m.cost.memory for m in made),
@@ -231,8 +231,8 @@ def run(
         folder = out / f"{number:02d}-{step.id}"
         at = config.model_copy(update={"model": source, "forget": step.forget.source})
         if not _done(folder):
-            base = open_adapter(config.base, config.text) if config.base else None
-            planned = _plan(open_adapter(source, at.text), base, request, at)
+            base = open_adapter(config.base, config.text, dropout=config.engine.dropout) if config.base else None
+            planned = _plan(open_adapter(source, at.text, dropout=at.engine.dropout), base, request, at)
             with bars(f"request {number} of {len(steps)}: {step.id}") as bar:
                 unlearn.execute(planned, at, folder, resume=(folder / "manifest.json").is_file(), progress=bar)
             said = step.id

@@ -84,7 +84,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     adapter, base = (
         (_scratch(config, vocabulary), config.model)
         if config.scratch
-        else (open_adapter(config.model, config.text), config.model)
+        else (open_adapter(config.model, config.text, dropout=config.engine.dropout), config.model)
     )
     examples = [adapter.encode(r) for r in records]
     parameters = sum(p.numel() for p in adapter.model.parameters())
@@ -116,7 +116,8 @@ def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
     tokenizer = word_tokenizer([*all_texts([vocabulary, *more]), config.text.template or DEFAULT_TEMPLATE])
     model = build(config.model, tokenizer, seed=config.engine.seed)
     return LanguageAdapter(
-        model, tokenizer, template=config.text.template, max_length=config.text.max_length, truncate=config.text.truncate
+        model, tokenizer, template=config.text.template, max_length=config.text.max_length, truncate=config.text.truncate,
+        dropout=config.engine.dropout,
     )  # fmt: skip
 
 

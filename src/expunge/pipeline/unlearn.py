@@ -267,8 +267,8 @@ def from_config(config: UnlearnConfig) -> UnlearnPlan:
     """
     check_method(config)
     request = load_request(config)
-    adapter = open_adapter(config.model, config.text)
-    base = open_adapter(config.base, config.text) if config.base else None
+    adapter = open_adapter(config.model, config.text, dropout=config.engine.dropout)
+    base = open_adapter(config.base, config.text, dropout=config.engine.dropout) if config.base else None
     return plan(
         adapter, request, config.method, config.parts, config.engine,
         how=config.alternatives, template=config.alternative_template, base=base,
