@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
-from expunge.data.records import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +30,10 @@ class Example:
     Attributes:
         id: the record's id, with a suffix where several examples come from one record (``"r7#alt0"``).
         cluster: the independent unit of the record.
-        n_targets: supervised targets (tokens of the answer and its end token).
-        size: input length (tokens), the measure of cost by which batches are grouped.
+        n_targets: supervised targets (tokens of the answer and its end token; 1 for a row).
+        size: input length (tokens; 1 for a row).
         data: what the adapter needs to collate it.
+        cost: what it costs to run, in tokens of a language model or as many numbers; 0: its size. Batches are filled by it.
     """
 
     id: str
@@ -41,6 +41,12 @@ class Example:
     n_targets: int
     size: int
     data: Any
+    cost: int = 0
+
+    @property
+    def units(self) -> int:
+        """The measure by which batches are filled."""
+        return self.cost or self.size
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Batch:
     Attributes:
         ids: example ids, in order (B).
         tensors: inputs of the model.
-        targets: class or token id of each target, int64 ``[N]``; grouped by example, in order.
+        targets: class or token id of each target, int64 ``[N]``, or the number to predict, a float; grouped by example, in order.
         owner: index of the example of each target, int64 ``[N]``, ascending.
         position: index of the target within its example, int64 ``[N]``; 0 is the first answer token.
         counts: targets per example (B).
@@ -184,8 +190,10 @@ class Adapter(abc.ABC):
     model: nn.Module
 
     @abc.abstractmethod
-    def encode(self, record: Record, *, answer: str | None = None, suffix: str = "", prompt: str | None = None) -> Example:
-        """Turn a record into an example; ``answer`` replaces its answer, ``prompt`` its prompt, ``suffix`` marks the new id.
+    def encode(self, record: Any, *, answer: Any = None, suffix: str = "", prompt: str | None = None) -> Example:
+        """Turn a record of the modality's kind into an example.
+
+        ``answer`` replaces its answer (its class, its number), ``prompt`` its prompt, ``suffix`` marks the new id.
 
         Raises:
             InputError: it does not fit into the model's context, or leaves no target.

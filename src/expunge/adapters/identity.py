@@ -30,10 +30,7 @@ _BLOCK = 1 << 24
 
 def fingerprint(model: nn.Module, tokenizer: Any, encoder: Encoder) -> str:
     """SHA-256 over the weights (name, type, shape, bytes), configuration, adapter settings, tokenizer and template."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        _update(state, tensor)
+    state = weights_hash(model)
     config: Any = getattr(model, "config", None)
     described = {
         "config": _plain(config.to_dict()) if config is not None else {},
@@ -45,7 +42,16 @@ def fingerprint(model: nn.Module, tokenizer: Any, encoder: Encoder) -> str:
         "template": [encoder.template, encoder.chat, encoder.max_length, encoder.truncate],
     }
     state.update(json.dumps(described, sort_keys=True, default=str).encode())
-    return state.hexdigest()
+    return str(state.hexdigest())
+
+
+def weights_hash(model: nn.Module) -> Any:
+    """A running SHA-256 over the weights of a model and its buffers: name, type, shape, bytes."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        _update(state, tensor)
+    return state
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:

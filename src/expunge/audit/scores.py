@@ -244,7 +244,7 @@ def _score_block(adapter: Adapter, block: Sequence[Example], counts: npt.NDArray
     offsets = np.concatenate([[0], np.cumsum(counts)])
     out: dict[str, npt.NDArray[Any]] = {n: np.empty(int(counts.sum()), dtype=t) for n, t in FIELDS.items()}
     with evaluating(model):
-        for chosen in by_length([e.size for e in block], batch_tokens):
+        for chosen in by_length([e.units for e in block], batch_tokens):
             batch = adapter.collate([block[i] for i in chosen]).to(device)
             place = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
             for first, logits in adapter.logit_blocks(model, batch):

@@ -13,6 +13,7 @@ class Offer(enum.StrEnum):
     FEATURES = "features"  #: hidden states at named layers
     GENERATE = "generate"  #: free generation from a prompt
     TEXT = "text"  #: prompts and answers are text: alternative answers can be written
+    CLASSES = "classes"  #: answers are classes: another class can be taught
 
 
 class Stream(enum.StrEnum):
@@ -20,7 +21,7 @@ class Stream(enum.StrEnum):
 
     FORGET = "forget"
     RETAIN = "retain"
-    ALTERNATIVE = "alternative"  #: the forget prompts with other answers
+    ALTERNATIVE = "alternative"  #: the forget examples with other answers
 
 
 class Of(enum.StrEnum):

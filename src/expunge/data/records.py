@@ -5,9 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import overload
+from typing import Generic, Protocol, overload
+
+from typing_extensions import TypeVar
 
 from expunge.core.files import digest_json
+
+
+class Item(Protocol):
+    """What every kind of record has: a text (:class:`Record`), a row of a table (:class:`~expunge.data.rows.Row`)."""
+
+    @property
+    def id(self) -> str:
+        """Stable name within its source."""
+
+    @property
+    def cluster(self) -> str:
+        """The independent unit it belongs to."""
+
+    def content(self) -> dict[str, object]:
+        """What it says, without its id: the basis of content hashes."""
+
+
+T = TypeVar("T", bound=Item, default="Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +88,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class RecordSet(Sequence[Record]):
+class RecordSet(Sequence[T], Generic[T]):
     """A named, ordered, immutable set of records with unique ids.
 
     Attributes:
@@ -78,14 +98,14 @@ class RecordSet(Sequence[Record]):
     """
 
     name: str
-    records: tuple[Record, ...]
+    records: tuple[T, ...]
     source: str = field(default="python", compare=False)
 
     @overload
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> RecordSet: ...
-    def __getitem__(self, index: int | slice) -> Record | RecordSet:
+    def __getitem__(self, index: slice) -> RecordSet[T]: ...
+    def __getitem__(self, index: int | slice) -> T | RecordSet[T]:
         if isinstance(index, slice):
             return RecordSet(self.name, self.records[index], self.source)
         return self.records[index]
@@ -93,7 +113,7 @@ class RecordSet(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[T]:
         return iter(self.records)
 
     @cached_property

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from expunge.adapters.base import Adapter, Example
+from expunge.adapters.passes import evaluating
 from expunge.core.access import Stream
 from expunge.data.order import BatchPlan, share
 from expunge.engine import checkpoint
@@ -78,7 +79,7 @@ class Watch:
         self.forget = _some(loop.examples.get(Stream.FORGET, ()), limit, loop.engine.seed)
         self.retain = _some(loop.examples.get(Stream.RETAIN, ()), limit, loop.engine.seed)
         # A look takes no more memory than a step.
-        longest = max((e.size for held in loop.examples.values() for e in held), default=1)
+        longest = max((e.units for held in loop.examples.values() for e in held), default=1)
         rows = loop.schedule.batch + (loop.schedule.retain_batch or loop.schedule.batch)
         self.max_tokens = min(loop.engine.max_tokens, longest * rows)
         self.forget_loss: float | None = None
@@ -102,10 +103,8 @@ class Watch:
             return None
         devices = self.loop.devices
         mine = [examples[i] for i in share(list(range(len(examples))), devices.rank, devices.world)]
-        was = self.loop.model.training
-        self.loop.model.eval()
-        total = math.fsum(mean_losses(self.loop.adapter, self.loop.model, mine, self.max_tokens, devices.device))
-        self.loop.model.train(was)
+        with evaluating(self.loop.model):
+            total = math.fsum(mean_losses(self.loop.adapter, self.loop.model, mine, self.max_tokens, devices.device))
         return devices.sum_floats([total])[0] / len(examples)
 
     def gap(self) -> float | None:
@@ -258,7 +257,8 @@ class Watch:
         given = getattr(finish, "scale", None)
 
         def put(scale: float) -> None:
-            checkpoint.restore(self.loop.model, {n: finish.weights(before[n], after[n], scale) for n in after})
+            made = {n: finish.weights(before[n], after[n], scale) for n in checkpoint.trainable(self.loop.model)}
+            checkpoint.restore(self.loop.model, {**after, **made})
             self.look()
 
         if given is not None or self.goal is None:

@@ -25,12 +25,18 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that training moves, by name: the statistics of batch normalisation where it follows its batches."""
+    followed = {n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training}
+    return {n: b for n, b in model.named_buffers() if n.rpartition(".")[0] in followed}
+
+
 def snapshot(model: nn.Module, into: Tensors | None = None) -> Tensors:
-    """A copy in main memory of the parameters that move (of a sharded model: of this process's shards).
+    """A copy in main memory of the parameters and statistics that move (of a sharded model: of this process's shards).
 
     ``into`` is an earlier snapshot that is no longer needed: its memory is used again.
     """
-    now = {n: _local(p.detach()) for n, p in trainable(model).items()}
+    now = {n: _local(p.detach()) for n, p in {**trainable(model), **statistics(model)}.items()}
     if not into:
         return {n: p.to("cpu", copy=True) for n, p in now.items()}
     for name, parameter in now.items():
@@ -41,7 +47,8 @@ def snapshot(model: nn.Module, into: Tensors | None = None) -> Tensors:
 def save_start(folder: Path, model: nn.Module, rank: int) -> None:
     """Write the parameters that move (of a sharded model: this process's shards) to a file, to go back to if training fails."""
     with atomic_path(folder / f"start-{rank}.safetensors") as temporary:
-        save_file({n: _local(p.detach()).cpu().contiguous() for n, p in trainable(model).items()}, temporary)
+        now = {**trainable(model), **statistics(model)}
+        save_file({n: _local(p.detach()).cpu().contiguous() for n, p in now.items()}, temporary)
 
 
 def restore_start(folder: Path, model: nn.Module, rank: int) -> None:
@@ -52,8 +59,8 @@ def restore_start(folder: Path, model: nn.Module, rank: int) -> None:
 def restore(model: nn.Module, saved: Tensors) -> None:
     """Put a :func:`snapshot` back."""
     with torch.no_grad():
-        for name, parameter in trainable(model).items():
-            local = _local(parameter.detach())
+        for name, moving in {**trainable(model), **statistics(model)}.items():
+            local = _local(moving.detach())
             local.copy_(saved[name].to(local.device))
 
 

@@ -216,6 +216,9 @@ class _Loop:
                 for name in ("attention_dropout", "dropout"):
                     if isinstance(getattr(module, name, None), float):
                         setattr(module, name, 0.0)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(self.engine.batch_norm == "batch")
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         moving = [p for p in model.parameters() if p.requires_grad]
@@ -223,7 +226,10 @@ class _Loop:
         vectors = [p for p in moving if p.ndim <= 1]
         decay = 0.0 if isinstance(self.recipe.parameters, SaliencyMask) else self.schedule.weight_decay
         groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-6, fused=True)
+        groups = [g for g in groups if g["params"]]
+        if self.schedule.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=1e-6, momentum=self.schedule.momentum, fused=True)
+        return torch.optim.AdamW(groups, lr=1e-6, fused=True)
 
     def _plan(self) -> BatchPlan:
         """Batches by (seed, step); the anchor (the forget set, or what is trained on) comes first and defines the epoch."""

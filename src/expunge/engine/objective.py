@@ -37,7 +37,7 @@ class Micro:
 
     def padded_tokens(self) -> int:
         """Input tokens after padding."""
-        everything = [e.size for s in self.examples.values() for e in s]
+        everything = [e.units for s in self.examples.values() for e in s]
         return max(everything) * len(everything)
 
 
@@ -101,17 +101,17 @@ class Objective:
             if Stream.ALTERNATIVE in full:
                 item[Stream.ALTERNATIVE] = self.examples[Stream.ALTERNATIVE][i]
             items.append(item)
-        items.sort(key=lambda item: max(e.size for e in item.values()))
+        items.sort(key=lambda item: max(e.units for e in item.values()))
         groups: list[list[dict[Stream, Example]]] = []
         widest = held = 0
         for item in items:
-            width = max(widest, *(e.size for e in item.values()))
+            width = max(widest, *(e.units for e in item.values()))
             if groups and width * (held + len(item)) <= max_tokens:
                 groups[-1].append(item)
                 widest, held = width, held + len(item)
             else:
                 groups.append([item])
-                widest, held = max(e.size for e in item.values()), len(item)
+                widest, held = max(e.units for e in item.values()), len(item)
         return [Micro({s: tuple(i[s] for i in g if s in i) for s in _ORDER if any(s in i for i in g)}) for g in groups]
 
     def filler(self) -> Micro:
@@ -119,7 +119,7 @@ class Objective:
         streams = {t.stream for t in self.recipe.terms()} | {s for s, _, _ in self.needs}
         if Stream.ALTERNATIVE in streams:
             streams.add(Stream.FORGET)
-        shortest = {s: min(range(len(self.examples[s])), key=lambda i, s=s: self.examples[s][i].size) for s in streams}  # type: ignore[misc]
+        shortest = {s: min(range(len(self.examples[s])), key=lambda i, s=s: self.examples[s][i].units) for s in streams}  # type: ignore[misc]
         if Stream.ALTERNATIVE in shortest:
             shortest[Stream.ALTERNATIVE] = shortest[Stream.FORGET]
         return Micro({s: (self.examples[s][shortest[s]],) for s in _ORDER if s in streams}, weight=0.0)
@@ -189,7 +189,7 @@ def mean_losses(
     adapter: Adapter, model: nn.Module, examples: Sequence[Example], max_tokens: int, device: torch.device | None = None
 ) -> list[float]:
     """Mean loss per target of each example, in order, without gradients (an example without targets gets 0)."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i].size)
+    order = sorted(range(len(examples)), key=lambda i: examples[i].units)
     out = [0.0] * len(examples)
     where = device or next(model.parameters()).device
     at = 0
@@ -197,7 +197,7 @@ def mean_losses(
     with guard:
         while at < len(order):
             stop = at + 1
-            while stop < len(order) and examples[order[stop]].size * (stop + 1 - at) <= max_tokens:
+            while stop < len(order) and examples[order[stop]].units * (stop + 1 - at) <= max_tokens:
                 stop += 1
             chosen = order[at:stop]
             batch = adapter.collate([examples[i] for i in chosen]).to(where)

@@ -19,6 +19,10 @@ class Engine(Settings):
     max_tokens: int = Field(8192, ge=64, description="padded input tokens per forward pass and process; larger steps accumulate")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
     dropout: bool = Field(False, description="apply the dropout of the model, and of LoRA, while training")
+    batch_norm: Literal["frozen", "batch"] = Field(
+        "frozen",
+        description="batch normalisation by its running statistics, or by each forward pass, whose statistics it then follows",
+    )
     checkpoint_every: int = Field(
         50, ge=0, description="optimiser steps between checkpoints from which --resume goes on; 0: none"
     )

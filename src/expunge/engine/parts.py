@@ -157,7 +157,9 @@ class Schedule(Settings, abc.ABC):
 
     batch: int = Field(8, ge=1, description="forget examples per optimiser step, over all processes and micro-batches")
     retain_batch: int | None = Field(None, ge=1, description="retain examples per step; none: as many as forget examples")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="rule of the step")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd: share of the last step that is taken again")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of adamw; of sgd: added to the gradient")
     lr: float | None = Field(None, gt=0, description="learning rate; none: found by a range test")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; none: not clipped")
 

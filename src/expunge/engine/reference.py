@@ -76,12 +76,12 @@ class CachedReference:
                 parts = np.split(flat, ends[:-1])
                 self._losses |= {e.id: p for e, p in zip(examples, parts, strict=True)}
                 return True
-        order = sorted(range(len(examples)), key=lambda i: examples[i].size)
+        order = sorted(range(len(examples)), key=lambda i: examples[i].units)
         at = 0
         with torch.no_grad():
             while at < len(order):
                 stop = at + 1
-                while stop < len(order) and examples[order[stop]].size * (stop + 1 - at) <= max_tokens:
+                while stop < len(order) and examples[order[stop]].units * (stop + 1 - at) <= max_tokens:
                     stop += 1
                 chosen = [examples[i] for i in order[at:stop]]
                 batch = self.adapter.collate(chosen).to(device)

@@ -14,7 +14,7 @@ SCHEDULES: Registry[type[Schedule]] = Registry("schedule", None, "expunge.schedu
 
 
 class Fixed(Schedule):
-    """A published fixed schedule: AdamW, warm-up, decay, a number of epochs over the forget set."""
+    """A published fixed schedule: optimiser, warm-up, decay, a number of epochs over the forget set."""
 
     name: ClassVar[str] = "fixed"
 
@@ -24,7 +24,7 @@ class Fixed(Schedule):
     warmup: float = Field(1.0, ge=0, description="epochs of linear warm-up (of steps: share of them, if steps are given)")
     decay: Literal["linear", "cosine", "constant"] = Field("linear", description="course of the learning rate after warm-up")
     batch: int = Field(32, ge=1, description="forget examples per optimiser step, over all processes and micro-batches")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of adamw; of sgd: added to the gradient")
 
     def total_steps(self, per_epoch: int) -> int:
         """Steps if given, else epochs times ``per_epoch``."""

@@ -7,7 +7,11 @@ kind         the answer that takes the place
 ``refusals`` a sentence of not knowing, from a fixed list
 ``others``   the answer of another record of the set, of another subject: plausible in style, wrong in content
 ``template`` a text of the user's, in which ``{prompt}`` and ``{subject}`` are filled in
+``other``    of classes: another one, uniformly
+``any``      of classes: any one, the true one too, uniformly
 ============ ==========================================================================================
+
+The last two are for rows that have a class, the others for text.
 
 Every choice depends on the record's id and the seed only (``others`` also on the set), so a resumed or distributed run sees the
 same answers.
@@ -23,9 +27,11 @@ from typing import Literal, get_args
 from expunge.core.errors import InputError, unknown
 from expunge.data.records import Record
 from expunge.data.refusals import refusals
+from expunge.data.rows import Row
 from expunge.methods.registry import METHODS
 
-Kind = Literal["given", "refusals", "others", "template"]
+Kind = Literal["given", "refusals", "others", "template", "other", "any"]
+CLASS_KINDS = ("other", "any")  #: kinds that put another class in the place of a row's own
 
 _FIELDS = ("prompt", "subject")
 _TRIES = 32  #: draws for an answer that differs from the record's own
@@ -61,6 +67,25 @@ def alternatives(records: Sequence[Record], how: str, seed: int = 0, *, template
     if how == "template":
         return _filled(records, template)
     raise unknown("kind of alternative answer", how, get_args(Kind))
+
+
+def other_classes(rows: Sequence[Row], classes: int, how: str, seed: int = 0) -> list[int]:
+    """Another class for each row, in order, by its id and the seed alone.
+
+    Args:
+        rows: the forget set.
+        classes: how many classes there are, at least 2.
+        how: ``other`` leaves the row's own class out (Graves et al. 2021, arXiv 2010.10981), ``any`` does not.
+        seed: of the choice, non-negative.
+
+    Raises:
+        InputError: another kind.
+    """
+    if how not in CLASS_KINDS:
+        raise unknown("kind of other classes", how, CLASS_KINDS)
+    if how == "any":
+        return [_number(row.id, seed) % classes for row in rows]
+    return [(int(row.target) + 1 + _number(row.id, seed) % (classes - 1)) % classes for row in rows]
 
 
 def _given(record: Record, seed: int) -> str:

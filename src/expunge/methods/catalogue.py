@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from expunge.core.access import Of, Offer, Stream
 from expunge.core.settings import Parameter, Settings, describe_value
 from expunge.engine.parts import Paper, Recipe
+from expunge.methods.alternatives import CLASS_KINDS
 from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, Method, Want, wants
 
 
@@ -70,7 +71,7 @@ def describe(name: str) -> Description:
         caveats=method.caveats,
         parts=tuple(parts),
         published=_part("schedule", method.published),
-        needs=offers_needed(recipe),
+        needs=offers_needed(recipe, method.alternatives),
         wants=asked,
         reads_reference=tuple(sorted({_kind(v) for _, of, v in recipe.needs(PLACEHOLDER_LAYERS) if of is Of.REFERENCE})),
         alternatives=method.alternatives if "alternatives" in asked else None,
@@ -78,23 +79,23 @@ def describe(name: str) -> Description:
     )
 
 
-def offers_needed(recipe: Recipe) -> tuple[Offer, ...]:
+def offers_needed(recipe: Recipe, alternatives: str = "refusals") -> tuple[Offer, ...]:
     """What an adapter must offer so that the recipe can run on its modality.
 
-    The loss is always needed (the adaptive schedule looks at it); alternatives need text, because only there can other
-    answers be written.
+    The loss is always needed (the adaptive schedule looks at it). Alternatives need text, where other answers can be written, or
+    classes, by their kind.
     """
     needs = recipe.needs(PLACEHOLDER_LAYERS)
     found = {Offer.LOSSES} | {Offer(_kind(value)) for _, _, value in needs}
     if any(stream is Stream.ALTERNATIVE for stream, _, _ in needs):
-        found.add(Offer.TEXT)
+        found.add(Offer.CLASSES if alternatives in CLASS_KINDS else Offer.TEXT)
     return tuple(sorted(found))
 
 
 def serves(method: str | Method, offers: Collection[Offer]) -> tuple[bool, tuple[Offer, ...]]:
     """Whether a method runs on an adapter that offers ``offers``, and what is missing for it."""
     found = METHODS.get(method) if isinstance(method, str) else method
-    missing = tuple(o for o in offers_needed(found.build()) if o not in offers)
+    missing = tuple(o for o in offers_needed(found.build(), found.alternatives) if o not in offers)
     return not missing, missing
 
 

@@ -163,7 +163,7 @@ def plan(
     parameters = sum(p.numel() for p in adapter.model.parameters())
     lora = recipe.parameters.name == "lora"
     weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
-    tokens = min(engine.max_tokens, 2 * recipe.schedule.batch * max(e.size for held in examples.values() for e in held))
+    tokens = min(engine.max_tokens, 2 * recipe.schedule.batch * max(e.units for held in examples.values() for e in held))
     memory = training_memory(adapter, tokens, lora=lora, checkpointing=engine.gradient_checkpointing) + (
         weights if kind == "copy" else 0
     )
