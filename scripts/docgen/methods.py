@@ -25,8 +25,9 @@ _REFERENCE = {
     "adapter-off": "the same weights with the LoRA switched off: one more forward pass per step",
     "copy": "a second copy of the model in memory, or none with `parameters=lora`",
 }
-_PARTS = ("parameters", "gradient", "balance", "schedule", "finish")
-_PAGES = {p: p if p == "parameters" else p + ("es" if p == "finish" else "s") for p in _PARTS}
+_PLURALS = {"parameters": "parameters", "finish": "finishes", "penalty": "penalties"}
+_PARTS = ("parameters", "gradient", "balance", "schedule", "penalty", "finish")
+_PAGES = {p: _PLURALS.get(p, p + "s") for p in _PARTS}
 
 
 def built_in() -> list[Method]:
@@ -168,7 +169,7 @@ def _matrix(known: list[Method]) -> str:
     rows = []
     for m in known:
         cells = ["yes" if serves(m, ADAPTERS.get(name).offers)[0] else "no" for name in modalities]
-        rows.append([_link(m), ", ".join(offers_needed(m.build())), *cells])
+        rows.append([_link(m), ", ".join(offers_needed(m.build(), m.alternatives)), *cells])
     offered = [[name, ", ".join(sorted(ADAPTERS.get(name).offers)), summary(ADAPTERS.get(name))] for name in modalities]
     return page(
         "Where each method runs",

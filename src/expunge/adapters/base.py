@@ -189,6 +189,11 @@ class Adapter(abc.ABC):
     offers: ClassVar[frozenset[Offer]]
     model: nn.Module
 
+    @property
+    def n_classes(self) -> int | None:
+        """How many classes the model chooses from; none where answers are no classes of their own (text, numbers)."""
+        return None
+
     @abc.abstractmethod
     def encode(self, record: Any, *, answer: Any = None, suffix: str = "", prompt: str | None = None) -> Example:
         """Turn a record of the modality's kind into an example.

@@ -261,6 +261,11 @@ class ClassifierAdapter(SupervisedAdapter):
             raise InputError(f"A classifier needs at least two classes, not {len(self.classes)}.", "Name all of them.")
 
     @property
+    def n_classes(self) -> int:
+        """C."""
+        return len(self.classes)
+
+    @property
     def target_type(self) -> torch.dtype:
         """Class numbers."""
         return torch.int64

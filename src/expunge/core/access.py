@@ -29,3 +29,4 @@ class Of(enum.StrEnum):
 
     CURRENT = "current"  #: the model being changed, with gradients
     REFERENCE = "reference"  #: the frozen target model
+    INCOMPETENT = "incompetent"  #: a network of the same shape that has learnt nothing, frozen

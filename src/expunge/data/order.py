@@ -109,6 +109,54 @@ class BatchPlan:
         return _permutation(raw, self.sizes[name])
 
 
+class TurnPlan:
+    """Passes over two streams in turn: each epoch has one over the first (while there are any left), then one over the second.
+
+    Args:
+        sizes: examples of the two streams.
+        batch: batch size of each.
+        seed: non-negative.
+        passes: how often each stream is passed over, the second at least once.
+
+    Raises:
+        InputError: as :class:`BatchPlan`, or no pass over the second stream.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], batch: Mapping[str, int], *, seed: int, passes: Mapping[str, int]) -> None:
+        self.first, self.second = sizes
+        if passes[self.second] < 1:
+            raise InputError("Turns need at least one epoch.", "Give epochs of 1 or more.")
+        self._plans = {
+            name: BatchPlan({name: size}, {name: batch[name]}, seed=seed, steps=-(-size // batch[name]) * passes[name])
+            for name, size in sizes.items()
+        }
+        self._own = {name: plan.steps_per_epoch for name, plan in self._plans.items()}
+        self._early = min(passes[self.first], passes[self.second])
+        self.steps = self._early * self._own[self.first] + passes[self.second] * self._own[self.second]
+        self.steps_per_epoch = -(-self.steps // passes[self.second])
+
+    def turn(self, step: int) -> tuple[str, int]:
+        """The stream that a step reads, and the step's number among those of the stream."""
+        both = self._own[self.first] + self._own[self.second]
+        if step < self._early * both:
+            epoch, at = divmod(step, both)
+            if at < self._own[self.first]:
+                return self.first, epoch * self._own[self.first] + at
+            return self.second, epoch * self._own[self.second] + at - self._own[self.first]
+        return self.second, step - self._early * self._own[self.first]
+
+    def plan(self, step: int) -> dict[str, list[int]]:
+        """The global batch of a step, of one stream.
+
+        Raises:
+            IndexError: the step is not in [0, steps).
+        """
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} is not in [0, {self.steps})")
+        name, at = self.turn(step)
+        return self._plans[name].plan(at)
+
+
 def _ints(values: Permutation) -> list[int]:
     return [int(v) for v in values]
 

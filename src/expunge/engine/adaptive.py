@@ -19,7 +19,7 @@ from torch import nn
 from expunge.adapters.base import Adapter, Example
 from expunge.adapters.passes import evaluating
 from expunge.core.access import Stream
-from expunge.data.order import BatchPlan, share
+from expunge.data.order import BatchPlan, TurnPlan, share
 from expunge.engine import checkpoint
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
@@ -49,7 +49,7 @@ class Training(Protocol):
     devices: Devices
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    plan: BatchPlan
+    plan: BatchPlan | TurnPlan
     total: int
     start_weights: checkpoint.Tensors
     balance_state: dict[str, float]
@@ -302,8 +302,9 @@ def choose_rate(loop: Training, watch: Watch) -> tuple[float, list[dict[str, flo
 
     With something to forget and a goal, the smallest rate that would reach the goal within :data:`WANTED_STEPS` (or the
     budget), judged by how far the trial went, among those that keep the retain loss within the bound; the fastest of these
-    if none would. With nothing to forget, a third of the largest rate under which the training loss fell most, or nearly so: on a
-    model that knows its data all small rates are alike, and the smallest would do nothing.
+    if none would; without a goal, a third of the largest rate within the bound. With nothing to forget, a third of the largest
+    rate under which the training loss fell most, or nearly so: on a model that knows its data all small rates are alike, and the
+    smallest would do nothing.
     """
     start = checkpoint.snapshot(loop.model)
     size = _weight_size(loop.model, loop.devices)
@@ -341,11 +342,13 @@ def _pick(trials: list[dict[str, float]], gap: float | None, first: dict[str, fl
     fine = [
         t for t in trials if t["finite"] and (first["retain"] is None or t["retain"] - _f(first["retain"]) <= bound)
     ] or trials[:1]
-    if gap is None or gap <= 0:
-        key = "retain" if first["forget"] is None or not watch.loop.recipe.forget else "forget"
+    if not watch.loop.recipe.forget or watch.loop.recipe.finish is not None:
+        key = "retain" if not watch.loop.recipe.forget else "forget"
         best = min((t[key] for t in fine if math.isfinite(t[key])), default=math.inf)
         alike = [t["lr"] for t in fine if t[key] <= best + ALIKE] or [fine[0]["lr"]]
         return max(alike) / 3
+    if gap is None or gap <= 0:
+        return fine[-1]["lr"] / 3
     wanted = min(WANTED_STEPS, watch.loop.total)
     for trial in fine:
         moved = trial["forget"] - _f(first["forget"])

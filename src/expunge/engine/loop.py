@@ -20,21 +20,22 @@ import torch
 from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter, Example
-from expunge.core.access import Stream
+from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.core.files import write_json
 from expunge.core.memory import freed_memory_kept
-from expunge.data.order import BatchPlan, share
+from expunge.data.order import BatchPlan, TurnPlan, share
 from expunge.engine import checkpoint
 from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
 from expunge.engine.masks import saliency_masks
-from expunge.engine.objective import Micro, Objective, Sums
+from expunge.engine.objective import Micro, Objective, ReferenceSource, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
 from expunge.engine.parts import Recipe
-from expunge.engine.reference import AdapterOffReference, CachedReference, CopyReference, choose
+from expunge.engine.reference import AdapterOffReference, CachedReference, CopyReference, IncompetentReference, choose
+from expunge.engine.schedule import Turns
 
 
 class Progress(Protocol):
@@ -150,8 +151,7 @@ class _Loop:
                 "Use gradient=plain, or run on one process or with data parallelism.",
             )
         torch.manual_seed(engine.seed)
-        reference = self._reference(cache)
-        self.objective = Objective(adapter, recipe, examples, reference)
+        self.objective = Objective(adapter, recipe, examples, self._references(cache))
         model = recipe.parameters.prepare(adapter.model, adapter.layers())
         self._mode(model)
         self.model, self.optimizer = self.devices.prepare(model, self._optimizer, adapter.layers())
@@ -167,7 +167,17 @@ class _Loop:
 
     # ---- setting up
 
-    def _reference(self, cache: Path | None) -> CachedReference | CopyReference | AdapterOffReference | None:
+    def _references(self, cache: Path | None) -> dict[Of, ReferenceSource]:
+        """The frozen models that the recipe reads."""
+        found: dict[Of, ReferenceSource] = {}
+        target = self._target(cache)
+        if target is not None:
+            found[Of.REFERENCE] = target
+        if any(of is Of.INCOMPETENT for _, of, _ in self.recipe.needs(self.adapter.layers())):
+            found[Of.INCOMPETENT] = IncompetentReference(self.adapter, self.devices.device, self.engine.seed)
+        return found
+
+    def _target(self, cache: Path | None) -> ReferenceSource | None:
         kind = choose(self.recipe, self.recipe.needs(self.adapter.layers()))
         model = self.adapter.model.eval().to(self.devices.device)
         if kind == "none":
@@ -231,7 +241,7 @@ class _Loop:
             return torch.optim.SGD(groups, lr=1e-6, momentum=self.schedule.momentum, fused=True)
         return torch.optim.AdamW(groups, lr=1e-6, fused=True)
 
-    def _plan(self) -> BatchPlan:
+    def _plan(self) -> BatchPlan | TurnPlan:
         """Batches by (seed, step); the anchor (the forget set, or what is trained on) comes first and defines the epoch."""
         schedule = self.schedule
         anchor = Stream.FORGET if self.recipe.forget else Stream.RETAIN
@@ -240,6 +250,9 @@ class _Loop:
         if anchor is Stream.FORGET and self.recipe.retain:
             sizes[str(Stream.RETAIN)] = len(self.examples[Stream.RETAIN])
             batch[str(Stream.RETAIN)] = min(schedule.retain_batch or schedule.batch, sizes[str(Stream.RETAIN)])
+        if isinstance(schedule, Turns) and self.recipe.forget and self.recipe.retain:
+            passes = {str(Stream.FORGET): schedule.erase_epochs, str(Stream.RETAIN): math.ceil(schedule.epochs or 1)}
+            return TurnPlan(sizes, batch, seed=self.engine.seed, passes=passes)
         per_epoch = -(-sizes[str(anchor)] // batch[str(anchor)])
         return BatchPlan(sizes, batch, seed=self.engine.seed, steps=schedule.total_steps(per_epoch))
 
@@ -255,7 +268,8 @@ class _Loop:
         coefficients = self.recipe.balance.coefficients(self.balance_state)
         micros = self._micros(plan)
         sums = Sums()
-        split = self.recipe.gradient.by_term and forget and bool(self.recipe.forget) and bool(self.recipe.retain)
+        both = (not self.recipe.forget or Stream.FORGET in plan) and (not self.recipe.retain or Stream.RETAIN in plan)
+        split = self.recipe.gradient.by_term and both and bool(self.recipe.forget) and bool(self.recipe.retain)
         sides: list[list[Tensor]] = [[], []]
         for at, micro in enumerate(micros):
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split), self.devices.autocast():
@@ -306,6 +320,7 @@ class _Loop:
             f"{'forget' if i < len(self.recipe.forget) else 'retain'}.{t.name}": v
             for i, (t, v) in enumerate(zip(terms, values, strict=True))
         }
+        self._penalise(step / self.total)
         for parameter, mask in zip(self.parameters, self.masks, strict=bool(self.masks)):
             if parameter.grad is not None:
                 parameter.grad *= mask
@@ -328,6 +343,13 @@ class _Loop:
             row["finite"] = 0.0
         self.optimizer.zero_grad(set_to_none=True)
         return row
+
+    def _penalise(self, done: float) -> None:
+        if self.recipe.penalty is None:
+            return
+        for parameter in self.parameters:
+            added = self.recipe.penalty.gradient(parameter.detach(), done)
+            parameter.grad = added if parameter.grad is None else parameter.grad.add_(added)
 
     # ---- the whole run
 

@@ -59,24 +59,30 @@ class Objective:
         adapter: the modality.
         recipe: whose terms.
         examples: by stream; ``alternative`` is aligned with ``forget`` (same index, same record).
-        reference: needed if a term reads the reference.
+        references: the frozen models that terms read, by which they are.
 
     Raises:
         InputError: a term reads a stream or a value that is not there.
     """
 
-    def __init__(self, adapter: Adapter, recipe: Recipe, examples: Examples, reference: ReferenceSource | None) -> None:
-        self.adapter, self.recipe, self.examples, self.reference = adapter, recipe, examples, reference
+    def __init__(
+        self, adapter: Adapter, recipe: Recipe, examples: Examples, references: Mapping[Of, ReferenceSource] | None = None
+    ) -> None:
+        self.adapter, self.recipe, self.examples, self.references = adapter, recipe, examples, dict(references or {})
         self.needs = recipe.needs(adapter.layers())
         self._current_want = frozenset(value for _, of, value in self.needs if of is Of.CURRENT)
-        self._reference_want = {
-            stream: frozenset(v for s, of, v in self.needs if of is Of.REFERENCE and s is stream) for stream in Stream
+        self._frozen_want: dict[tuple[Stream, Of], frozenset[str]] = {
+            (stream, of): frozenset(v for s, o, v in self.needs if o is of and s is stream)
+            for stream in Stream
+            for of in Of
+            if of is not Of.CURRENT
         }
         for stream in {s for s, _, _ in self.needs} | {t.stream for t in recipe.terms()}:
             if not examples.get(stream):
                 raise InputError(f"The method {recipe.name!r} reads {stream} examples, but there are none.", _REMEDY[stream])
-        if any(of is Of.REFERENCE for _, of, _ in self.needs) and reference is None:
-            raise InputError(f"The method {recipe.name!r} compares with the frozen target model, but no reference was given.")
+        for of in sorted({of for _, of, _ in self.needs} - {Of.CURRENT}):
+            if of not in self.references:
+                raise InputError(f"The method {recipe.name!r} compares with a frozen model ({of}), but none was given.")
         alternative = examples.get(Stream.ALTERNATIVE)
         if alternative and len(alternative) != len(examples.get(Stream.FORGET, ())):
             raise InputError("There must be one alternative answer per forget example.")
@@ -125,19 +131,20 @@ class Objective:
         return Micro({s: (self.examples[s][shortest[s]],) for s in _ORDER if s in streams}, weight=0.0)
 
     def views(self, model: nn.Module, micro: Micro, device: torch.device) -> Views:
-        """Run the forward passes of a micro-batch: one under the current model for all streams, at most one for the reference."""
+        """Run a micro-batch: one forward pass under the current model for all streams, at most one under each frozen model."""
         streams = [s for s in _ORDER if s in micro.examples]
         batch = self.adapter.collate([e for s in streams for e in micro.examples[s]]).to(device)
         outputs: dict[tuple[Stream, Of], Outputs] = {}
         if self._current_want:
             current = self.adapter.forward(model, batch, self._current_want)
             outputs |= _split(current, streams, micro, Of.CURRENT)
-        asked = [s for s in streams if self._reference_want[s]]
-        if asked and self.reference is not None:
-            want = frozenset().union(*(self._reference_want[s] for s in asked))
+        for of, source in self.references.items():
+            asked = [s for s in streams if self._frozen_want[s, of]]
+            if not asked:
+                continue
+            want = frozenset().union(*(self._frozen_want[s, of] for s in asked))
             part = batch if asked == streams else self.adapter.collate([e for s in asked for e in micro.examples[s]]).to(device)
-            frozen = self.reference.outputs(model, part, want)
-            outputs |= _split(frozen, asked, micro, Of.REFERENCE)
+            outputs |= _split(source.outputs(model, part, want), asked, micro, of)
         return Views(outputs, self.adapter.layers())
 
     def losses(

@@ -50,7 +50,8 @@ class _Matching(Parameters):
     patterns: tuple[str, ...] = Field(
         (r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b",),
         min_length=1,
-        description="regular expressions searched in parameter names; the default is the output matrix of an MLP",
+        description="regular expressions searched in parameter names; the default is the output matrix of an MLP, or in given "
+        "blocks of a model without such names all matrices",
     )
 
     @abc.abstractmethod
@@ -64,6 +65,9 @@ class _Matching(Parameters):
         chosen = self.blocks(layers)
         inside = names if chosen is None else [n for n in names if n.startswith(tuple(layers[i] + "." for i in chosen))]
         hits = {n for n in inside if any(s.search(n) for s in searches)}
+        if not hits and self.patterns == type(self).model_fields["patterns"].default and chosen is not None:
+            # A model without such names (a plain network): all matrices of the blocks that were chosen.
+            hits = {n for n in inside if n.endswith("weight")}
         if not hits:
             close = nearest(self.patterns[0], {part for n in inside for part in n.split(".") if not part.isdigit()})
             some = ", ".join(close or sorted(inside)[:5])

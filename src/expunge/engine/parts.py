@@ -52,6 +52,10 @@ class Views(Mapping[tuple[Stream, Of], Outputs]):
         """Under the frozen target model (no gradients)."""
         return self._outputs[stream, Of.REFERENCE]
 
+    def incompetent(self, stream: Stream) -> Outputs:
+        """Under a frozen network of the same shape that has learnt nothing (no gradients)."""
+        return self._outputs[stream, Of.INCOMPETENT]
+
 
 class Term(Settings, abc.ABC):
     """One summand of the loss, written on per-target quantities.
@@ -140,6 +144,16 @@ class Parameters(Settings, abc.ABC):
         """
 
 
+class Penalty(Settings, abc.ABC):
+    """A summand of the loss on the weights themselves, by its gradient."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def gradient(self, parameter: Tensor, done: float) -> Tensor:
+        """Gradient of the penalty on one tensor, in its shape; ``done`` in [0, 1) is the share of training that is over."""
+
+
 class Finish(Settings, abc.ABC):
     """A change of the weights after training, from those before and after it (task-vector negation)."""
 
@@ -186,6 +200,7 @@ class Recipe(Settings):
     gradient: Gradient
     balance: Balance
     schedule: Schedule
+    penalty: Penalty | None = Field(None, description="a summand of the loss on the weights themselves")
     finish: Finish | None = Field(None, description="a change of the weights after training")
     start: Literal["target", "initial"] = Field("target", description="start from the target, or from its untrained base")
 
@@ -202,7 +217,7 @@ class Recipe(Settings):
         out: dict[str, Any] = {"name": self.name, "reference": self.reference, "start": self.start}
         for key in ("forget", "retain"):
             out[key] = [{"name": t.name, **t.model_dump(mode="json")} for t in getattr(self, key)]
-        for key in ("parameters", "gradient", "balance", "schedule", "finish"):
+        for key in ("parameters", "gradient", "balance", "schedule", "penalty", "finish"):
             part = getattr(self, key)
             out[key] = None if part is None else {"name": part.name, **part.model_dump(mode="json")}
         return out

@@ -114,6 +114,50 @@ class CopyReference:
             return self.adapter.forward(self.adapter.model, batch, want)
 
 
+class IncompetentReference:
+    """A frozen network of the target's shape with fresh random weights: the incompetent teacher.
+
+    Raises:
+        InputError: a part of the model cannot be set back to random weights.
+    """
+
+    def __init__(self, adapter: Adapter, device: torch.device, seed: int) -> None:
+        self.adapter = adapter.copy()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            _reset(self.adapter.model)
+        self.adapter.model.eval().requires_grad_(False).to(device)
+
+    def outputs(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
+        """Forward through the random network."""
+        with torch.no_grad():
+            return self.adapter.forward(self.adapter.model, batch, want)
+
+
+def _reset(model: nn.Module) -> None:
+    """Fresh random weights, by each module's own initialisation (of a transformers model: by the model's)."""
+    initialise = getattr(model, "init_weights", None)
+    if hasattr(model, "config") and callable(initialise):
+        for module in model.modules():
+            if hasattr(module, "_is_hf_initialized"):
+                del module._is_hf_initialized
+        for parameter in model.parameters():
+            if hasattr(parameter, "_is_hf_initialized"):
+                del parameter._is_hf_initialized
+        initialise()
+        return
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        elif own:
+            raise InputError(
+                f"The part {name or type(module).__name__!r} of the model cannot be set back to random weights.",
+                "Give it a method reset_parameters().",
+            )
+
+
 class AdapterOffReference:
     """The current model with its LoRA switched off."""
 

@@ -31,6 +31,22 @@ class Fixed(Schedule):
         return self.steps if self.steps is not None else max(1, math.ceil((self.epochs or 1) * per_epoch))
 
 
+class Turns(Fixed):
+    """Forget and retain terms take turns: in each epoch a pass over the forget set, then one over the retain set.
+
+    Forget passes stop after ``erase_epochs``, the last epochs only repair (as in SCRUB, Kurmanji et al. 2023, arXiv 2302.09880).
+    An epoch is a pass over the retain set.
+    """
+
+    name: ClassVar[str] = "turns"
+
+    epochs: float | None = Field(3, gt=0, description="passes over the retain set")
+    steps: None = Field(None, description="not used: the passes say how long")
+    erase_epochs: int = Field(2, ge=0, description="epochs that begin with a pass over the forget set")
+    warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+    decay: Literal["linear", "cosine", "constant"] = Field("constant", description="course of the learning rate after warm-up")
+
+
 class Adaptive(Schedule):
     """The default: finds its step size on the model at hand and stops when the forget set looks unseen.
 
@@ -66,3 +82,4 @@ class Adaptive(Schedule):
 
 SCHEDULES.add("fixed", Fixed)
 SCHEDULES.add("adaptive", Adaptive)
+SCHEDULES.add("turns", Turns)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import string
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from expunge.core.errors import InputError, unknown
 from expunge.data.records import Record
@@ -37,27 +37,42 @@ _FIELDS = ("prompt", "subject")
 _TRIES = 32  #: draws for an answer that differs from the record's own
 
 
-def kind_for(method: str, how: str, records: Sequence[Record]) -> str:
-    """What ``auto`` means: given answers if every record has one, else what the method publishes; refusals for own recipes."""
+def kind_for(method: str, how: str, records: Sequence[Any]) -> str:
+    """What ``auto`` means: given answers if every record has one, else what the method publishes.
+
+    For own recipes: refusals where the records are text, other classes where they are rows.
+    """
     if how != "auto":
         return how
-    if records and all(r.alternatives for r in records):
+    if records and all(getattr(r, "alternatives", ()) for r in records):
         return "given"
-    return "refusals" if method == "custom" else METHODS.get(method).alternatives
+    if method != "custom":
+        return METHODS.get(method).alternatives
+    return "other" if records and isinstance(records[0], Row) else "refusals"
 
 
-def alternatives(records: Sequence[Record], how: str, seed: int = 0, *, template: str | None = None) -> list[str]:
-    """One other answer for each record, in order.
+def alternatives(
+    records: Sequence[Any], how: str, seed: int = 0, *, template: str | None = None, classes: int | None = None
+) -> list[Any]:
+    """One other answer for each record, in order: texts for records of text, class numbers for rows.
 
     Args:
         records: the forget set.
         how: a kind of the table above.
         seed: of the choice, non-negative.
         template: the text for ``template``.
+        classes: how many classes the model knows; none if it writes text.
 
     Raises:
-        InputError: an unknown kind, a record without given alternatives, no other subject to borrow from, or a bad template.
+        InputError: an unknown kind, or one that does not fit the model; a record without given alternatives, no other subject to
+            borrow from, or a bad template.
     """
+    if how in get_args(Kind) and (how in CLASS_KINDS) != (classes is not None):
+        fitting = [k for k in get_args(Kind) if (k in CLASS_KINDS) == (classes is not None)]
+        kind = "text" if classes is None else "a class"
+        raise InputError(f"alternatives={how} does not fit a model that answers with {kind}.", f"Use {', '.join(fitting)}.")
+    if classes is not None:
+        return other_classes(records, classes, how, seed)
     if how == "given":
         return [_given(record, seed) for record in records]
     if how == "refusals":

@@ -59,7 +59,7 @@ def describe(name: str) -> Description:
     method = METHODS.get(name)
     recipe = method.build()
     parts = [_part(slot, t) for slot in ("forget", "retain") for t in getattr(recipe, slot)]
-    held = {slot: getattr(recipe, slot) for slot in ("parameters", "gradient", "balance", "schedule", "finish")}
+    held = {slot: getattr(recipe, slot) for slot in ("parameters", "gradient", "balance", "schedule", "penalty", "finish")}
     parts += [_part(slot, part) for slot, part in held.items() if part is not None]
     asked = wants(recipe)
     return Description(

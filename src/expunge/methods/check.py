@@ -40,6 +40,13 @@ def _check_terms(recipe: Recipe) -> None:
 def _check_sides(recipe: Recipe) -> None:
     """Rules that join a forget and a retain side need both."""
     rules = []
+    if recipe.schedule.name == "turns":
+        if recipe.gradient.by_term:
+            raise InputError(
+                f"schedule=turns takes forget and retain gradients at different steps, gradient={recipe.gradient.name} at one.",
+                "Use gradient=plain, or another schedule.",
+            )
+        rules.append("schedule=turns")
     if recipe.gradient.by_term:
         rules.append(f"gradient={recipe.gradient.name}")
     if recipe.balance.name != "fixed":
@@ -48,7 +55,7 @@ def _check_sides(recipe: Recipe) -> None:
         for side, terms, example in (("forget", recipe.forget, "npo"), ("retain", recipe.retain, "nll")):
             if not terms:
                 slot = rule.partition("=")[0]
-                plain = "plain" if slot == "gradient" else "fixed"
+                plain = "plain" if slot == "gradient" else "fixed"  # of a balance and of a schedule alike
                 raise InputError(
                     f"{rule} needs a {side} term, but {recipe.name!r} has none.", f"Add {side}={example}, or use {slot}={plain}."
                 )

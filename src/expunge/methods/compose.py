@@ -8,7 +8,7 @@ from typing import Literal
 from expunge.engine.balance import FixedBalance
 from expunge.engine.gradient import Plain
 from expunge.engine.parameters import AllParameters
-from expunge.engine.parts import Balance, Finish, Gradient, Parameters, Recipe, Schedule, Term
+from expunge.engine.parts import Balance, Finish, Gradient, Parameters, Penalty, Recipe, Schedule, Term
 from expunge.engine.schedule import Adaptive
 
 
@@ -21,6 +21,7 @@ def compose(
     gradient: Gradient | None = None,
     balance: Balance | None = None,
     schedule: Schedule | None = None,
+    penalty: Penalty | None = None,
     finish: Finish | None = None,
     reference: Literal["auto", "cached", "adapter-off", "copy"] = "auto",
     start: Literal["target", "initial"] = "target",
@@ -35,6 +36,7 @@ def compose(
         gradient=gradient or Plain(),
         balance=balance or FixedBalance(),
         schedule=schedule or Adaptive(),
+        penalty=penalty,
         finish=finish,
         start=start,
     )

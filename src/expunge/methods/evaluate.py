@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,12 @@ from torch import Tensor, nn
 from expunge.adapters.base import Adapter, Batch, Example, Outputs
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
-from expunge.data.records import Record
 from expunge.engine.parts import Need, Recipe, Views
 from expunge.methods.alternatives import alternatives as make_alternatives
 from expunge.methods.alternatives import kind_for
 from expunge.methods.recipe import build
 
+_MODELS = {Of.CURRENT: "the model", Of.REFERENCE: "the reference", Of.INCOMPETENT: "an incompetent teacher"}
 IGNORE = -100  #: label of a position that is not supervised
 
 
@@ -43,6 +44,7 @@ class Given:
         logits: of the current model, ``[B, T, V]``; may require gradients.
         labels: token ids, -100 where not supervised, ``[B, T]``; position t is predicted by the logits at t - 1.
         reference_logits: of the frozen target, ``[B, T, V]``.
+        incompetent_logits: of a network that has learnt nothing, ``[B, T, V]``.
         features: hidden states of the current model by block name, ``[B, T, D]``, in the order of the blocks.
         reference_features: the same of the frozen target.
         attention_mask: 1 at real tokens, ``[B, T]``; none: all are real. Only terms on features look at it.
@@ -51,6 +53,7 @@ class Given:
     logits: Tensor
     labels: Tensor
     reference_logits: Tensor | None = None
+    incompetent_logits: Tensor | None = None
     features: Mapping[str, Tensor] | None = None
     reference_features: Mapping[str, Tensor] | None = None
     attention_mask: Tensor | None = None
@@ -86,6 +89,7 @@ def loss_terms(
             examples[stream] = flat.examples()
             outputs[stream, Of.CURRENT] = flat.outputs(tensors.logits, tensors.features)
             outputs[stream, Of.REFERENCE] = flat.outputs(tensors.reference_logits, tensors.reference_features)
+            outputs[stream, Of.INCOMPETENT] = flat.outputs(tensors.incompetent_logits, None)
     for need in sorted(_needs(recipe, layers)):
         _check_given(recipe, need, outputs)
     return combine(recipe, Views(outputs, layers), examples)
@@ -95,10 +99,11 @@ def loss_on(
     recipe: Recipe | str,
     adapter: Adapter,
     reference: Adapter | None,
-    forget: Sequence[Record],
-    retain: Sequence[Record] = (),
+    forget: Sequence[Any],
+    retain: Sequence[Any] = (),
     *,
-    alternatives: Sequence[str] | None = None,
+    alternatives: Sequence[Any] | None = None,
+    incompetent: Adapter | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Every term of a recipe on given models and records, each stream in one batch; see :func:`loss_terms` for the result.
@@ -111,7 +116,8 @@ def loss_on(
         reference: holds the frozen target, for recipes that read it (may be ``adapter`` itself).
         forget: records to forget.
         retain: records to keep.
-        alternatives: one other answer per forget record; none: made as the method does by default.
+        alternatives: one other answer (or class) per forget record; none: made as the method does by default.
+        incompetent: holds a network that has learnt nothing, for recipes that read it.
         seed: of the choice of alternatives.
 
     Raises:
@@ -121,15 +127,17 @@ def loss_on(
     needs = recipe.needs(adapter.layers())
     examples = {Stream.FORGET: [adapter.encode(r) for r in forget], Stream.RETAIN: [adapter.encode(r) for r in retain]}
     if any(stream is Stream.ALTERNATIVE for stream, _, _ in needs):
-        answers = alternatives or make_alternatives(forget, kind_for(recipe.name, "auto", forget), seed)
+        answers = alternatives or make_alternatives(
+            forget, kind_for(recipe.name, "auto", forget), seed, classes=adapter.n_classes
+        )
         pairs = zip(forget, answers, strict=True)
         examples[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alternative") for r, a in pairs]
     outputs: dict[tuple[Stream, Of], Outputs] = {}
     for stream, of in sorted({(s, of) for s, of, _ in needs}):
-        holder = adapter if of is Of.CURRENT else reference
+        holder = {Of.CURRENT: adapter, Of.REFERENCE: reference, Of.INCOMPETENT: incompetent}[of]
         if holder is None:
             raise InputError(
-                f"{recipe.name!r} reads the reference, and none was given.", "Give an adapter that holds the frozen target."
+                f"{recipe.name!r} reads {_MODELS[of]}, and none was given.", f"Give an adapter that holds it: {of}=..."
             )
         if not examples[stream]:
             raise InputError(f"{recipe.name!r} reads {stream} records, and none were given.")
@@ -230,7 +238,7 @@ def _check_given(recipe: Recipe, need: Need, outputs: Mapping[tuple[Stream, Of],
         )
     if value not in found.values:
         kind = "features" if value.startswith("features") else "logits"
-        name = kind if of is Of.CURRENT else f"reference_{kind}"
+        name = kind if of is Of.CURRENT else f"{of}_{kind}"
         raise InputError(
             f"{recipe.name!r} reads the {value} of the {of} model on {stream} examples.", f"Give {stream}=Given(..., {name}=...)."
         )

@@ -196,7 +196,8 @@ def _check_sides(method: str, recipe: Recipe, retain: bool, base: bool) -> None:
 
 def goal_of(made: UnlearnPlan) -> Goal | None:
     """What the forget set should look like, measured on the target model; None where the schedule does not ask."""
-    if not isinstance(made.recipe.schedule, Adaptive) or not made.recipe.forget:
+    schedule = made.recipe.schedule
+    if not (isinstance(schedule, Adaptive) or schedule.lr is None) or not made.recipe.forget:
         return None
     holdout, retain = made.goal_records
     if not holdout and len(retain) < 2:

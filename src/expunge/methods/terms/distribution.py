@@ -71,8 +71,8 @@ class CEU(Edited):
     """Cross-entropy unlearning (Yang 2025, arXiv 2503.01224): the model's own distribution without the true token.
 
     The gradient on the true logit is ``p``, on any other ``p_v - p_v / (1 - p)``: bounded by 1, and zero once forgotten. It is
-    UNDIAL with the model itself as reference and infinite beta. As published, the first answer token is left out; where an
-    example has a single target (classification), use skip=0.
+    UNDIAL with the model itself as reference and infinite beta. As published, the first answer token is left out, unless it
+    is the only one (as in classification).
     """
 
     name: ClassVar[str] = "ceu"
@@ -82,16 +82,46 @@ class CEU(Edited):
 
     def values(self, views: Views) -> Tensor:
         """Cross-entropy of each target, 0 where it is skipped, ``[N]``."""
-        position = views.current(Stream.FORGET).position
-        return super().values(views).masked_fill(position < self.skip, 0.0)
+        view = views.current(Stream.FORGET)
+        skipped = (view.lengths() - 1).clamp(max=self.skip)[view.owner]
+        return super().values(views).masked_fill(view.position < skipped, 0.0)
 
     def count(self, examples: Sequence[Example]) -> int:
         """Targets that are not skipped."""
-        return sum(max(0, e.n_targets - self.skip) for e in examples)
+        return sum(e.n_targets - min(self.skip, e.n_targets - 1) for e in examples)
+
+
+class Divergence(Term):
+    """``sign * T^2 * KL(softmax(z_teacher / T) || softmax(z / T))`` on one stream; the names differ in teacher, sign and stream.
+
+    The factor keeps the size of the gradient independent of the temperature (Hinton et al. 2015, arXiv 1503.02531).
+    """
+
+    reads: ClassVar[Stream]
+    teacher: ClassVar[Of] = Of.REFERENCE
+    sign: ClassVar[float] = 1.0
+
+    temperature: float = Field(1.0, gt=0, description="by which both sets of logits are divided")
+
+    @property
+    def stream(self) -> Stream:
+        """The stream that the class reads."""
+        return self.reads
+
+    def needs(self, layers: Sequence[str]) -> frozenset[Need]:
+        """Logits of both models."""
+        return frozenset({(self.reads, Of.CURRENT, "logits"), (self.reads, self.teacher, "logits")})
+
+    def values(self, views: Views) -> Tensor:
+        """Signed divergence of each target, ``[N]``."""
+        current = (views.current(self.reads).logits / self.temperature).log_softmax(-1)
+        teacher = (views[self.reads, self.teacher].logits / self.temperature).log_softmax(-1)
+        divergence = F.kl_div(current, teacher, reduction="none", log_target=True).sum(-1)
+        return divergence * (self.sign * self.temperature**2)
 
 
 @term
-class KL(Term):
+class KL(Divergence):
     """Forward divergence ``KL(p_ref || p)`` on the supervised targets of the retain set.
 
     Zero with zero gradient at the reference; the gradient with respect to the logits is ``p - p_ref``. Common
@@ -100,21 +130,32 @@ class KL(Term):
     """
 
     name: ClassVar[str] = "kl"
+    reads: ClassVar[Stream] = Stream.RETAIN
 
-    @property
-    def stream(self) -> Stream:
-        """Retain examples."""
-        return Stream.RETAIN
 
-    def needs(self, layers: Sequence[str]) -> frozenset[Need]:
-        """Logits of both models."""
-        return frozenset({(Stream.RETAIN, Of.CURRENT, "logits"), (Stream.RETAIN, Of.REFERENCE, "logits")})
+@term
+class KLAscent(Divergence):
+    """The divergence from the reference is *raised* on the forget set, ``-KL(p_ref || p)``: SCRUB's max step.
 
-    def values(self, views: Views) -> Tensor:
-        """Divergence of each target, ``[N]``."""
-        current = views.current(Stream.RETAIN).logits.log_softmax(-1)
-        reference = views.reference(Stream.RETAIN).logits.log_softmax(-1)
-        return F.kl_div(current, reference, reduction="none", log_target=True).sum(-1)
+    Kurmanji et al. 2023, arXiv 2302.09880. It has no lower bound, so it needs a schedule that stops it (``turns``).
+    """
+
+    name: ClassVar[str] = "kl-ascent"
+    reads: ClassVar[Stream] = Stream.FORGET
+    sign: ClassVar[float] = -1.0
+
+
+@term
+class IncompetentKL(Divergence):
+    """Forget predictions go to those of a network that has learnt nothing, ``KL(p_bad || p)`` (Chundawat et al. 2023,
+    arXiv 2205.08096).
+
+    The official code divides by the number of classes as well; its learning rates assume that. Here it is the mean over rows.
+    """
+
+    name: ClassVar[str] = "incompetent-kl"
+    reads: ClassVar[Stream] = Stream.FORGET
+    teacher: ClassVar[Of] = Of.INCOMPETENT
 
 
 @term

@@ -1,0 +1,63 @@
+"""Students of two teachers: SCRUB leaves the target on the forget set, Bad Teacher goes to a network that knows nothing."""
+
+from expunge.engine.parts import Paper, Recipe
+from expunge.engine.schedule import Fixed, Turns
+from expunge.methods.compose import compose
+from expunge.methods.registry import method
+from expunge.methods.terms.distribution import KL, IncompetentKL, KLAscent
+from expunge.methods.terms.likelihood import NLL
+
+
+@method(
+    "scrub",
+    title="SCRUB",
+    paper=Paper(
+        "Towards Unbounded Machine Unlearning",
+        "Meghdad Kurmanji, Peter Triantafillou, Jamie Hayes, Eleni Triantafillou",
+        2023,
+        "https://arxiv.org/abs/2302.09880",
+    ),
+    formula="max step: L = -KL_T(p_ref || p)(forget); min step: L = alpha KL_T(p_ref || p)(retain) + gamma NLL(retain)",
+    published=Turns(lr=5e-4, epochs=3, erase_epochs=2, batch=32, retain_batch=128, optimizer="sgd", weight_decay=5e-4),
+    together=("temperature",),
+    caveats=(
+        "The number of forget steps (forget rows over batch size, times erase_epochs) decides how far it goes.",
+        "Rewinding to the checkpoint whose forget error is that of unseen rows is not part of it here.",
+    ),
+)
+def scrub() -> Recipe:
+    """The student leaves the target's predictions on the forget set and stays with them on the retain set, in turns.
+
+    Each of the first epochs begins with a pass over the forget set that raises the divergence from the target, and ends with one
+    over the retain set that lowers it; the last epochs only repair. alpha 0.001 and gamma 0.99 at temperature 4 are the paper's.
+    The step size is searched by a range test unless ``schedule.lr`` is given. With erase_epochs 0 and alpha 0 it is
+    fine-tuning.
+    """
+    return compose(
+        "scrub",
+        forget=[KLAscent(temperature=4.0)],
+        retain=[KL(weight=0.001, temperature=4.0), NLL(weight=0.99)],
+        schedule=Turns(lr=None, epochs=3, erase_epochs=2, batch=32, retain_batch=128),
+    )
+
+
+@method(
+    "bad-teacher",
+    title="Bad Teacher",
+    paper=Paper(
+        "Can Bad Teaching Induce Forgetting? Unlearning in Deep Networks using an Incompetent Teacher",
+        "Vikram S Chundawat, Ayush K Tarun, Murari Mandal, Mohan Kankanhalli",
+        2023,
+        "https://arxiv.org/abs/2205.08096",
+    ),
+    formula="L = KL(p_bad || p)(forget) + KL(p_ref || p)(retain)",
+    published=Fixed(lr=1e-4, epochs=1, batch=256, warmup=0, decay="constant", weight_decay=0),
+    caveats=("Forget rows end near uniform predictions, which no model that never saw them makes: an attacker can tell.",),
+)
+def bad_teacher() -> Recipe:
+    """Forget predictions go to those of a random network of the same shape, retain predictions stay the target's.
+
+    The paper mixes both in one batch with a random 30 % of the retain set; here the retain rows of a step are drawn from all of
+    it. The official code divides the divergence by the number of classes too, and its learning rate assumes that.
+    """
+    return compose("bad-teacher", forget=[IncompetentKL()], retain=[KL()])
