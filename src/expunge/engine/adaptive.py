@@ -28,7 +28,7 @@ from expunge.engine.options import Engine
 from expunge.engine.parts import Finish, Recipe, Schedule
 from expunge.engine.schedule import Adaptive, Fixed
 
-Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged"]
+Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited"]
 
 TRIAL_STEPS = 10  #: optimiser steps per try of the range test
 WARMUP_STEPS = 5  #: of the adaptive schedule

@@ -14,6 +14,13 @@ from torch import Tensor, nn
 from expunge.engine.options import Engine
 
 
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory of this process: the accelerator's if that is the device, else resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Devices:
     """A thin hold on an ``Accelerator``: one process by default, DDP or FSDP2 under ``accelerate launch``."""
 
@@ -116,9 +123,7 @@ class Devices:
 
     def peak_bytes(self) -> int:
         """Peak memory of this process: the accelerator's if there is one, else resident memory."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_bytes(self.device)
 
     def track(self, row: dict[str, float], step: int) -> None:
         """Hand a row of the log to the optional trackers."""

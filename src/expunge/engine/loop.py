@@ -83,7 +83,7 @@ class Outcome:
     @property
     def reached(self) -> bool:
         """Whether what was asked for was reached."""
-        return self.reason in ("goal", "schedule", "converged")
+        return self.reason in ("goal", "schedule", "converged", "edited")
 
 
 def train(

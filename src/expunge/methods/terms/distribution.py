@@ -88,7 +88,7 @@ class CEU(Edited):
 
     def count(self, examples: Sequence[Example]) -> int:
         """Targets that are not skipped."""
-        return sum(e.n_targets - min(self.skip, e.n_targets - 1) for e in examples)
+        return sum(e.n_targets - min(self.skip, max(e.n_targets - 1, 0)) for e in examples)
 
 
 class Divergence(Term):

@@ -1,0 +1,1 @@
+"""Edits of the weights, one file each: closed-form methods that need no training."""
