@@ -94,11 +94,15 @@ def cold(*words: object, cwd: Path, timeout: float = 240, **env: str) -> Done:
 
 
 def start(*words: object, cwd: Path, **env: str) -> subprocess.Popen[str]:
-    """Start ``python -m expunge`` and return at once."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "expunge", *map(str, words)],
-        cwd=cwd, env=environment(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    """Start ``python -m expunge`` and return at once; Ctrl-C reaches it even where the tests themselves ignore it."""
+    ours = signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a new process inherits
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "expunge", *map(str, words)],
+            cwd=cwd, env=environment(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def stop_when(process: subprocess.Popen[str], ready: Callable[[], bool], sign: signal.Signals, timeout: float = 120) -> Done:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.digits import Digits, accuracy
 from tests.world import World
 
 
@@ -45,3 +46,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a cache folder of its own."""
     monkeypatch.setenv("EXPUNGE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def digits(trained_models: Path) -> Digits:
+    """A small network that knows handwritten digits, class 3 of which is to be forgotten; checked to have learnt them."""
+    held = Digits(trained_models)
+    learnt = accuracy(held.target(), held.tables[0].rows())
+    assert learnt > 0.98, f"the target has not learnt the digits: accuracy {learnt:.3f}"
+    assert accuracy(held.retrained(), held.split()[0]) == 0, "the retrained network knows the class"
+    return held

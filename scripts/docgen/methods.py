@@ -10,8 +10,9 @@ from expunge.core.access import Of, Stream
 from expunge.core.settings import Settings, describe_value
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
-from expunge.methods.catalogue import offers_needed, serves
+from expunge.methods.catalogue import EditDescription, describe_edit, offers_needed, serves
 from expunge.methods.compose import compose
+from expunge.methods.edits.registry import EDITS
 from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, TERMS, Method
 
 _WANTS = {
@@ -38,18 +39,21 @@ def built_in() -> list[Method]:
 def pages() -> dict[str, str]:
     """All pages about methods."""
     known = built_in()
+    edits = [describe_edit(name) for name, _ in EDITS.items() if EDITS.origin(name) == "expunge"]
     out = {f"methods/{m.name}.md": _page(m) for m in known}
-    out["methods/index.md"] = _overview(known)
-    out["matrix.md"] = _matrix(known)
-    out["papers.md"] = _papers(known)
+    out |= {f"methods/{e.name}.md": _edit_page(e) for e in edits}
+    out["methods/index.md"] = _overview(known, edits)
+    out["matrix.md"] = _matrix(known, edits)
+    out["papers.md"] = _papers(known, edits)
     return out
 
 
-def _link(m: Method) -> str:
+def _link(m: Method | EditDescription) -> str:
     return f"[`{m.name}`](methods/{m.name}.md)"
 
 
-def _overview(known: list[Method]) -> str:
+def _overview(known: list[Method], edits: list[EditDescription]) -> str:
+    every: list[Method | EditDescription] = [*known, *edits]
     rows = [
         [
             f"[`{m.name}`]({m.name}.md)",
@@ -58,14 +62,15 @@ def _overview(known: list[Method]) -> str:
             ", ".join(m.wants) or "nothing more",
             str(m.paper.year),
         ]
-        for m in known
+        for m in sorted(every, key=lambda m: m.name)
     ]
     return page(
         "Methods",
         "A method is a named recipe: a choice of [parts](../parts/index.md) with the published coefficients. Any part can be "
-        "replaced and any parameter changed on the command line, in YAML or from Python, and any crossing of parts runs.",
+        "replaced and any parameter changed on the command line, in YAML or from Python, and any crossing of parts runs. An "
+        "*edit* has no parts: it changes the weights at once, by a formula.",
         table(["method", "title", "in one sentence", "needs besides the forget set", "year"], rows),
-        "By default every method runs on the adaptive schedule, which finds its step size on the model at hand and stops when "
+        "By default every recipe runs on the adaptive schedule, which finds its step size on the model at hand and stops when "
         "the forget set looks unseen; `schedule=paper` gives the published fixed one. See [schedules](../parts/schedules.md).",
     )
 
@@ -90,6 +95,28 @@ def _page(m: Method) -> str:
         *_parts(recipe),
         "## Published setting",
         _published(m),
+    )
+
+
+def _edit_page(e: EditDescription) -> str:
+    first, _, rest = e.text.partition("\n\n")
+    needs = "a forget set and a retain set (`--retain DATA`)" if e.wants else "a forget set"
+    retain = " --retain DATA" if e.wants else ""
+    return page(
+        f"{e.title} (`{e.name}`)",
+        inline(" ".join(first.split())),
+        code(e.formula),
+        inline(rest),
+        f"Source: {cite(e.paper)}",
+        "## Use",
+        code(f"expunge unlearn MODEL --forget DATA{retain} --method {e.name} --out RUN", "sh"),
+        "## What it needs",
+        f"- Data: {needs}.\n- It reads: {', '.join(e.needs)} of the model.",
+        "- It is an edit: nothing is trained, no schedule applies.",
+        "## Caveats",
+        "\n".join(f"- {inline(c)}" for c in e.caveats),
+        "## Parameters",
+        parameters(EDITS.get(e.name)),
     )
 
 
@@ -164,12 +191,16 @@ def _flat(held: object) -> list[tuple[str, object]]:
     return list(held.items()) if isinstance(held, dict) else [("name", held)]
 
 
-def _matrix(known: list[Method]) -> str:
+def _matrix(known: list[Method], edits: list[EditDescription]) -> str:
     modalities = [name for name, _ in ADAPTERS.items() if ADAPTERS.origin(name) == "expunge"]
     rows = []
     for m in known:
         cells = ["yes" if serves(m, ADAPTERS.get(name).offers)[0] else "no" for name in modalities]
         rows.append([_link(m), ", ".join(offers_needed(m.build(), m.alternatives)), *cells])
+    for e in edits:
+        cells = ["yes" if set(e.needs) <= ADAPTERS.get(name).offers else "no" for name in modalities]
+        rows.append([_link(e), ", ".join(e.needs), *cells])
+    rows.sort()
     offered = [[name, ", ".join(sorted(ADAPTERS.get(name).offers)), summary(ADAPTERS.get(name))] for name in modalities]
     return page(
         "Where each method runs",
@@ -181,8 +212,9 @@ def _matrix(known: list[Method]) -> str:
     )
 
 
-def _papers(known: list[Method]) -> str:
+def _papers(known: list[Method], edits: list[EditDescription]) -> str:
     rows = [[cite(m.paper), _link(m), f"`--method {m.name} schedule=paper`"] for m in known]
+    rows += [[cite(e.paper), _link(e), f"`--method {e.name}`"] for e in edits]
     rows += [[text, link, f"`{how}`"] for text, link, how in _other_papers()]
     return page(
         "Papers",

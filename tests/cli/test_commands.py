@@ -144,6 +144,26 @@ def test_interrupt_and_resume(town: Town, tmp_path: Path) -> None:
     refused(other, "other settings", "engine")
 
 
+def test_an_edit_is_a_method_like_any_other(expunge: Run, town: Town, tmp_path: Path) -> None:
+    assert "ssd" in {m["name"] for m in expunge("methods", "--json").json()["methods"]}
+    assert expunge("methods", "ssd", "--json").json()["needs"] == ["losses"]
+    assert "alpha" in expunge("methods", "ssd").out
+    matrix = expunge("methods", "--matrix", "--json").json()["matrix"]["lfssd"]
+    assert matrix == {"classification": True, "language": True, "regression": False}
+    words = ["unlearn", *town.request("out"), "--method", "ssd", "alpha=5"]
+    done = expunge(*words, "--json")
+    assert done.code == 0, done.err
+    result = done.json()
+    assert result["reached"], result
+    assert "weights" in result["sentence"]
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+    refused(expunge(*words), "not empty")
+    refused(expunge("unlearn", *town.request("other"), "--method", "ssd", "alhpa=5"), "alpha")
+    refused(expunge("unlearn", *town.request("other"), "--method", "sssd"), "ssd")
+    refused(expunge("unlearn", *town.request("other"), "--method", "ssd", "alpha=-1"), "alpha")
+    assert not (tmp_path / "other").exists()
+
+
 CROSSING = {
     "method": "npo",
     "parts": {"retain": "kl", "parameters": "lora", "gradient": "project", "beta": 0.2, "schedule": {"epochs": 3}},

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expunge.core.errors import InputError
-from expunge.data.order import BatchPlan, share
+from expunge.data.order import BatchPlan, TurnPlan, share
 
 sizes = st.integers(1, 60)
 batches = st.integers(1, 17)
@@ -138,3 +138,28 @@ def test_bad_seeds_steps_and_ranks() -> None:
             plan.plan(step)
     with pytest.raises(ValueError, match="rank 2"):
         share([1], 2, 2)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 12), st.integers(1, 12)), batches=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    passes=st.tuples(st.integers(0, 4), st.integers(1, 4)), seed=st.integers(0, 5),
+)  # fmt: skip
+def test_turns_pass_over_each_stream_as_often_as_they_say(sizes, batches, passes, seed) -> None:
+    names = ("forget", "retain")
+    given_sizes, given_batches, given_passes = (dict(zip(names, v, strict=True)) for v in (sizes, batches, passes))
+    plan = TurnPlan(given_sizes, given_batches, seed=seed, passes=given_passes)
+    steps = [plan.plan(s) for s in range(plan.steps)]
+    assert all(len(step) == 1 for step in steps)
+    early = min(passes)
+    for name, times in (("forget", early), ("retain", passes[1])):
+        seen = [i for step in steps for i in step.get(name, ())]
+        assert sorted(seen) == sorted(list(range(given_sizes[name])) * times)
+    turns = [next(iter(step)) for step in steps]
+    per = {n: -(-given_sizes[n] // given_batches[n]) for n in names}
+    assert turns == (["forget"] * per["forget"] + ["retain"] * per["retain"]) * early + ["retain"] * per["retain"] * (
+        passes[1] - early
+    )
+    with pytest.raises(IndexError):
+        plan.plan(plan.steps)
+    with pytest.raises(InputError, match="at least one epoch"):
+        TurnPlan(given_sizes, given_batches, seed=seed, passes={"forget": 1, "retain": 0})

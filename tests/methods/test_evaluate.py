@@ -26,10 +26,10 @@ def padded(lengths: list[tuple[int, int]], seed: int, width: int = 9, layers: in
     for row, (prompt, answer) in enumerate(lengths):
         labels[row, prompt : prompt + answer] = torch.randint(V, (answer,), generator=g)
         mask[row, : prompt + answer] = 1
-    logits, reference = torch.randn(2, *shape, V, generator=g)
+    logits, reference, ignorant = torch.randn(3, *shape, V, generator=g)
     features = {f"b{i}": torch.randn(*shape, 4, generator=g) for i in range(layers)}
     frozen = {f"b{i}": torch.randn(*shape, 4, generator=g) for i in range(layers)}
-    return Given(logits, labels, reference, features, frozen, mask)
+    return Given(logits, labels, reference, features, frozen, mask, ignorant)
 
 
 FORGET, RETAIN = padded([(2, 3), (1, 6), (4, 1)], 1), padded([(3, 2), (2, 5)], 2)
@@ -98,7 +98,13 @@ def test_every_method_can_be_evaluated_and_differentiated():
         got = loss_terms(
             name,
             forget=Given(
-                leaves[0], FORGET.labels, FORGET.reference_logits, features[0], FORGET.reference_features, FORGET.attention_mask
+                leaves[0],
+                FORGET.labels,
+                FORGET.reference_logits,
+                features[0],
+                FORGET.reference_features,
+                FORGET.attention_mask,
+                FORGET.incompetent_logits,
             ),
             retain=Given(
                 leaves[1], RETAIN.labels, RETAIN.reference_logits, features[1], RETAIN.reference_features, RETAIN.attention_mask
@@ -124,6 +130,7 @@ def test_padding_changes_nothing(name):
             {k: junk(v) for k, v in given.features.items()},
             {k: junk(v) for k, v in given.reference_features.items()},
             F.pad(given.attention_mask, (0, by)),
+            junk(given.incompetent_logits),
         )
 
     narrow = loss_terms(name, forget=FORGET, retain=RETAIN, alternative=ALTERNATIVE)
@@ -195,7 +202,8 @@ def hub_layout(adapter, frozen, examples, layers):
     out, ref = (a.model(input_ids=ids, attention_mask=mask, output_hidden_states=True) for a in (adapter, frozen))
     # hidden_states[i + 1] is the output of block i, except for the last one, which has passed the final norm
     states = [dict(zip(layers, o.hidden_states[1:], strict=True)) for o in (out, ref)]
-    return Given(out.logits, labels, ref.logits.detach(), states[0], states[1], mask), labels, ids, mask
+    frozen_logits = ref.logits.detach()
+    return Given(out.logits, labels, frozen_logits, states[0], states[1], mask, frozen_logits), labels, ids, mask
 
 
 @pytest.mark.parametrize("name", METHODS.names())
@@ -203,7 +211,7 @@ def test_the_adapter_gives_what_transformers_gives(models, name):
     adapter, frozen = models
     other = ["The person.", "They live in the sea.", "A house, they say."]
     layers = adapter.layers()
-    got = loss_on(name, adapter, frozen, RECORDS, KEPT, alternatives=other)
+    got = loss_on(name, adapter, frozen, RECORDS, KEPT, alternatives=other, incompetent=frozen)
     encoded = [adapter.encode(r) for r in RECORDS], [adapter.encode(r) for r in KEPT]
     encoded += ([adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(RECORDS, other, strict=True)],)
     forget, retain, alternative = (hub_layout(adapter, frozen, e, layers)[0] for e in encoded)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +34,10 @@ class Edit(Settings, abc.ABC):
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES})  #: what it reads of the model
     streams: ClassVar[tuple[Stream, ...]] = (Stream.FORGET, Stream.RETAIN)  #: which examples it reads
     caveats: ClassVar[tuple[str, ...]] = ()
+
+    def spec(self) -> dict[str, Any]:
+        """A plain mapping from which the edit can be made again."""
+        return {"name": self.name, **self.model_dump(mode="json")}
 
     @abc.abstractmethod
     def weights(self, adapter: Adapter, examples: Examples, engine: Engine, tell: Tell | None) -> dict[str, Tensor]:
@@ -70,7 +73,7 @@ def apply_edit(adapter: Adapter, edit: Edit, examples: Examples, engine: Engine,
     share = 100 * changed / max(1, total)
     sentence = f"Edited {changed:,} of {total:,} weights ({share:.1f} %) by {edit.name}."
     return Outcome(
-        adapter.model, "edited", sentence, 0, math.nan, seconds=time.perf_counter() - started,
+        adapter.model, "edited", sentence, 0, 0.0, seconds=time.perf_counter() - started,
         tokens=sum(e.size for s in edit.streams for e in examples[s]),
         peak_bytes=peak_bytes(next(adapter.model.parameters()).device),
     )  # fmt: skip

@@ -53,7 +53,7 @@ class Outcome:
         model: the trained module (unwrapped; a peft model if LoRA was trained).
         reason: why it stopped; ``sentence`` says it for people, with the remedy where the goal was missed.
         steps: optimiser steps done (range test and abandoned attempts not counted).
-        lr: the peak learning rate used.
+        lr: the peak learning rate used; 0 for an edit.
         rate_test: what the range test saw: learning rate, forget loss, retain loss per try.
         forget_loss, retain_loss: at the last check, mean over checked examples, or None where not measured.
         tokens: input tokens that went through the model in training steps.

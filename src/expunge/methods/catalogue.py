@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from expunge.core.access import Of, Offer, Stream
+from expunge.core.errors import unknown
 from expunge.core.settings import Parameter, Settings, describe_value
+from expunge.engine.edit import Edit
 from expunge.engine.parts import Paper, Recipe
 from expunge.methods.alternatives import CLASS_KINDS
+from expunge.methods.edits.registry import EDITS
 from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, Method, Want, wants
 
 
@@ -48,6 +52,53 @@ class Description:
     reads_reference: tuple[str, ...]
     alternatives: str | None
     origin: str
+
+
+@dataclass(frozen=True)
+class EditDescription:
+    """Everything that is declared about an edit; the names are those of :class:`Description`."""
+
+    name: str
+    title: str
+    text: str
+    formula: str
+    paper: Paper
+    caveats: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    needs: tuple[Offer, ...]
+    wants: tuple[Want, ...]
+    origin: str
+
+
+def known() -> dict[str, Method | type[Edit]]:
+    """All methods by name: recipes and edits."""
+    return dict(sorted([*METHODS.items(), *EDITS.items()]))
+
+
+def find(name: str) -> Method | type[Edit]:
+    """The method called ``name``.
+
+    Raises:
+        InputError: there is none.
+    """
+    held = known()
+    if name not in held:
+        raise unknown("method", name, held)
+    return held[name]
+
+
+def describe_edit(name: str) -> EditDescription:
+    """All that is declared about the edit called ``name``.
+
+    Raises:
+        InputError: there is no such edit.
+    """
+    kind = EDITS.get(name)
+    wants: tuple[Want, ...] = ("retain",) if Stream.RETAIN in kind.streams else ()
+    return EditDescription(
+        name, kind.title, inspect.cleandoc(kind.__doc__ or ""), kind.formula, kind.paper, kind.caveats, tuple(kind.declared()),
+        tuple(sorted(kind.offers)), wants, EDITS.origin(name),
+    )  # fmt: skip
 
 
 def describe(name: str) -> Description:
@@ -92,10 +143,11 @@ def offers_needed(recipe: Recipe, alternatives: str = "refusals") -> tuple[Offer
     return tuple(sorted(found))
 
 
-def serves(method: str | Method, offers: Collection[Offer]) -> tuple[bool, tuple[Offer, ...]]:
+def serves(method: str | Method | type[Edit], offers: Collection[Offer]) -> tuple[bool, tuple[Offer, ...]]:
     """Whether a method runs on an adapter that offers ``offers``, and what is missing for it."""
-    found = METHODS.get(method) if isinstance(method, str) else method
-    missing = tuple(o for o in offers_needed(found.build(), found.alternatives) if o not in offers)
+    found = find(method) if isinstance(method, str) else method
+    needed = offers_needed(found.build(), found.alternatives) if isinstance(found, Method) else tuple(sorted(found.offers))
+    missing = tuple(o for o in needed if o not in offers)
     return not missing, missing
 
 

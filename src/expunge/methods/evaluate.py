@@ -44,19 +44,19 @@ class Given:
         logits: of the current model, ``[B, T, V]``; may require gradients.
         labels: token ids, -100 where not supervised, ``[B, T]``; position t is predicted by the logits at t - 1.
         reference_logits: of the frozen target, ``[B, T, V]``.
-        incompetent_logits: of a network that has learnt nothing, ``[B, T, V]``.
         features: hidden states of the current model by block name, ``[B, T, D]``, in the order of the blocks.
         reference_features: the same of the frozen target.
         attention_mask: 1 at real tokens, ``[B, T]``; none: all are real. Only terms on features look at it.
+        incompetent_logits: of a network that has learnt nothing, ``[B, T, V]``.
     """
 
     logits: Tensor
     labels: Tensor
     reference_logits: Tensor | None = None
-    incompetent_logits: Tensor | None = None
     features: Mapping[str, Tensor] | None = None
     reference_features: Mapping[str, Tensor] | None = None
     attention_mask: Tensor | None = None
+    incompetent_logits: Tensor | None = None
 
 
 def loss_terms(

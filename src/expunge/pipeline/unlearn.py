@@ -16,8 +16,10 @@ from expunge.core.access import Stream
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import check_room, check_writable, empty
 from expunge.core.runs import Run, cache_folder
+from expunge.core.settings import nest
 from expunge.data.checks import OverlapReport, check_request, drop_overlap
 from expunge.data.records import Record, RecordSet
+from expunge.engine.edit import Edit, apply_edit
 from expunge.engine.goal import Goal
 from expunge.engine.goal import estimate as estimate_goal
 from expunge.engine.loop import Outcome, Progress, train
@@ -27,8 +29,10 @@ from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
 from expunge.engine.schedule import Adaptive
 from expunge.methods.alternatives import alternatives, kind_for
+from expunge.methods.catalogue import find
+from expunge.methods.edits.registry import EDITS
 from expunge.methods.recipe import build as build_recipe
-from expunge.methods.registry import METHODS
+from expunge.methods.registry import Method
 from expunge.pipeline.config import Allowances, UnlearnConfig
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter
@@ -65,7 +69,7 @@ def check_out(out: Path, resume: bool) -> None:
 class UnlearnPlan:
     """An unlearning run that has passed every check and has not begun."""
 
-    recipe: Recipe
+    recipe: Recipe | Edit
     adapter: LanguageAdapter
     request: Request
     examples: dict[Stream, list[Example]]
@@ -142,8 +146,10 @@ def plan(
         template: their text, for ``how="template"``.
         base: the untrained base, for methods that start from it.
     """
-    recipe = build_recipe(method, parts)
     notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
+    if method in EDITS.names():
+        return _plan_edit(adapter, request, EDITS.get(method)(**nest(dict(parts))), engine, notes)
+    recipe = build_recipe(method, parts)
     _check_sides(method, recipe, request.retain is not None, base is not None)
     if recipe.start == "initial" and base is not None:
         adapter = base
@@ -173,14 +179,32 @@ def plan(
     return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes)
 
 
+def _plan_edit(adapter: LanguageAdapter, request: Request, edit: Edit, engine: Engine, notes: list[str]) -> UnlearnPlan:
+    if Stream.RETAIN in edit.streams and request.retain is None:
+        raise InputError(f"The method {edit.name!r} reads a retain set, and none was given.", "Give --retain DATA.")
+    examples = {Stream.FORGET: [adapter.encode(r) for r in request.forget]}
+    if request.retain is not None:
+        examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
+    weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
+    tokens = sum(e.size for s in edit.streams for e in examples[s])
+    # Weights, new weights, and up to three gradients or importances of their size; activations as in a training step.
+    memory = training_memory(adapter, min(engine.max_tokens, tokens)) + 2 * weights
+    check_memory(memory, "Unlearning")
+    parameters = sum(p.numel() for p in adapter.model.parameters())
+    return UnlearnPlan(edit, adapter, request, examples, ((), ()), engine, Cost(0, tokens, memory, weights, parameters), notes)
+
+
 def check_method(config: UnlearnConfig) -> None:
     """Check method and parts against what is given, before data are read and a large model is loaded.
 
     Raises:
         InputError: an unknown name, a value out of range, or a side that the method needs and was not given.
     """
-    if config.method != "custom":
-        METHODS.get(config.method)
+    if config.method != "custom" and not isinstance(find(config.method), Method):
+        edit = EDITS.get(config.method)(**nest(dict(config.parts)))
+        if Stream.RETAIN in edit.streams and config.retain is None:
+            raise InputError(f"The method {edit.name!r} reads a retain set, and none was given.", "Give --retain DATA.")
+        return
     recipe = build_recipe(config.method, config.parts)
     _check_sides(config.method, recipe, config.retain is not None, config.base is not None)
 
@@ -196,6 +220,8 @@ def _check_sides(method: str, recipe: Recipe, retain: bool, base: bool) -> None:
 
 def goal_of(made: UnlearnPlan) -> Goal | None:
     """What the forget set should look like, measured on the target model; None where the schedule does not ask."""
+    if isinstance(made.recipe, Edit):
+        return None
     schedule = made.recipe.schedule
     if not (isinstance(schedule, Adaptive) or schedule.lr is None) or not made.recipe.forget:
         return None
@@ -214,6 +240,8 @@ def run_in_memory(
     made: UnlearnPlan, *, folder: Path | None = None, resume: bool = False, progress: Progress | None = None
 ) -> tuple[Outcome, Goal | None]:
     """Change the model that the plan holds."""
+    if isinstance(made.recipe, Edit):
+        return apply_edit(made.adapter, made.recipe, made.examples, made.engine, progress=progress), None
     goal = goal_of(made)
     outcome = train(
         made.adapter, made.recipe, made.examples, made.engine, goal=goal, folder=folder,
@@ -239,9 +267,10 @@ def execute(
     check_room(out, made.cost.disk, "Unlearning")
     dump = config.model_dump(mode="json")
     run = first_process(lambda: Run.start(out, "unlearn", dump, resume=resume, command=command), lambda: Run.open(out))
+    spec = made.recipe.spec()
     sets = {"forget": made.request.forget, "retain": made.request.retain, "holdout": made.request.holdout}
     inputs = {
-        "target": made.adapter.fingerprint(), "recipe": made.recipe.spec(), "engine": config.engine.model_dump(mode="json"),
+        "target": made.adapter.fingerprint(), "recipe": spec, "engine": config.engine.model_dump(mode="json"),
         "data": {k: v.digest for k, v in sets.items() if v is not None},
     }  # fmt: skip
     run.check_same("unlearn", inputs)
@@ -251,9 +280,10 @@ def execute(
     def work() -> dict[str, Any]:
         outcome, goal = run_in_memory(made, folder=out, resume=resume, progress=progress)
         result = save_outcome(made.adapter, outcome, out)
-        return result | {"recipe": made.recipe.spec(), "goal": goal.model_dump() if goal else None}
+        return result | {"recipe": spec, "goal": goal.model_dump() if goal else None}
 
-    result = run.stage("unlearn", inputs, work, ["model", "training.json", "log.jsonl"])
+    log = [] if isinstance(made.recipe, Edit) else ["log.jsonl"]
+    result = run.stage("unlearn", inputs, work, ["model", "training.json", *log])
     drop_checkpoint(out)
     if result["reason"] == "diverged":
         raise Destroyed(result["sentence"])

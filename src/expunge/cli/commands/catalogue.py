@@ -42,10 +42,12 @@ def methods(
 ) -> int:
     """List or show methods."""
     from expunge.adapters.registry import ADAPTERS
-    from expunge.methods.catalogue import describe, serves
-    from expunge.methods.registry import METHODS
+    from expunge.methods.catalogue import describe, find, known, serves
+    from expunge.methods.registry import METHODS, Method
 
     output = Output(json)
+    if name is not None and not isinstance(find(name), Method):
+        return _edit(name, output)
     if name is not None:
         found = describe(name)
         output.result(_plain(dataclasses.asdict(found)))
@@ -61,7 +63,7 @@ def methods(
             output.say(f"Note: {caveat}")
         return 0
     adapters = dict(ADAPTERS.items())
-    rows = {n: {a: serves(m, cls.offers)[0] for a, cls in adapters.items()} for n, m in METHODS.items()}
+    rows = {n: {a: serves(m, cls.offers)[0] for a, cls in adapters.items()} for n, m in known().items()}
     if matrix:
         output.result({"matrix": rows})
         table = Table("method", *adapters)
@@ -69,13 +71,28 @@ def methods(
             table.add_row(row, *("yes" if ok else "-" for ok in cells.values()))
         output.say(table)
         return 0
-    output.result({"methods": [{"name": n, "title": m.title, "formula": m.formula} for n, m in METHODS.items()]})
-    table = Table("method", "what it is", "loss")
-    for method_name, method in METHODS.items():
+    output.result({"methods": [{"name": n, "title": m.title, "formula": m.formula} for n, m in known().items()]})
+    table = Table("method", "what it is", "loss, or change of the weights")
+    for method_name, method in known().items():
         table.add_row(method_name, Text(method.title), Text(method.formula))
     output.say(table)
     for broken, why in METHODS.broken().items():
         output.note(f"The plug-in {broken!r} could not be loaded: {why}")
+    return 0
+
+
+def _edit(name: str, output: Output) -> int:
+    from expunge.methods.catalogue import describe_edit
+
+    found = describe_edit(name)
+    output.result(_plain(dataclasses.asdict(found)))
+    output.say(f"{found.name}: {found.title}\n\n{found.text}\n\n{found.formula}\n")
+    needs = [*found.wants, *(f"{n} of the model" for n in found.needs)]
+    output.say("Needs: forget data" + "".join(f", {n}" for n in needs) + ". It edits the weights at once; nothing is trained.")
+    output.say(f"Paper: {found.paper.title}, {found.paper.authors} {found.paper.year}, {found.paper.url}\n")
+    output.say(_parameters(found.parameters))
+    for caveat in found.caveats:
+        output.say(f"Note: {caveat}")
     return 0
 
 

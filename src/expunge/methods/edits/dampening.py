@@ -100,6 +100,12 @@ class LFSSD(Dampening):
     """
 
     name: ClassVar[str] = "lfssd"
+    paper: ClassVar[Paper] = Paper(
+        "Loss-Free Machine Unlearning",
+        "Jack Foster, Stefan Schoepf, Alexandra Brintrup",
+        2024,
+        "https://arxiv.org/abs/2402.19308",
+    )
     title: ClassVar[str] = "Loss-free selective synaptic dampening"
     formula: ClassVar[str] = "as ssd, with I = mean over batches of |d mean ||logits||^2 / d theta|"
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOGITS})

@@ -1,0 +1,196 @@
+"""Edits: the checks that a right implementation must pass, on a network that knows handwritten digits, and on text."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.digits import QUIET, accuracy, encoded
+from torch import nn
+
+from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter
+from expunge.core.access import Stream
+from expunge.core.errors import InputError
+from expunge.engine.edit import apply_edit
+from expunge.engine.gradients import batch_importance, mean_gradient
+from expunge.methods.edits.dampening import SSD, dampen
+from expunge.methods.edits.influence_step import IAU
+from expunge.methods.edits.registry import EDITS
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def accuracies(digits, adapter) -> tuple[float, float, float, float]:
+    (forget, retain), (unseen_forget, unseen_retain) = digits.split(), digits.split(1)
+    return tuple(accuracy(adapter, r) for r in (forget, unseen_forget, retain, unseen_retain))
+
+
+def loss(adapter, rows) -> float:
+    batch = adapter.collate(encoded(adapter, rows))
+    with torch.no_grad():
+        return float(adapter.forward(adapter.model, batch, frozenset({"losses"})).losses.mean())
+
+
+@pytest.mark.parametrize("name", EDITS.names())
+def test_every_edit_is_documented_and_changes_a_classifier(digits, name) -> None:
+    kind = EDITS.get(name)
+    assert len(kind.__doc__) > 200
+    assert kind.title
+    assert kind.formula
+    assert kind.caveats
+    assert kind.paper.url.startswith("https://arxiv.org/")
+    assert all(p.text for p in kind.declared())
+    adapter = digits.target()
+    before = state(adapter.model)
+    outcome = apply_edit(adapter, kind(), digits.examples(adapter), QUIET)
+    assert outcome.reached
+    assert outcome.reason == "edited"
+    assert any(not torch.equal(before[k], v) for k, v in state(adapter.model).items())
+    assert loss(adapter, digits.split()[0]) > loss(digits.target(), digits.split()[0])
+
+
+@pytest.mark.parametrize("alpha", [5, 10])
+def test_ssd_forgets_the_class_and_shrinks_only_what_it_chose(digits, alpha) -> None:
+    adapter = digits.target()
+    before = state(adapter.model)
+    streams = digits.examples(adapter)
+    apply_edit(adapter, SSD(alpha=alpha), streams, QUIET)
+    forget, unseen_forget, retain, unseen_retain = accuracies(digits, adapter)
+    assert max(forget, unseen_forget) < 0.05
+    assert min(retain, unseen_retain) > 0.85
+    after = state(adapter.model)
+    assert all((after[k].abs() <= before[k].abs()).all() for k in before)
+    changed = sum(int((after[k] != before[k]).sum()) for k in before)
+    assert 0.05 < changed / sum(v.numel() for v in before.values()) < 0.4
+
+
+def test_ssd_leaves_bit_for_bit_what_it_did_not_choose() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, forget, everything = (torch.rand(200, generator=g) for _ in range(3))
+    forget[:5] = 0
+    made = dampen(weight, forget, everything, alpha=2.0, dampening=0.5)
+    chosen = forget > 2 * everything
+    assert chosen.any()
+    assert torch.equal(made[~chosen], weight[~chosen])
+    torch.testing.assert_close(made[chosen], weight[chosen] * 0.5 * everything[chosen] / forget[chosen])
+    assert torch.equal(dampen(weight, forget, everything, alpha=1e30, dampening=1.0), weight)
+    assert torch.equal(dampen(weight, forget, everything, alpha=0.0, dampening=1e30), weight)  # never grows
+    assert torch.isfinite(dampen(weight, torch.zeros(200), torch.zeros(200), 1.0, 1.0)).all()
+
+
+def test_ssd_with_the_sets_exchanged_damages_and_does_not_forget(digits) -> None:
+    adapter = digits.target()
+    streams = digits.examples(adapter)
+    forget, everything = streams[Stream.FORGET], [*streams[Stream.FORGET], *streams[Stream.RETAIN]]
+    importance = [batch_importance(adapter, held, batch=64) for held in (everything, forget)]
+    with torch.no_grad():
+        for name, p in adapter.model.named_parameters():
+            p.copy_(dampen(p, importance[0][name], importance[1][name], 10.0, 1.0))
+    known, _, retain, _ = accuracies(digits, adapter)
+    assert known > 0.9
+    assert retain < 0.85
+
+
+def test_lfssd_forgets_without_a_label(digits) -> None:
+    found = []
+    for labels in ("own", "wrong"):
+        adapter = digits.target()
+        streams = digits.examples(adapter)
+        if labels == "wrong":
+            rows = digits.split()
+            streams = {
+                stream: [adapter.encode(r, answer=(r.target + 3) % 10) for r in held]
+                for stream, held in zip((Stream.FORGET, Stream.RETAIN), rows, strict=True)
+            }
+        apply_edit(adapter, EDITS.get("lfssd")(alpha=5), streams, QUIET)
+        found.append(state(adapter.model))
+        forget, _, retain, unseen = accuracies(digits, adapter)
+        assert forget < 0.05
+        assert min(retain, unseen) > 0.9
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])  # no label was read
+
+
+def test_iau_is_a_sign_step_or_a_gradient_step(digits) -> None:
+    adapter = digits.target()
+    streams = digits.examples(adapter)
+    before = state(adapter.model)
+    g = {n: -v for n, v in mean_gradient(adapter, streams[Stream.FORGET], 64).items()}
+    for name, value in mean_gradient(adapter, streams[Stream.RETAIN], 10**6).items():
+        g[name] = g[name] + value
+    for step, lr in (("adam", 5e-3), ("sgd", 0.5)):
+        edited = digits.target()
+        apply_edit(edited, IAU(step=step, lr=lr), streams, QUIET)
+        for name, value in state(edited.model).items():
+            delta = value - before[name]
+            if step == "sgd":
+                torch.testing.assert_close(delta, -lr * g[name], atol=1e-6, rtol=1e-3)
+            else:
+                clear = g[name].abs() > 1e-5
+                torch.testing.assert_close(delta[clear], -lr * g[name][clear].sign(), atol=1e-5, rtol=1e-2)
+    weakened = digits.target()
+    apply_edit(weakened, IAU(lr=1e-2), streams, QUIET)
+    forget, retain = digits.split()
+    rise = [loss(weakened, rows) - loss(digits.target(), rows) for rows in (forget, retain)]
+    assert rise[0] > 0.5
+    assert rise[1] < rise[0] / 10
+    flipped = digits.target()
+    with torch.no_grad():
+        for name, p in flipped.model.named_parameters():
+            p.add_(5e-3 * g[name].sign())
+    assert loss(flipped, forget) < loss(digits.target(), forget)
+
+
+def test_gradients_of_a_set_equal_those_of_one_batch(digits) -> None:
+    adapter = digits.target()
+    rows = encoded(adapter, digits.split()[0][:7])
+    pieces, whole = (mean_gradient(adapter, rows, units) for units in (2, 10**6))
+    batch = adapter.collate(rows)
+    value = adapter.forward(adapter.model, batch, frozenset({"losses"})).losses.mean()
+    direct = torch.autograd.grad(value, list(adapter.model.parameters()))
+    for ours, again, want in zip(pieces.values(), whole.values(), direct, strict=True):
+        torch.testing.assert_close(ours, want, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(again, want, atol=1e-6, rtol=1e-4)
+
+
+def test_importance_is_that_of_batch_means(digits) -> None:
+    adapter = digits.target()
+    rows = encoded(adapter, digits.split()[0][:5])
+    for of, power in (("loss", "square"), ("norm", "absolute"), ("loss", "absolute")):
+        got = batch_importance(adapter, rows, batch=2, of=of, power=power)
+        want = [torch.zeros_like(p) for p in adapter.model.parameters()]
+        for part in (rows[:2], rows[2:4], rows[4:]):
+            out = adapter.forward(adapter.model, adapter.collate(part), frozenset({"losses", "logits"}))
+            value = out.losses.mean() if of == "loss" else out.logits.square().sum(1).mean()
+            for total, g in zip(want, torch.autograd.grad(value, list(adapter.model.parameters())), strict=True):
+                total.add_((g.square() if power == "square" else g.abs()) / 3)
+        for ours, expected in zip(got.values(), want, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def test_edits_run_on_text_too(people_world) -> None:
+    adapter = people_world.target()
+    split = people_world.split
+    streams = {Stream.FORGET: [adapter.encode(r) for r in split.forget], Stream.RETAIN: [adapter.encode(r) for r in split.retain]}
+    before = people_world.loss(adapter, split.forget), people_world.loss(adapter, split.retain)
+    apply_edit(adapter, SSD(alpha=5), streams, QUIET)
+    rise = people_world.loss(adapter, split.forget) - before[0], people_world.loss(adapter, split.retain) - before[1]
+    assert rise[0] > 0.5
+    assert rise[1] < rise[0] / 3
+
+
+def test_what_is_missing_or_ruins_the_model_is_refused(digits) -> None:
+    adapter = digits.target()
+    streams = digits.examples(adapter)
+    before = copy.deepcopy(state(adapter.model))
+    with pytest.raises(InputError, match="retain examples"):
+        apply_edit(adapter, SSD(), {Stream.FORGET: streams[Stream.FORGET]}, QUIET)
+    with pytest.raises(InputError, match="infinite or NaN"):
+        apply_edit(adapter, IAU(lr=1e39), streams, QUIET)
+    regressor = RegressionAdapter(nn.Sequential(nn.Linear(64, 1)))
+    with pytest.raises(InputError, match="logits"):
+        apply_edit(regressor, EDITS.get("lfssd")(), {}, QUIET)
+    assert all(torch.equal(before[k], v) for k, v in state(adapter.model).items())
+    assert isinstance(adapter, ClassifierAdapter)
