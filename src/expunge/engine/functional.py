@@ -154,3 +154,23 @@ def digest_tensors(tensors: Iterator[Tensor]) -> str:
         for start in range(0, flat.numel(), _BLOCK):
             state.update(flat[start : start + _BLOCK].numpy().tobytes())
     return state.hexdigest()
+
+
+def flatten(tensors: Mapping[str, Tensor], rows: bool = False) -> Tensor:
+    """All tensors as one vector ``[p]``, in their order; with ``rows``, tensors ``[rows, ...]`` as ``[rows, p]``."""
+    return torch.cat([t.reshape(t.shape[0], -1) if rows else t.reshape(-1) for t in tensors.values()], dim=-1)
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tensors:
+    """Undo :func:`flatten`: views into ``vector`` with the names and shapes of ``like``.
+
+    Raises:
+        InputError: the sizes do not match.
+    """
+    sizes = [t.numel() for t in like.values()]
+    if vector.shape != (sum(sizes),):
+        raise InputError(
+            f"The vector has the shape {list(vector.shape)}; the model has {sum(sizes)} weights that may move.",
+            "Flatten the tensors of the same model.",
+        )
+    return {name: part.view_as(t) for (name, t), part in zip(like.items(), torch.split(vector, sizes), strict=True)}
