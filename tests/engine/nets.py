@@ -39,6 +39,18 @@ def logistic() -> nn.Module:
     return nn.Linear(5, 3).double()
 
 
+def scalar() -> nn.Module:
+    return nn.Linear(5, 1).double()
+
+
+def scaled(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(inputs["x"]) * inputs["scale"]
+
+
+def digit_perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
 def with_dropout() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.ReLU(), nn.Linear(7, 3)).double()
 

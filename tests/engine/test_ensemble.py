@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -15,6 +16,7 @@ from expunge.core.errors import Destroyed, InputError, MissingExtra
 from expunge.data.order import BatchPlan
 from expunge.engine import ensemble as module
 from expunge.engine.ensemble import margins, train_ensemble
+from expunge.engine.functional import squared_loss
 from expunge.engine.members import Members, Spec, Training, train_members
 from tests.engine import nets
 
@@ -90,6 +92,33 @@ def test_it_learns_what_the_weights_say() -> None:
     correct = (got.logits(x).argmax(-1) == y).double()
     assert correct[0].mean() > 0.8
     assert correct[1, 40:].mean() < 0.1
+
+
+def test_wrong_labels_are_known_to_the_members_that_saw_them() -> None:
+    """Digits, a tenth of them mislabelled: their margins differ between members with and without them, as LiRA needs."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.data[:300] / 16, dtype=torch.float32), torch.tensor(digits.target[:300])
+    y[:30] = (y[:30] + 5) % 10
+    weights = torch.rand(16, 300, generator=torch.Generator().manual_seed(0)) < 0.5
+    held = Spec(nets.digit_perceptron, x, y, Training(steps=500, batch=64, lr=5e-3))
+    found = train_ensemble(held, Members(weights, range(16))).margins(x, y)
+    with_it, without = ((found * w).sum(0) / w.sum(0) for w in (weights, ~weights))
+    assert (with_it - without)[:30].mean() > 5, "seen or not makes no difference on mislabelled rows"
+    assert 0 < (with_it - without)[30:].mean() < 5
+    assert (without[30:] > 0).double().mean() > 0.8, "the members have not learnt digits"
+
+
+@pytest.mark.parametrize("stream", ["shared", "own"])
+def test_inputs_of_several_tensors_and_another_loss(stream) -> None:
+    x, _ = nets.rows(30)
+    wanted = x.sum(1, keepdim=True) * x[:, :1]
+    inputs = {"x": x, "scale": x[:, :1].clone()}
+    training = Training(steps=150, batch=30, lr=0.05, stream=stream)
+    held = Spec(nets.scalar, inputs, wanted, training, loss=squared_loss, forward=nets.scaled)
+    got = train_ensemble(held, Members(torch.ones(2, 30, dtype=torch.bool), [0, 1]))
+    losses = got.losses(inputs, wanted, rows=7)
+    torch.testing.assert_close(losses, (got.logits(inputs).squeeze(-1) - wanted.T) ** 2)
+    assert losses.mean() < 1e-3 * (wanted**2).mean()
 
 
 @pytest.mark.parametrize("stream", ["shared", "own"])

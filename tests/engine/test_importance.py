@@ -168,6 +168,20 @@ def test_sums_of_half_precision_models_are_kept_in_single_precision() -> None:
     assert all(v.dtype == torch.float32 and v.min() > 0 for v in found.values())
 
 
+def test_a_part_weighs_at_most_its_share_by_rows_but_not_by_batches() -> None:
+    """With n rows of which F are a tenth, mean squares over rows obey I_F <= 10 I_D everywhere; squares of means do not."""
+    torch.manual_seed(0)
+    model = nets.perceptron()
+    x, y = nets.rows(400)
+    order = torch.argsort((y == 2).double(), stable=True).flip(0)  # one class first
+    x, y = x[order], y[order]
+    part, whole = [(x[:40], y[:40])], [(a, b) for a, b in zip(x.split(40), y.split(40), strict=True)]
+    by_row = [diagonal_importance(model, b, estimator="sample") for b in (part, whole)]
+    by_batch = [diagonal_importance(model, b) for b in (part, [(x[i::10], y[i::10]) for i in range(10)])]
+    assert all((by_row[0][n] <= 10 * by_row[1][n] * (1 + 1e-9)).all() for n in by_row[0])
+    assert any((by_batch[0][n] > 10 * by_batch[1][n]).any() for n in by_batch[0])
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [

@@ -71,7 +71,7 @@ class Ensemble:
             InputError: inputs and targets differ in rows; see also :func:`margins`.
         """
         check_rows(inputs, targets)
-        return self._collect(inputs, rows, lambda outputs, at: margins(outputs, targets[at].expand(outputs.shape[:2])))
+        return self._collect(inputs, rows, lambda outputs, at: margins(outputs, targets[at].cpu().expand(outputs.shape[:2])))
 
     def losses(self, inputs: Any, targets: Tensor, *, rows: int = 1024) -> Tensor:
         """The loss of every row for every member in evaluation mode, ``[models, n]``.
@@ -82,7 +82,7 @@ class Ensemble:
         check_rows(inputs, targets)
 
         def compute(outputs: Tensor, at: slice) -> Tensor:
-            wanted = targets[at].expand(len(outputs), *targets[at].shape)
+            wanted = targets[at].cpu().expand(len(outputs), *targets[at].shape)
             return self.spec.loss(outputs.flatten(0, 1), wanted.flatten(0, 1)).view(outputs.shape[:2])
 
         return self._collect(inputs, rows, compute)
@@ -304,8 +304,8 @@ def _signature(spec: Spec, seed: int) -> list[Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = spec.model()
-    inputs = each(spec.inputs, lambda t: t[:8])
+    inputs = each(spec.inputs, lambda t: t[:8].cpu())
     with evaluating(model):
-        losses = spec.loss(spec.forward(model, inputs), spec.targets[:8])
+        losses = spec.loss(spec.forward(model, inputs), spec.targets[:8].cpu())
     fresh = model.state_dict()
     return [repr(model), sorted(fresh), digest_tensors(fresh[k] for k in sorted(fresh)), [f"{v:.2e}" for v in losses.tolist()]]
