@@ -57,7 +57,7 @@ class Ensemble:
     parameters: list[Tensor]
 
     def hidden(self, x: Tensor) -> Tensor:
-        return torch.relu(torch.baddbmm(self.parameters[1], x.expand(len(self.parameters[0]), *x.shape), self.parameters[0]))
+        return torch.relu(torch.baddbmm(self.parameters[1], x.expand(len(self.parameters[0]), *x.shape[-2:]), self.parameters[0]))
 
     def head(self, hidden: Tensor) -> Tensor:
         return torch.baddbmm(self.parameters[3], hidden, self.parameters[2])
@@ -68,7 +68,11 @@ class Ensemble:
 
 
 def train(task: Digits, weights: np.ndarray, *, steps: int, seed: int, rate: float = 3e-3, batch: int = 100) -> Ensemble:
-    """One network per row of ``weights [models, examples]``, which says what each is trained on; one stream of batches."""
+    """One network per row of ``weights [models, examples]``, which says what each is trained on.
+
+    Each has its own initialisation and its own order of batches: models that share the order are no independent sample, and two
+    retrained sets of them are told apart with an accuracy of 0.7 instead of 0.5.
+    """
     generator = torch.Generator().manual_seed(seed)
     m, width = len(weights), 128
     sizes = [(m, 64, width), (m, 1, width), (m, width, 10), (m, 1, 10)]
@@ -79,12 +83,10 @@ def train(task: Digits, weights: np.ndarray, *, steps: int, seed: int, rate: flo
     optimiser = torch.optim.Adam(parameters, lr=rate)
     chosen = torch.tensor(weights, dtype=torch.float32)
     for _ in range(steps):
-        index = torch.randint(0, len(task.x), (batch,), generator=generator)
+        index = torch.randint(0, len(task.x), (m, batch), generator=generator)
         logits = net.head(net.hidden(task.x[index]))
-        losses = torch.nn.functional.cross_entropy(logits.reshape(-1, 10), task.y[index].repeat(m), reduction="none").reshape(
-            m, -1
-        )
-        w = chosen[:, index]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), task.y[index].flatten(), reduction="none").reshape(m, -1)
+        w = chosen.gather(1, index)
         optimiser.zero_grad()
         ((losses * w).sum(1) / w.sum(1).clamp(min=1)).sum().backward()
         optimiser.step()
