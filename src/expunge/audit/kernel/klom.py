@@ -115,4 +115,5 @@ def _histogram(position: Floats, bins: int) -> Floats:
     """Shares ``[examples, bins]`` of positions in [0, 1]; 1 belongs to the last bin."""
     models, examples = position.shape
     index = np.minimum((position * bins).astype(np.int64), bins - 1) + bins * np.arange(examples)
-    return np.bincount(index.ravel(), minlength=bins * examples).reshape(examples, bins) / models
+    counts = np.bincount(index.ravel(), minlength=bins * examples).reshape(examples, bins)
+    return np.asarray(counts / models, dtype=np.float64)
