@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_models import TRAIN, digits, train
 from scipy import stats
@@ -15,6 +15,7 @@ from expunge.core.errors import InputError
 from expunge.core.ranking import auc
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=10))
 def test_the_signal_is_bounded_and_rises(p):
     p = sorted(p)
@@ -47,6 +48,7 @@ def test_the_score_equals_its_definition():
         np.testing.assert_allclose(iam_offline(unlearned, shadows, training, steps=5, variance=variance), 1 - offline)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 3))
 def test_the_score_falls_with_the_probability(seed, shadows):
     rng = np.random.default_rng(seed)

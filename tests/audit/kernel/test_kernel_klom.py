@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from kernel_models import Ensemble
@@ -17,6 +17,7 @@ CEILING = math.log(1e5)
 MARGINS = arrays(np.float64, (6, 3), elements=st.floats(-150, 150))
 
 
+@settings(deadline=None)
 @given(MARGINS, MARGINS)
 def test_klom_equals_numpys_histograms(p, q):
     found = klom(p, q)

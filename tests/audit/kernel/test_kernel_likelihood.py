@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -78,6 +78,7 @@ def test_lira_finds_members_of_a_network(zoo):
     assert found["online", "clean"] > 0.52
 
 
+@settings(deadline=None)
 @given(st.integers(3, 9), st.integers(0, 10_000))
 def test_u_lira_by_brute_force(models, seed):
     rng = np.random.default_rng(seed)
@@ -129,6 +130,7 @@ def test_u_lira_sees_what_a_population_attack_does_not(zoo):
     assert u_lira(others.margin[:, task.forget], oracles.margin[:, task.forget]).accuracy == pytest.approx(0.5, abs=0.06)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(1, 3), st.integers(0, 1000))
 def test_rmia_by_brute_force(a, gamma, seed):
     rng = np.random.default_rng(seed)
@@ -171,6 +173,7 @@ def brute_epsilon(u, r, delta):
     return best
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(-6, 6).map(float), min_size=4, max_size=7),
     st.lists(st.integers(-6, 6).map(float), min_size=4, max_size=7),

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.svm import SVC
 
 from expunge.audit.kernel import membership
 from expunge.audit.kernel.quantities import probabilities, quantities
@@ -15,6 +16,7 @@ from expunge.core.ranking import tpr_at_fpr
 SCORES = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(SCORES, SCORES)
 def test_threshold_attack_by_brute_force(outside, inside):
     def balanced(t):
@@ -59,6 +61,15 @@ def test_svc_efficacy_has_the_right_sign():
     assert membership.svc_members(known, unseen, beta(2, 8, 1)) == pytest.approx(1 - remembered)
     assert math.isnan(membership.svc_efficacy(np.ones(5), np.ones(5), np.ones(5)))
     assert math.isnan(membership.svc_efficacy([math.nan, 1.0], [0.5], [0.1]))
+
+
+def test_svc_is_the_published_machine():
+    known, unseen, grid = beta(0, 8, 1, 60), beta(1, 2, 2, 60), np.linspace(0, 1, 200)
+    machine = SVC(C=3, gamma=1).fit(np.concatenate([known, unseen])[:, None], np.repeat([1, 0], 60))
+    want = machine.predict(grid[:, None])
+    assert [membership.svc_members(known, unseen, [g]) for g in grid] == want.tolist()
+    weaker = SVC(C=0.003, gamma=1).fit(np.concatenate([known, unseen])[:, None], np.repeat([1, 0], 60))
+    assert (weaker.predict(grid[:, None]) != want).any()
 
 
 def test_entropy_attack_has_the_right_sign():

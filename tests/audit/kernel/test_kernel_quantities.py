@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -17,6 +17,7 @@ LOGITS = arrays(np.float64, (3, 7, 4), elements=st.floats(-30, 30))
 FIELDS = ("loss", "margin", "confidence", "entropy", "modified_entropy")
 
 
+@settings(deadline=None)
 @given(LOGITS, arrays(np.int64, 7, elements=st.integers(0, 3)))
 def test_quantities_equal_their_definitions(logits, labels):
     found = quantities(logits, labels)

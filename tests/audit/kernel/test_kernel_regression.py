@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neural_network import MLPRegressor
 
@@ -15,6 +15,7 @@ from expunge.core.errors import InputError
 VALUES = st.lists(st.floats(-100, 100), min_size=5, max_size=5)
 
 
+@settings(deadline=None)
 @given(VALUES, VALUES, st.floats(-50, 50))
 def test_wasserstein_of_equal_sizes_is_the_sorted_difference(a, b, shift):
     assert wasserstein(a, b) == pytest.approx(np.abs(np.sort(a) - np.sort(b)).mean(), abs=1e-9)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ortho_group
 
@@ -32,6 +32,7 @@ def by_kernels(x, y, unbiased=False):
     return hsic(first, second) / math.sqrt(hsic(first, first) * hsic(second, second))
 
 
+@settings(deadline=None)
 @given(st.integers(4, 12), st.integers(1, 15), st.integers(1, 15), st.integers(0, 100))
 def test_cka_equals_its_definition(n, d, e, seed):
     rng = np.random.default_rng(seed)

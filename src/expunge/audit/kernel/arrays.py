@@ -89,14 +89,14 @@ def same_length(**arrays: Sized) -> None:
         raise InputError(f"These arrays must be of equal length: {found}.")
 
 
-def same_examples(first: Floats, second: Floats, what: str = "The two sets of models") -> None:
+def same_examples(first: Floats, second: Floats) -> None:
     """Check that the last axes agree.
 
     Raises:
         InputError: they do not.
     """
     if first.shape[-1] != second.shape[-1]:
-        raise InputError(f"{what} must score the same examples; got {first.shape[-1]} and {second.shape[-1]}.")
+        raise InputError(f"The two sets of models must score the same examples; got {first.shape[-1]} and {second.shape[-1]}.")
 
 
 def finite(*arrays: Floats) -> bool:

@@ -24,11 +24,10 @@ _ENOUGH = 64  # models from which a variance per example is better than one for 
 
 @dataclass(frozen=True)
 class Gaussians:
-    """One Gaussian per example: mean and standard deviation ``[examples]``, and the models behind each."""
+    """One Gaussian per example: mean and standard deviation ``[examples]``."""
 
     mean: Floats
     deviation: Floats
-    models: Floats
 
 
 def lira(
@@ -97,7 +96,7 @@ def gaussians(margins: Floats, where: Bools, variance: Variance = "auto", name: 
         else:
             spread = squares / (count - 1)
     deviation = np.sqrt(spread)
-    return Gaussians(mean, np.where(deviation > 0, deviation, np.nan), count)
+    return Gaussians(mean, np.where(deviation > 0, deviation, np.nan))
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def u_lira(inside: ArrayLike, outside: ArrayLike, *, variance: Variance = "auto"
         fits = [_leave_one_out(sample[:size], single) for sample in (first, second)]
         right = np.zeros(first.shape[1])
         for i in range(size):
-            pair = [Gaussians(mean[i], deviation[i], np.full(first.shape[1], size - 1.0)) for mean, deviation in fits]
+            pair = [Gaussians(mean[i], deviation[i]) for mean, deviation in fits]
             for sample, own, other in ((first, pair[0], pair[1]), (second, pair[1], pair[0])):
                 difference = _log_density(sample[i], own) - _log_density(sample[i], other)
                 right += np.heaviside(difference, 0.5)
