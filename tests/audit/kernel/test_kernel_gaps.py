@@ -4,12 +4,15 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_models import TRAIN, Digits, digits, train
 from scipy.spatial.distance import jensenshannon
 
-from expunge.audit.kernel import gaps
+from expunge.audit.kernel import gaps, membership
 from expunge.audit.kernel.gaps import FiveMetrics
+from expunge.audit.kernel.quantities import quantities
 from expunge.core.errors import InputError
 
 SHARE = st.floats(0, 1)
@@ -113,3 +116,52 @@ def test_relearning():
     assert math.isnan(gaps.relearn_ratio(None, 10))
     with pytest.raises(InputError, match="not negative"):
         gaps.relearn_steps([-1.0], 0.5)
+
+
+def test_retrain_free_divergence():
+    rng = np.random.default_rng(0)
+    p, labels = softmax(rng, 40, 5, 2), np.arange(40) % 4
+    assert gaps.retrain_free_divergence(p, labels, p, labels) == pytest.approx(0, abs=1e-12)
+    order = rng.permutation(40)
+    assert gaps.retrain_free_divergence(p, labels, p[order], labels[order]) == pytest.approx(0, abs=1e-12)
+    q = softmax(rng, 8, 5, 2)
+    want = [jensenshannon(p[labels == c].mean(0), q[2 * c : 2 * c + 2].mean(0), base=2) ** 2 for c in range(4)]
+    assert gaps.retrain_free_divergence(p, labels, q, np.arange(8) // 2) == pytest.approx(np.mean(want))
+    with pytest.raises(InputError, match="class 3"):
+        gaps.retrain_free_divergence(p, labels, p[labels < 3], labels[labels < 3])
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """Digits of which 40 % have a wrong label, in training and test alike: an original, and two models without 300 images."""
+    task = digits()
+    labels = torch.cat([task.y, task.test_y])
+    generator = torch.Generator().manual_seed(3)
+    wrong = torch.rand(len(labels), generator=generator) < 0.4
+    labels[wrong] = (labels[wrong] + torch.randint(1, 10, (int(wrong.sum()),), generator=generator)) % 10
+    task = Digits(task.x, labels[:TRAIN], task.test_x, labels[TRAIN:])
+    weights = np.ones((3, TRAIN))
+    weights[1:, 700:] = 0
+    models = train(task, weights, steps=1200, seed=9)
+    return quantities(models(task.x), task.y), quantities(models(task.test_x), task.test_y)
+
+
+def test_the_gap_and_nomus_of_an_original_and_of_retrained_models(noisy):
+    """Fed with a retrained model every gap is seed noise, and the original is worse by either score."""
+    train_set, test = noisy
+    five, scores = [], []
+    for m in range(3):
+        confidence = train_set.confidence[m]
+        efficacy = membership.svc_efficacy(confidence[:700], test.confidence[m], confidence[700:])
+        five.append(gaps.five_metrics(train_set.hit[m, 700:], train_set.hit[m, :700], test.hit[m], efficacy))
+        attack = membership.logistic_attack(test.loss[m], train_set.loss[m, 700:])
+        scores.append(gaps.nomus(gaps.accuracy(test.hit[m]), attack))
+    original, retrained = gaps.average_gap(five[0], five[1:]), gaps.average_gap(five[1], [five[2]])
+    assert original > 0.2
+    assert retrained < 0.08
+    assert original > 4 * retrained
+    assert five[0].mia_efficacy < five[1].mia_efficacy
+    assert scores[0] < min(scores[1:]) - 0.05
+    accuracies = [(1 - f.unlearning_accuracy, f.retain_accuracy, f.test_accuracy) for f in five]
+    tow = [gaps.tug_of_war(a, accuracies[2]) for a in accuracies[:2]]
+    assert tow[0] < 0.7 < tow[1]

@@ -103,9 +103,9 @@ def test_oracle_matching_reaches_the_floor_and_doing_nothing_does_not(zoo):
         for rows in (task.flipped, task.clean, task.retain)
     )
     for found in (flipped, clean, retain):
-        assert 1.0 < found["b"].mean < 2.6  # the card: 1.8 on every subset, 95th percentile 3.2
+        assert 1.0 < found["b"].mean < 2.6  # about 1.7 on every subset, 95th percentile 3.1
         assert found["b"].p95 < 4.5
-    assert flipped["original"].mean > 7  # 9.35 on the card, ceiling 11.5
+    assert flipped["original"].mean > 7  # about 9.1; the ceiling is 11.5
     assert clean["original"].mean > clean["b"].mean + 0.7
     assert retain["original"].mean > retain["b"].mean + 0.7
     hits = zoo.score(zoo.originals).hit[:, task.flipped].mean(), zoo.score(zoo.oracles).hit[:, task.flipped].mean()

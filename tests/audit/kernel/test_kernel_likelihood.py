@@ -116,7 +116,7 @@ def test_u_lira_is_at_chance_for_equal_populations_and_sees_both_directions():
 
 
 def test_u_lira_sees_what_a_population_attack_does_not(zoo):
-    """The card's finding: a loss attack gives the same for originals and oracles, the attack by example tells them apart."""
+    """A loss attack gives the same for originals and oracles, the attack by example tells them apart."""
     task = zoo.task
     originals, oracles, others = (zoo.score(m) for m in (zoo.originals, zoo.oracles, zoo.others))
     losses = zoo.test(zoo.originals).loss, zoo.test(zoo.oracles).loss

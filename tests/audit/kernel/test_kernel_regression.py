@@ -41,7 +41,7 @@ def test_l1_attack_has_the_right_sign():
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_forgetting_a_band_of_targets():
-    """The card's synthetic task: without the lowest 30 % of the targets predictions there move up; the original's do not."""
+    """Without the lowest 30 % of the targets predictions there move up; the original's do not."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(900, 10))
     y = x @ rng.normal(size=10) / 3 + np.sin(x[:, 0]) + 0.3 * rng.normal(size=900)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from expunge.audit.kernel.arrays import Floats, finite, hits, matrix, share, vector
+from expunge.audit.kernel.arrays import Floats, codes, finite, hits, matrix, same_length, share, vector
 from expunge.core.errors import InputError
 
 
@@ -205,6 +205,36 @@ def zero_retrain_forgetting(unlearned: ArrayLike, incompetent: ArrayLike) -> flo
     return 1 - float(jensen_shannon(unlearned, incompetent).mean())
 
 
+def retrain_free_divergence(
+    unlearned: ArrayLike, forget_labels: ArrayLike, original: ArrayLike, holdout_labels: ArrayLike
+) -> float:
+    """RF-JSD (LoTUS, Spartalis et al. 2025): a distance to retraining that needs no retrained model, in [0, 1]; lower is better.
+
+    For each class of the forget set, the Jensen-Shannon divergence in bits between the mean probabilities that the unlearned
+    model gives to its forget examples and those that the ORIGINAL model gives to held-out examples of the class; then the mean
+    over classes. A retrained model is above 0 by what two samples and two seeds differ. Not for a forgotten class: held-out data
+    of it are no model of not knowing it. NaN if a probability is.
+
+    Args:
+        unlearned: probabilities ``[forget examples, classes]`` of the unlearned model.
+        forget_labels: ``[forget examples]``.
+        original: probabilities ``[holdout examples, classes]`` of the original model.
+        holdout_labels: ``[holdout examples]``.
+
+    Raises:
+        InputError: shapes differ, rows are not distributions, or a class of the forget set has no held-out example.
+    """
+    inside, outside = _checked(unlearned), _checked(original)
+    mine, theirs = codes(forget_labels, "forget labels"), codes(holdout_labels, "holdout labels")
+    same_length(unlearned=inside, labels=mine)
+    same_length(original=outside, labels=theirs)
+    missing = np.setdiff1d(mine, theirs)
+    if len(missing):
+        raise InputError(f"There is no held-out example of class {missing[0]}, which the forget set has.")
+    means = [np.stack([p[y == c].mean(axis=0) for c in np.unique(mine)]) for p, y in ((inside, mine), (outside, theirs))]
+    return float(jensen_shannon(means[0], means[1]).mean())
+
+
 def relearn_steps(losses: ArrayLike, original: float, slack: float = 0.05) -> int | None:
     """Steps of relearning until the loss is back: the first t with ``l_t <= (1 + slack) l_original``.
 
@@ -245,10 +275,14 @@ def relearn_ratio(unlearned: int | None, retrained: int | None) -> float:
 
 
 def _distributions(first: ArrayLike, second: ArrayLike) -> tuple[Floats, Floats]:
-    p, q = matrix(first, "probabilities"), matrix(second, "probabilities")
+    p, q = _checked(first), _checked(second)
     if p.shape != q.shape:
         raise InputError(f"Two models must give the same classes for the same examples; got {p.shape} and {q.shape}.")
-    for array in (p, q):
-        if finite(array) and ((array < 0).any() or (np.abs(array.sum(axis=1) - 1) > 1e-4).any()):
-            raise InputError("Rows of probabilities must be non-negative and sum to 1.", "Pass softmax outputs, not logits.")
     return p, q
+
+
+def _checked(values: ArrayLike) -> Floats:
+    p = matrix(values, "probabilities")
+    if finite(p) and ((p < 0).any() or (np.abs(p.sum(axis=1) - 1) > 1e-4).any()):
+        raise InputError("Rows of probabilities must be non-negative and sum to 1.", "Pass softmax outputs, not logits.")
+    return p

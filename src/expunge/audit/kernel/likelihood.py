@@ -128,7 +128,8 @@ def u_lira(inside: ArrayLike, outside: ArrayLike, *, variance: Variance = "auto"
     :func:`lira`'s rule. NaN for an example with a margin that is not finite; the accuracy is then NaN too.
 
     Args:
-        inside, outside: margins ``[models, examples]`` of both populations, three models or more each.
+        inside, outside: margins ``[models, examples]`` of both populations, three models or more each; the larger is cut to the
+            size of the smaller.
         variance: one for all examples or one per example.
 
     Raises:
