@@ -79,6 +79,23 @@ def roc(holdout: ArrayLike, forget: ArrayLike) -> tuple[Floats, Floats]:
     return np.concatenate([[0.0], fpr]), np.concatenate([[0.0], tpr])
 
 
+def tpr_at_fpr(holdout: ArrayLike, forget: ArrayLike, fpr: float = 0.01) -> tuple[int, int]:
+    """Members that are caught while at most a share ``fpr`` of non-members is: (caught, members).
+
+    Args:
+        holdout: scores of non-members, higher = less member-like ``[m]``.
+        forget: scores of members ``[n]``.
+        fpr: allowed share of non-members, in [0, 1).
+
+    Raises:
+        InputError: a sample is empty, or the share is out of range.
+    """
+    if not 0 <= fpr < 1:
+        raise InputError(f"The allowed share of false positives must be in [0, 1); got {fpr}.")
+    outside, inside = np.sort(as_floats(holdout)), as_floats(forget)
+    return int(np.sum(inside < outside[math.floor(fpr * len(outside))])), len(inside)
+
+
 def placements(less: Floats, more: Floats) -> tuple[Floats, Floats] | None:
     """Share of the other sample that each value is above (less member) or below (more member), ties counted half.
 

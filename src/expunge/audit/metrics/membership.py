@@ -15,6 +15,7 @@ from expunge.audit.metrics.papers import LOSS, MUSE
 from expunge.audit.metrics.registry import Metric, Need, Range, metric
 from expunge.audit.scores import Floats
 from expunge.core.errors import InputError
+from expunge.core.ranking import tpr_at_fpr
 from expunge.core.results import Direction, Number
 from expunge.core.statistics import auc, auc_delong, cluster_standard_error, wilson
 from expunge.engine.parts import Paper
@@ -45,19 +46,6 @@ def privleak(auc_model: float, auc_retrained: float) -> float:
     if auc_retrained == 1:
         raise InputError("PrivLeak is undefined: the attack tells forget from holdout perfectly on the retrained model already.")
     return 100.0 * (auc_retrained - auc_model) / (1.0 - auc_retrained)
-
-
-def tpr_at_fpr(holdout: ArrayLike, forget: ArrayLike, fpr: float = 0.01) -> tuple[int, int]:
-    """Members that are caught while at most a share ``fpr`` of non-members is: (caught, members).
-
-    Args:
-        holdout: scores of non-members, higher = less member-like ``[m]``.
-        forget: scores of members ``[n]``.
-        fpr: allowed share of non-members.
-    """
-    outside, inside = np.sort(np.asarray(holdout, dtype=np.float64)), np.asarray(forget, dtype=np.float64)
-    allowed = math.floor(fpr * len(outside))
-    return int(np.sum(inside < outside[allowed])), len(inside)
 
 
 def _attacks(names: tuple[str, ...], k: float, examples: int) -> list[MembershipAttack]:
