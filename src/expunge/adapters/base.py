@@ -231,6 +231,22 @@ class Adapter(abc.ABC):
         """
         raise InputError(f"A {self.modality} model does not write text.", "Use metrics that need no generated text.")
 
+    def scores(self, model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+        """Outputs ``[B, C]`` of a batch's input tensors; only where rows are offered.
+
+        Raises:
+            InputError: this adapter offers none.
+        """
+        raise InputError(f"A model for {self.modality} has no rows.", "Use a method that reads losses.")
+
+    def row_losses(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each row ``[B]`` from :meth:`scores` and the targets, differentiable; only where rows are offered.
+
+        Raises:
+            InputError: this adapter offers none.
+        """
+        raise InputError(f"A model for {self.modality} has no rows.", "Use a method that reads losses.")
+
     @abc.abstractmethod
     def layers(self) -> list[str]:
         """Names of the blocks whose features can be asked for, from the input to the output."""

@@ -250,7 +250,7 @@ class ClassifierAdapter(SupervisedAdapter):
     """
 
     modality: ClassVar[str] = "classification"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.CLASSES})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.CLASSES, Offer.ROWS})
 
     def __init__(
         self, model: nn.Module, classes: Sequence[str], *, layers: Sequence[str] | None = None, dropout: bool = False
@@ -310,7 +310,7 @@ class RegressionAdapter(SupervisedAdapter):
     """
 
     modality: ClassVar[str] = "regression"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.FEATURES})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.FEATURES, Offer.ROWS})
 
     def __init__(
         self,
