@@ -114,8 +114,8 @@ def _epsilon(first: Floats, second: Floats, delta: float, intervals: bool) -> Fl
     for low, high in _intervals(len(pooled)) if intervals else ():
         inside = (upto[high] - upto[low], of_second[high] - of_second[low])
         best = np.fmax(best, _rule(*inside, sizes, cut[low] & cut[high], delta))
-    spans = np.stack([np.ptp(first, axis=0), np.ptp(second, axis=0)])
     with np.errstate(invalid="ignore", divide="ignore"):
+        spans = np.stack([np.ptp(first, axis=0), np.ptp(second, axis=0)])
         best[spans.min(axis=0) / spans.max(axis=0) < _PEAKED] = math.inf
     best[~np.isfinite(pooled).all(axis=0)] = np.nan
     return best

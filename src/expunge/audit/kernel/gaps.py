@@ -257,7 +257,7 @@ def relearn_steps(losses: ArrayLike, original: float, slack: float = 0.05) -> in
 
 
 def relearn_ratio(unlearned: int | None, retrained: int | None) -> float:
-    """AIN ``= steps(unlearned) / steps(retrained)``, in [0, inf); the target is 1 (Tarun et al. 2023).
+    """AIN ``= steps(unlearned) / steps(retrained)``, in [0, inf); the target is 1 (anamnesis index, as in Tarun et al. 2023).
 
     Below 1 the knowledge is still inside, above 1 more was destroyed than retraining would have. Both counts must come from
     copies: a reference that is trained in place is further along at every call. NaN where either model never came back (None) or

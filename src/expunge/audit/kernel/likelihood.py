@@ -19,7 +19,7 @@ from expunge.core.errors import InputError
 
 Variance = Literal["auto", "example", "global"]
 
-_ENOUGH = 64  # models from which a variance per example is better than one for all (Carlini et al. 2022, section VI-B)
+_ENOUGH = 64  # models from which a variance per example is better than one for all (the authors' code)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Quantities:
         confidence: ``p_y``, the probability of the label, [0, 1].
         entropy: ``-sum_c p_c log p_c`` in nats, [0, log C].
         modified_entropy: ``-(1 - p_y) log p_y - sum_{c != y} p_c log(1 - p_c)`` in nats, [0, inf] (Song and Mittal 2021,
-            *Systematic evaluation of privacy risks of machine learning models*, equation 7): low only if the model is sure *and*
+            *Systematic evaluation of privacy risks of machine learning models*): low only if the model is sure *and*
             right.
         predicted: the most probable class, the first of equals.
         hit: whether it is the label.

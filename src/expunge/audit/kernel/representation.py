@@ -27,8 +27,8 @@ def linear_cka(first: ArrayLike, second: ArrayLike, *, unbiased: bool = False, b
     centres both kernels; without it a common offset alone gives a value near 1.
 
     With fewer examples than features the value is biased upward, to near 1 for independent noise. The unbiased estimator of HSIC
-    (Song et al. 2012, equation 5) has mean 0 there and may go below 0. Cost ``O(n d e)``; kernels of size n x n appear only where
-    n is smaller than the number of features.
+    (Song et al. 2012, *Feature selection via dependence maximization*) has mean 0 there and may go below 0. Cost ``O(n d e)``;
+    kernels of size n x n appear only where n is smaller than the number of features.
 
     NaN if a feature is not finite, if one model's features are the same for all examples, or if an unbiased denominator is not
     positive.
@@ -165,7 +165,7 @@ def _hsic(x: Floats, y: Floats) -> float:
 
 
 def _hsic_unbiased(x: Floats, y: Floats) -> float:
-    """Song et al. 2012, equation 5, for linear kernels with their diagonals set to 0, up to the factor 1 / (n (n - 3))."""
+    """The estimator of Song et al. 2012 for linear kernels with their diagonals set to 0, up to the factor 1 / (n (n - 3))."""
     n = len(x)
     diagonals = [np.square(a).sum(axis=1) for a in (x, y)]
     rows = [a @ a.sum(axis=0) - d for a, d in zip((x, y), diagonals, strict=True)]
