@@ -136,4 +136,9 @@ def test_undefined_and_bad_input(case):
         fit_autoencoder(hidden, k=129)
     with pytest.raises(InputError, match="same shape"):
         steer(case.autoencoder, hidden, hidden[1:], [0], 1.0)
+    with pytest.raises(InputError, match="from 0 to 127"):
+        steer(case.autoencoder, hidden, hidden, [128], 1.0)
+    destroyed = case.restore(Ensemble([p * math.nan for p in case.original.parameters]))
+    assert destroyed[0].unlearned == 0
+    assert all(math.isnan(r.experts) and math.isnan(r.rate) for r in destroyed)
     assert math.isnan(explained_variance(case.autoencoder, hidden[:1].expand(5, -1)))

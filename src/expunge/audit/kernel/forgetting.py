@@ -30,8 +30,7 @@ def forgetting_epsilon(unlearned: ArrayLike, retrained: ArrayLike, *, delta: flo
     pooled sample, each in both directions (the published code walks grids of 100 thresholds a unit and intervals of one width). A
     rule that makes one kind of error only is dropped, for its rate of 0 says that there were too few models; a rule without any
     error gives infinity, and so does a set of models whose range is less than 1 % of the other's, as in the published code.
-    Scores
-    that are equal in all models of both sets leave no rule: NaN, as does a margin that is not finite.
+    Scores that are equal in all models of both sets leave no rule: NaN, as does a margin that is not finite.
 
     The maximum over many rules is above 0 for retrained against retrained models too: compute that floor with a second set of
     them. On a small network with 32 + 32 models its median was 1.9, and 1.4 with thresholds alone. With m models no finite value

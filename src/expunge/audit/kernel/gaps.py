@@ -191,9 +191,8 @@ def zero_retrain_forgetting(unlearned: ArrayLike, incompetent: ArrayLike) -> flo
     """ZRF ``= 1 - mean_x JS(p_u(x) || p_bad(x))`` on the forget set, in [0, 1] (Chundawat et al. 2023).
 
     1: the model answers like a randomly initialised network. Higher is NOT better without end: the target is the retrained
-        model's
-    value, and beyond it the forget set is treated in a way that shows. The divergence is in bits and summed over the classes; the
-    published code takes the mean over classes too, so it is C times too small and its score always near 1.
+    model's value, and beyond it the forget set is treated in a way that shows. The divergence is in bits and summed over the
+    classes; the published code takes the mean over classes too, so it is C times too small and its score always near 1.
 
     Args:
         unlearned: probabilities ``[examples, classes]`` of the model on the forget set.
@@ -261,8 +260,7 @@ def relearn_ratio(unlearned: int | None, retrained: int | None) -> float:
 
     Below 1 the knowledge is still inside, above 1 more was destroyed than retraining would have. Both counts must come from
     copies: a reference that is trained in place is further along at every call. NaN where either model never came back (None) or
-        the
-    retrained model needs no step.
+    the retrained model needs no step.
 
     Raises:
         InputError: a count is negative.

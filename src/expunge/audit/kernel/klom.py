@@ -27,9 +27,8 @@ def klom(unlearned: ArrayLike, oracles: ArrayLike, *, bins: int = 20, clip: floa
 
     A perfect method does NOT get 0 but the value of oracles against other oracles (:func:`klom_floor`): about 1.7 with 32 + 32
     models. It falls with more models or fewer bins, so compare only values with equal numbers of both. Read it on forget, retain
-    and
-    validation examples: a method must be good on all three. 0 where all margins of an example are equal in both sets; NaN where
-        one is.
+    and validation examples: a method must be good on all three. 0 where all margins of an example are equal in both sets; NaN
+    where one is.
 
     Args:
         unlearned: margins ``[models, examples]`` of the unlearned models.

@@ -162,8 +162,7 @@ def rmia(
     ``ratio(x) = p(x) / pbar(x)``, ``pbar = ((1 + a) mean_OUT p + (1 - a)) / 2``; the score is the share of population points z
     with ``ratio(x) / ratio(z) > gamma``. Works with one to four reference models. A retrained model's forget examples score like
     unseen ones: about ``Pr[ratio(z') / ratio(z) > gamma]`` over the population, below 0.5 for gamma > 1. ``O((n + z) log z)``.
-        NaN where a
-    probability is.
+    NaN where a probability is.
 
     Args:
         target: label probabilities of the attacked model ``[n]``.

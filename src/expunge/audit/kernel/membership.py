@@ -1,9 +1,8 @@
 """Membership attacks on one model: is the forget set still recognised as training data, from losses, confidences or outputs?
 
 These look at one model and at populations, so they see averages only: on a set of memorised mislabelled rows they can report the
-    same
-for the untouched model as for a retrained one. :mod:`~expunge.audit.kernel.likelihood` attacks example by example and needs many
-models. Every value here is read beside the retrained model's value for the same sets.
+same for the untouched model as for a retrained one. :mod:`~expunge.audit.kernel.likelihood` attacks example by example and needs
+many models. Every value here is read beside the retrained model's value for the same sets.
 
 Scores are oriented HIGHER = LESS member-like, as losses and entropies are; of confidences and margins pass the negative.
 """
@@ -88,8 +87,7 @@ def threshold_accuracy(threshold: float, nonmembers: ArrayLike, members: ArrayLi
     """Balanced accuracy of "member if the score is below the threshold", in [0, 1]; 0.5 is chance.
 
     The threshold comes from elsewhere: the mean training loss (Yeom et al. 2018) or :func:`best_threshold` on shadow data. NaN if
-        a score
-    or the threshold is NaN.
+    a score or the threshold is NaN.
 
     Raises:
         InputError: a sample is empty.

@@ -104,8 +104,7 @@ def representation_agreement(unlearned: Sequence[float], retrained: Sequence[flo
     """AGR ``= prod_d (1 - |knn_u(d) - knn_r(d)|) CKA_d(u, r)`` over data sets d, in [0, 1]; higher is better.
 
     A working definition: the paper's formula was not checked. 1 for the retrained model itself; a second retrained model has the
-    product of
-    its CKAs, which falls with the number of data sets: compare over equal lists. NaN if a CKA is.
+    product of its CKAs, which falls with the number of data sets: compare over equal lists. NaN if a CKA is.
 
     Args:
         unlearned, retrained: :func:`knn_transfer` of both models by data set.

@@ -171,11 +171,14 @@ def steer(model: SparseAutoencoder, unlearned: Tensor, original: Tensor, latents
         strength: a; 1 is the original's value, above it overshoots (paper: 1, 5, 10).
 
     Raises:
-        InputError: the shapes differ.
+        InputError: the shapes differ, or there is no such latent.
     """
     if unlearned.shape != original.shape:
         raise InputError(f"Both models must give the same shape; got {tuple(unlearned.shape)} and {tuple(original.shape)}.")
-    chosen = torch.from_numpy(codes(latents, "latents")).to(unlearned.device)
+    wanted = codes(latents, "latents")
+    if (wanted < 0).any() or (wanted >= len(model.bias)).any():
+        raise InputError(f"Latents are numbered from 0 to {len(model.bias) - 1}.")
+    chosen = torch.from_numpy(wanted).to(unlearned.device)
     change = (model.encode(original.float()) - model.encode(unlearned.float()))[..., chosen]
     step = strength * (change @ model.decoder[:, chosen].T) * model.deviation
     return unlearned + step.to(unlearned.dtype)
@@ -220,7 +223,8 @@ def restoration(
 ) -> list[Restoration]:  # fmt: skip
     """How far a forgotten class comes back in the unlearned model, by strength.
 
-    Which examples are steered is decided by their true label, as in the paper: this is an analysis, not an attack.
+    Which examples are steered is decided by their true label, as in the paper: this is an analysis, not an attack. NaN where an
+    activation is not finite: a destroyed model cannot be steered.
 
     Args:
         model: autoencoder of the original model's layer.
@@ -247,8 +251,13 @@ def restoration(
     controls = [rng.choice(others, len(chosen), replace=False) for _ in range(draws)]
 
     def right(activations: Tensor, rest: Callable[[Tensor], Tensor] = finish) -> float:
-        return float((rest(activations).argmax(dim=-1).cpu().numpy() == y).mean())
+        logits = rest(activations)
+        hit = (logits.argmax(dim=-1).cpu().numpy() == y) & ~logits.isnan().any(dim=-1).cpu().numpy()
+        return float(hit.mean())
 
+    if not bool(torch.isfinite(unlearned).all() and torch.isfinite(original).all()):
+        before = right(original, finish_original)
+        return [Restoration(a, before, right(unlearned), math.nan, math.nan, math.nan) for a in strengths]
     out = []
     for a in strengths:
         random = np.mean([right(steer(model, unlearned, original, c, a)) for c in controls])
