@@ -12,7 +12,9 @@ from expunge.core.version import __version__
 
 _LAZY = {
     "unlearn": "expunge.api:unlearn",
+    "unlearn_rows": "expunge.api:unlearn_rows",
     "audit_model": "expunge.api:audit_model",
+    "table": "expunge.data.rows:table",
     "load": "expunge.data.sources:load",
     "build_recipe": "expunge.methods.recipe:build",
     "loss_terms": "expunge.methods.evaluate:loss_terms",
@@ -23,9 +25,10 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from expunge.api import audit_model, unlearn
+    from expunge.api import audit_model, unlearn, unlearn_rows
     from expunge.audit.evaluate import evaluate_metric
     from expunge.audit.metrics.registry import METRICS
+    from expunge.data.rows import table
     from expunge.data.sources import load
     from expunge.methods.evaluate import loss_on, loss_terms
     from expunge.methods.recipe import build as build_recipe
@@ -41,7 +44,9 @@ __all__ = [
     "load",
     "loss_on",
     "loss_terms",
+    "table",
     "unlearn",
+    "unlearn_rows",
 ]
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from expunge.core.errors import InputError, unknown
 from expunge.core.settings import nest
 
 if TYPE_CHECKING:
     from expunge.audit.document import AuditDocument
+    from expunge.data.rows import Table
     from expunge.data.sources import Source
     from expunge.engine.loop import Outcome, Progress
 
@@ -87,6 +88,70 @@ def unlearn(
     adapter = LanguageAdapter(model, tokenizer, template=template, dropout=engine.dropout)
     made = stage.plan(adapter, request, method, given, engine, how=alternatives, template=alternative_template)
     outcome, _ = stage.run_in_memory(made, progress=progress)
+    return outcome
+
+
+def unlearn_rows(
+    model: Any,
+    data: Table,
+    *,
+    ids: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    where: str | None = None,
+    subjects: Sequence[str] | None = None,
+    method: str = "npo",
+    holdout: Table | None = None,
+    seed: int = 0,
+    loss: Literal["l1", "mse"] = "l1",
+    layers: Sequence[str] | None = None,
+    alternatives: str = "auto",
+    allow_overlap: bool = False,
+    allow_large_forget: bool = False,
+    parts: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **more: Any,
+) -> Outcome:
+    """Make a classifier or regressor forget rows of the table that it was trained on; the model is changed in place.
+
+    >>> data = expunge.table(inputs, labels, subjects=patients, columns={"age": ages})
+    >>> done = expunge.unlearn_rows(model, data, subjects=["patient 7"], holdout=unseen, method="scrub")
+
+    Args:
+        model: any torch module that returns one score per class, or one number, for each row; or a transformers classifier.
+        data: all rows that it was trained on, as :func:`table` makes them.
+        ids, classes, where, subjects: which rows to forget, see :meth:`expunge.data.rows.Table.select`; at least one of them.
+        method: name of a method (see ``expunge methods --matrix``), or ``custom``.
+        holdout: rows never trained on; they tell when to stop.
+        seed: of the order of rows, and of every random part.
+        loss: of a regression: absolute or squared error.
+        layers: names of the modules whose outputs are features, the last the one that makes the scores; none: found.
+        alternatives: which classes take the place of the own one, for methods that teach such: ``other``, ``any``; ``auto``: as
+            published.
+        allow_overlap: go on although equal rows are to be forgotten and to be kept.
+        allow_large_forget: go on although there is more to forget than to keep.
+        parts: parameters and parts of the method, as in a configuration file.
+        progress: called with (done, total, text).
+        **more: the same as keywords, dots as double underscores: ``schedule__lr=1e-3``.
+
+    Returns:
+        The outcome: ``model``, why it stopped (``reason``, ``sentence``, ``reached``), losses, the log.
+
+    Raises:
+        InputError: something does not fit; nothing was changed.
+    """
+    from expunge.engine.options import Engine
+    from expunge.pipeline.rows import open_rows, plan_rows, run_rows
+
+    given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
+    engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
+    chosen = data.select(ids=ids, classes=classes, where=where, subjects=subjects)
+    adapter = open_rows(model, data, loss=loss, layers=layers, dropout=engine.dropout)
+    made = plan_rows(
+        adapter, data, chosen, method, parts=given, engine=engine, holdout=holdout, how=alternatives,
+        allow_overlap=allow_overlap, allow_large_forget=allow_large_forget,
+    )  # fmt: skip
+    outcome = run_rows(made, progress=progress)
+    outcome.notes = made.notes
     return outcome
 
 

@@ -84,6 +84,7 @@ class Watch:
         self.max_tokens = min(loop.engine.max_tokens, longest * rows)
         self.forget_loss: float | None = None
         self.retain_loss: float | None = None
+        self.looks = [(0, 0.0), (0, 0.0)]  #: steps done and forget loss at the last two looks
         self.base_retain: float | None = None
         self.base_forget: float | None = None
         self.good: checkpoint.Tensors = {}
@@ -122,6 +123,7 @@ class Watch:
         if done == 0:
             self.look()
             self.base_retain, self.base_forget = self.retain_loss, self.forget_loss
+            self.looks = [(0, 0.0), (0, self.forget_loss or 0.0)]
             if isinstance(self.schedule, Adaptive):
                 self._keep()
             else:
@@ -157,9 +159,10 @@ class Watch:
         if row.get("finite") == 0.0:
             checkpoint.restore(self.loop.model, self.good)
             return "diverged" if not self._slower() else None
-        if done % self.schedule.check_every and not self._near():
+        if done % self.schedule.check_every and not self._near(done, self.schedule.check_every):
             return None
         self.look()
+        self.looks = [self.looks[1], (done, self.forget_loss or 0.0)]
         row |= {k: v for k, v in (("forget_loss", self.forget_loss), ("retain_loss", self.retain_loss)) if v is not None}
         return self._decide(self.schedule)
 
@@ -167,10 +170,22 @@ class Watch:
         """How much the forget loss had to rise at the start, in nats; 0 without a goal."""
         return 0.0 if self.goal is None or self.base_forget is None else max(0.0, self.goal.loss - self.base_forget)
 
-    def _near(self) -> bool:
-        """Whether most of the way to the goal is gone: from here on every step is looked at, for it may overshoot."""
+    def _near(self, done: int, every: int) -> bool:
+        """Whether most of the way to the goal is gone, or all of it will be by the next regular look.
+
+        Then every step is looked at. The loss grows faster and faster while a forget set is still known well, so each step is
+        taken to multiply it as the steps between the last two looks did.
+        """
         gap = self.gap()
-        return gap is not None and gap < 0.6 * self._distance()
+        if gap is None or self.forget_loss is None or self.goal is None:
+            return False
+        if gap < 0.6 * self._distance():
+            return True
+        (first, before), (second, now) = self.looks
+        if second <= first or not 0 < before < now:
+            return False
+        ahead = -(-done // every) * every - second
+        return math.log(now) + ahead * math.log(now / before) / (second - first) >= math.log(self.goal.loss)
 
     def _decide(self, schedule: Adaptive) -> Reason | None:
         gap, rise = self.gap(), self.rise()
@@ -287,7 +302,7 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""
-        names = ("lr", "forget_loss", "retain_loss", "base_retain", "base_forget", "retries", "erasing")
+        names = ("lr", "looks", "forget_loss", "retain_loss", "base_retain", "base_forget", "retries", "erasing")
         return {n: getattr(self, n) for n in names}
 
     def load_state(self, state: dict[str, Any], good: checkpoint.Tensors) -> None:

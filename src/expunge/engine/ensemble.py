@@ -7,6 +7,7 @@ another run that asks for the same members finds them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,7 +238,7 @@ def _with_ray(
         return
     ours = not ray.is_initialized()
     if ours:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     try:
         # One processor and so one thread per task: Ray tells the arithmetic libraries.
         task = ray.remote(num_cpus=1)(_task)

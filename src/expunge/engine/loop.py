@@ -60,6 +60,7 @@ class Outcome:
         seconds, peak_bytes: wall time of the loop, and the process's peak memory (of the accelerator's, if there is one).
         history: the log, one mapping per step.
         gathered: the whole state of a sharded model; None otherwise.
+        notes: what a report must say of the request, one sentence each.
     """
 
     model: nn.Module
@@ -75,6 +76,7 @@ class Outcome:
     peak_bytes: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     gathered: dict[str, Tensor] | None = None
+    notes: list[str] = field(default_factory=list)
 
     def state(self) -> dict[str, Tensor]:
         """All parameters by name, whole even if the model was sharded."""
