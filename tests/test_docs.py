@@ -19,8 +19,11 @@ import yaml
 from packaging.requirements import Requirement
 
 import expunge
+from expunge.adapters.language import LanguageAdapter
 from expunge.audit.settings import AuditSettings
 from expunge.core.settings import parse_overrides
+from expunge.methods.catalogue import serves
+from expunge.methods.edits.registry import EDITS
 from expunge.methods.recipe import build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,8 +135,10 @@ def test_commands_in_documents_exist(document: str, words: list[str]) -> None:
             values.add(given[option])
     parts = [w for w in words[1:] if re.match(r"[a-z_.]+=", w) and w not in values]
     if words[0] == "unlearn" and given.get("--method", "npo") != "NAME":
-        overrides = parse_overrides(parts)
-        build(given.get("--method", "npo"), {k: v for k, v in overrides.items() if k not in ("engine", "text")})
+        overrides = {k: v for k, v in parse_overrides(parts).items() if k not in ("engine", "text")}
+        name = given.get("--method", "npo")
+        assert name == "custom" or serves(name, LanguageAdapter.offers)[0], f"{document}: {name} does not run on language models"
+        EDITS.get(name)(**overrides) if name in EDITS.names() else build(name, overrides)
     if words[0] == "audit":
         AuditSettings(**parse_overrides(parts))
 

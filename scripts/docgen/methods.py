@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from docgen.text import cite, code, inline, page, parameters, summary, table
+from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.registry import ADAPTERS
 from expunge.core.access import Of, Stream
 from expunge.core.settings import Settings, describe_value
@@ -85,7 +86,7 @@ def _page(m: Method) -> str:
         inline(rest),
         f"Source: {cite(m.paper)}",
         "## Use",
-        code("\n".join(_commands(m)), "sh"),
+        _use(m),
         "## What it needs",
         "\n".join(f"- {line}" for line in _needs(m, recipe)),
         "## Caveats" if m.caveats else "",
@@ -109,7 +110,9 @@ def _edit_page(e: EditDescription) -> str:
         inline(rest),
         f"Source: {cite(e.paper)}",
         "## Use",
-        code(f"expunge unlearn MODEL --forget DATA{retain} --method {e.name} --out RUN", "sh"),
+        code(f"expunge unlearn MODEL --forget DATA{retain} --method {e.name} --out RUN", "sh")
+        if set(e.needs) <= LanguageAdapter.offers
+        else _on_rows(e.name),
         "## What it needs",
         f"- Data: {needs}.\n- It reads: {', '.join(e.needs)} of the model.",
         "- It is an edit: nothing is trained, no schedule applies.",
@@ -118,6 +121,16 @@ def _edit_page(e: EditDescription) -> str:
         "## Parameters",
         parameters(EDITS.get(e.name)),
     )
+
+
+def _use(m: Method) -> str:
+    """Commands for language models, Python for methods that only rows have."""
+    return code("\n".join(_commands(m)), "sh") if serves(m, LanguageAdapter.offers)[0] else _on_rows(m.name)
+
+
+def _on_rows(name: str) -> str:
+    call = f'expunge.unlearn_rows(model, data, classes=["3"], holdout=unseen, method="{name}")'
+    return f"On rows, from Python ([how](../howto/classifiers.md)):\n\n{code(call, 'python')}"
 
 
 def _commands(m: Method) -> Iterator[str]:

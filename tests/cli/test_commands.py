@@ -161,6 +161,7 @@ def test_an_edit_is_a_method_like_any_other(expunge: Run, town: Town, tmp_path: 
     refused(expunge("unlearn", *town.request("other"), "--method", "ssd", "alhpa=5"), "alpha")
     refused(expunge("unlearn", *town.request("other"), "--method", "sssd"), "ssd")
     refused(expunge("unlearn", *town.request("other"), "--method", "ssd", "alpha=-1"), "alpha")
+    refused(expunge("unlearn", *town.request("other"), "--method", "fisher"), "does not offer")
     assert not (tmp_path / "other").exists()
 
 

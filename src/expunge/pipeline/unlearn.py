@@ -202,6 +202,12 @@ def check_method(config: UnlearnConfig) -> None:
     """
     if config.method != "custom" and not isinstance(find(config.method), Method):
         edit = EDITS.get(config.method)(**nest(dict(config.parts)))
+        missing = sorted(edit.offers - LanguageAdapter.offers)
+        if missing:
+            raise InputError(
+                f"The method {edit.name!r} needs {', '.join(missing)}, which a language model does not offer.",
+                "See `expunge methods --matrix` for those that run.",
+            )
         if Stream.RETAIN in edit.streams and config.retain is None:
             raise InputError(f"The method {edit.name!r} reads a retain set, and none was given.", "Give --retain DATA.")
         return
