@@ -64,6 +64,7 @@ def one_by_one(spec: Spec, weights: torch.Tensor, seed: int) -> dict[str, torch.
         (nets.perceptron, {"optimizer": "adamw", "weight_decay": 0.1, "decay": "cosine"}),
         (nets.perceptron, {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01, "decay": "linear", "clip": 0.05}),
         (nets.convolutional, {"optimizer": "sgd", "lr": 0.1}),
+        (nets.attention, {"optimizer": "sgd", "lr": 0.1}),
     ],
 )
 def test_the_same_as_one_by_one(model, training) -> None:
