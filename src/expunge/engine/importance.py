@@ -172,10 +172,11 @@ class _Measure:
         directions = _fisher_factor(scores.to(_precision(scores)).softmax(0)).to(scores.dtype)
         held: Tensors = {}
         for k in range(scores.shape[0] - 1):
-            (found,) = pull(directions[:, k])
+            (found,) = pull(directions[:, k], create_graph=False)
             for name, gradient in found.items():
                 square = gradient.to(_precision(gradient)).square()
-                held[name] = held[name] + square if name in held else square
+                held[name] = held[name].add_(square) if name in held else square
+            del found, gradient, square  # before the next pass fills the same memory again
         return held
 
 
