@@ -6,8 +6,8 @@ m's weights alone, so the gradient of the sum holds every member's own. Optimise
 own over the stacked tensors is as many optimisers as there are members.
 
 Which rows a member is trained on is a row of weights, ``loss_m = sum_b W[m, i_b] l_b / sum_b W[m, i_b]`` over the rows i_b of a
-batch: the weighted subsets of Feldman and Zhang (arXiv 2008.03703) and of datamodels (arXiv 2202.00622), in one pass for all. With
-streams of their own, a member is the model that would be trained on its rows of positive weight alone, in the same order.
+batch: the weighted subsets of Feldman and Zhang (arXiv 2008.03703) and of datamodels (arXiv 2202.00622), in one pass for all.
+With streams of their own, a member is the model that would be trained on its rows of positive weight alone, in the same order.
 """
 
 from __future__ import annotations
