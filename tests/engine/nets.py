@@ -51,6 +51,24 @@ def digit_perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
+class Attention(nn.Module):
+    """One head over five places, by torch's fused attention; ``look`` makes the forward pass decide by values."""
+
+    def __init__(self, look: bool) -> None:
+        super().__init__()
+        self.project, self.last, self.look = nn.Linear(1, 12).double(), nn.Linear(4, 3).double(), look
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x.unsqueeze(-1)).chunk(3, -1)
+        if self.look and bool((x > 100).any()):
+            q = -q
+        return self.last(nn.functional.scaled_dot_product_attention(q, k, v).mean(1))
+
+
+def attention() -> nn.Module:
+    return Attention(look=False)
+
+
 def with_dropout() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.ReLU(), nn.Linear(7, 3)).double()
 

@@ -65,6 +65,7 @@ def one_by_one(spec: Spec, weights: torch.Tensor, seed: int) -> dict[str, torch.
         (nets.perceptron, {"optimizer": "adamw", "weight_decay": 0.1, "decay": "cosine"}),
         (nets.perceptron, {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01, "decay": "linear", "clip": 0.05}),
         (nets.convolutional, {"optimizer": "sgd", "lr": 0.1}),
+        (nets.attention, {"optimizer": "sgd", "lr": 0.1}),
     ],
 )
 def test_the_same_as_one_by_one(model, training) -> None:
@@ -153,6 +154,17 @@ def test_own_streams_draw_other_batches_from_positive_rows_only() -> None:
     for state in seeds_alike.values():
         torch.testing.assert_close(state["0.weight"][0], state["0.weight"][1])
     assert not torch.allclose(seeds_alike["own"]["0.weight"], seeds_alike["shared"]["0.weight"])
+
+
+def test_with_an_own_stream_rows_left_out_might_as_well_be_deleted() -> None:
+    """A member on some rows is the member of a data set that holds nothing else, on the same order of batches."""
+    held, weights = spec(stream="own"), subsets(2, 40)
+    together = train_members(held, Members(weights, [3, 4]))
+    rows = weights[1].nonzero().flatten()
+    alone = replace(held, inputs=held.inputs[rows], targets=held.targets[rows])
+    state = train_members(alone, Members(torch.ones(1, len(rows)), [4]))
+    for name, value in state.items():
+        torch.testing.assert_close(together[name][1], value[0], rtol=1e-9, atol=1e-10)
 
 
 def test_a_batch_without_a_row_of_weight_is_a_step_without_gradient() -> None:

@@ -39,6 +39,8 @@ def same(found, expected, **tolerance) -> None:
 def case(kind):
     """Model, inputs, targets; in training mode, with dropout that must be off."""
     torch.manual_seed(0)
+    if kind == "attention":
+        return nets.attention(), *nets.rows(5)
     if kind == "images":
         return nets.convolutional().train(), *nets.images(5)
     return nets.with_dropout().train(), *nets.rows(5)
@@ -51,8 +53,8 @@ def plain_loop(model, x, y):
     return held
 
 
-@pytest.mark.parametrize("kind", ["rows", "images"])
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("kind", ["rows", "images", "attention"])
+@pytest.mark.parametrize("chunk", [None, 2, 1])
 def test_gradients_per_row_are_those_of_a_loop(kind, chunk) -> None:
     model, x, y = case(kind)
     expected = plain_loop(model, x, y)
@@ -61,6 +63,17 @@ def test_gradients_per_row_are_those_of_a_loop(kind, chunk) -> None:
     norms = gradient_norms(model, x, y, chunk=chunk)
     torch.testing.assert_close(norms, torch.stack([torch.cat([v.flatten() for v in g.values()]).norm() for g in expected]))
     assert all(m.training for m in model.modules()), "the mode was changed"
+
+
+def test_a_forward_pass_that_decides_by_values_is_told_and_served_one_row_at_a_time() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = nets.Attention(look=True), nets.rows(5)
+    with pytest.raises(InputError, match="chunk=1"):
+        gradient_norms(model, x, y)
+    expected = plain_loop(model, x, y)
+    same(per_example_gradients(model, x, y, chunk=1), {n: torch.stack([g[n] for g in expected]) for n in expected[0]})
+    found = diagonal_importance(model, [(x, None)], estimator="sample", labels="model", chunk=1)
+    same(found, brute_fisher(model, x))
 
 
 def test_other_inputs_forwards_and_losses() -> None:

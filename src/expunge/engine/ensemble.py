@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,17 @@ from torch.func import vmap
 
 from expunge.core.errors import ExpungeError, InputError, MissingExtra
 from expunge.core.files import atomic_path, digest_json
-from expunge.engine.functional import Function, Tensors, check_rows, count_rows, digest_tensors, each, evaluating, leaves
+from expunge.engine.functional import (
+    Function,
+    Tensors,
+    check_rows,
+    count_rows,
+    digest_tensors,
+    each,
+    evaluating,
+    leaves,
+    open_attention,
+)
 from expunge.engine.members import Members, Spec, check, train_members
 
 Workers = Literal["local", "ray"]
@@ -113,7 +124,9 @@ class Ensemble:
                 for start in range(0, total, rows):
                     at = slice(start, min(start + rows, total))
                     block = each(inputs, lambda t, at=at: t[at].to(self.spec.device))  # type: ignore[misc]
-                    yield members, at, forward(state, block).cpu()
+                    with open_attention() if self.spec.device == "cpu" else nullcontext():
+                        outputs = forward(state, block).cpu()
+                    yield members, at, outputs
 
 
 def margins(logits: Tensor, targets: Tensor) -> Tensor:

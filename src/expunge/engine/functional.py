@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, mse_loss
 
 from expunge.core.errors import InputError
@@ -73,6 +74,12 @@ def moving(model: nn.Module) -> Tensors:
     if not found:
         raise InputError("The model has no parameter that may move.", "Set requires_grad of those that should.")
     return found
+
+
+def open_attention() -> AbstractContextManager[None]:
+    """Attention as plain products while open: fused kernels have no forward-mode derivative and, on CPU, no rule for ``vmap``."""
+    held: AbstractContextManager[None] = sdpa_kernel([SDPBackend.MATH])
+    return held
 
 
 @contextmanager

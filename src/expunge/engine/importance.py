@@ -2,6 +2,9 @@
 
 Gradients per row come from ``vmap(grad(...))`` over a chunk of rows at a time: no loop over rows, and memory for ``chunk x p``
 numbers beside the activations, p being the number of weights that may move. The model is in evaluation mode throughout.
+
+A forward pass that decides by values (some libraries look whether a mask is all ones) cannot be vectorised. With ``chunk=1``
+rows are taken one at a time without vectorisation, which every model can do.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from expunge.engine.functional import (
     each,
     evaluating,
     moving,
+    open_attention,
     plain,
     squared_loss,
 )
@@ -80,7 +84,7 @@ def diagonal_importance(
         estimator: see above.
         labels: see above.
         power: what is done to each gradient before it is averaged.
-        chunk: rows at a time for gradients per row; None: as many as 128 MiB of gradients hold, at most 256.
+        chunk: rows at a time for gradients per row; None: as many as 128 MiB of gradients hold, at most 256; 1: see above.
         seed: of the labels drawn.
 
     Returns:
@@ -151,11 +155,11 @@ class _Measure:
         """Add the powers of the gradients of each row's loss (of each label's, weighted, with labels of the model)."""
         if self.labels == "model":
             for block, _ in _chunks(inputs, targets, self.chunk):
-                found = vmap(self._fisher, in_dims=(None, 0))(self.weights, block)
+                found = _over_rows(self._fisher, self.chunk)(self.weights, block)
                 for name, held in total.items():
                     held.add_(found[name].sum(0))
             return
-        for found in _gradients(self.function, self.weights, self.loss, _chunks(inputs, targets, self.chunk)):
+        for found in _gradients(self.function, self.weights, self.loss, inputs, targets, self.chunk):
             for name, held in total.items():
                 held.add_(self.power(found[name].to(held.dtype)).sum(0))
 
@@ -168,10 +172,11 @@ class _Measure:
         directions = _fisher_factor(scores.to(_precision(scores)).softmax(0)).to(scores.dtype)
         held: Tensors = {}
         for k in range(scores.shape[0] - 1):
-            (found,) = pull(directions[:, k])
+            (found,) = pull(directions[:, k], create_graph=False)
             for name, gradient in found.items():
                 square = gradient.to(_precision(gradient)).square()
-                held[name] = held[name] + square if name in held else square
+                held[name] = held[name].add_(square) if name in held else square
+            del found, gradient, square  # before the next pass fills the same memory again
         return held
 
 
@@ -259,18 +264,40 @@ def gradient_blocks(
     weights = moving(model)
     size = chunk or _fitting(weights)
     with evaluating(model), freed_memory_kept():
-        yield from _gradients(Function(model, forward), weights, loss, _chunks(inputs, targets, size))
+        yield from _gradients(Function(model, forward), weights, loss, inputs, targets, size)
 
 
-def _gradients(
-    function: Function, weights: Tensors, loss: RowLoss, chunks: Iterable[tuple[Any, Tensor]]
-) -> Iterator[Tensors]:  # fmt: skip
+def _gradients(  # noqa: PLR0917
+    function: Function, weights: Tensors, loss: RowLoss, inputs: Any, targets: Tensor, size: int
+) -> Iterator[Tensors]:
     def of_one(held: Tensors, row: Any, target: Tensor) -> Tensor:
         return loss(function.at(held, each(row, lambda t: t.unsqueeze(0))), target.unsqueeze(0)).sum()
 
-    of_all = vmap(grad(of_one), in_dims=(None, 0, 0))
-    for inputs, targets in chunks:
-        yield of_all(weights, inputs, targets)
+    of_all = _over_rows(grad(of_one), size)
+    for block, wanted in _chunks(inputs, targets, size):
+        yield of_all(weights, block, wanted)
+
+
+def _over_rows(of_one: Callable[..., Tensors], size: int) -> Callable[..., Tensors]:
+    """A function of (weights, things of one row) as one of (weights, the same of a chunk of rows)."""
+
+    def of_all(weights: Tensors, *rows: Any) -> Tensors:
+        if size == 1:
+            found = of_one(weights, *(each(r, lambda t: t.squeeze(0)) for r in rows))
+            return {name: value.unsqueeze(0) for name, value in found.items()}
+        try:
+            with open_attention():
+                held: Tensors = vmap(of_one, in_dims=(None, *[0] * len(rows)))(weights, *rows)
+                return held
+        except RuntimeError as error:
+            if "data-dependent control flow" not in str(error):
+                raise
+            raise InputError(
+                "The forward pass of the model decides by the values of its inputs, so rows cannot be taken many at a time.",
+                "Give a forward that does not (masks with four axes for transformers), or choose chunk=1: one row at a time.",
+            ) from error
+
+    return of_all
 
 
 def _chunks(inputs: Any, targets: Tensor, size: int) -> Iterator[tuple[Any, Tensor]]:

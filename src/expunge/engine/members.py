@@ -7,6 +7,7 @@ own over the stacked tensors is as many optimisers as there are members.
 
 Which rows a member is trained on is a row of weights, ``loss_m = sum_b W[m, i_b] l_b / sum_b W[m, i_b]`` over the rows i_b of a
 batch: the weighted subsets of Feldman and Zhang (arXiv 2008.03703) and of datamodels (arXiv 2202.00622), in one pass for all.
+With streams of their own, a member is the model that would be trained on its rows of positive weight alone, in the same order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +28,18 @@ from expunge.core.errors import Destroyed, InputError
 from expunge.core.memory import freed_memory_kept
 from expunge.core.settings import Settings
 from expunge.data.order import BatchPlan
-from expunge.engine.functional import Forward, Function, RowLoss, Tensors, check_rows, class_loss, each, leaves, plain
+from expunge.engine.functional import (
+    Forward,
+    Function,
+    RowLoss,
+    Tensors,
+    check_rows,
+    class_loss,
+    each,
+    leaves,
+    open_attention,
+    plain,
+)
 
 Observe = Callable[[int], None]  #: called with the number of steps done
 
@@ -233,7 +246,8 @@ def _descend(spec: Spec, members: Members, function: Function, state: tuple[Tens
         inputs = each(spec.inputs, lambda rows, index=index: rows[index].to(spec.device))  # type: ignore[misc]
         targets = spec.targets[index].to(spec.device)
         weights = members.weights.gather(1, index) if own else members.weights[:, index]
-        outputs = forward({**parameters, **buffers}, inputs)
+        with open_attention() if spec.device == "cpu" else nullcontext():
+            outputs = forward({**parameters, **buffers}, inputs)
         if not own:
             targets = targets.expand(len(members), *targets.shape)
         losses = spec.loss(outputs.flatten(0, 1), targets.flatten(0, 1)).view(len(members), -1)

@@ -29,6 +29,7 @@ from expunge.engine.functional import (
     evaluating,
     flatten,
     moving,
+    open_attention,
     plain,
     unflatten,
 )
@@ -135,7 +136,7 @@ def _product(model: nn.Module, batches: Batches, on_batch: _OnBatch) -> Product:
         direction = unflatten(vector, weights)
         direction = {name: d.to(weights[name].dtype) for name, d in direction.items()}
         total = torch.zeros_like(vector)
-        with evaluating(model):
+        with evaluating(model), open_attention():
             for inputs, targets in batches:
                 total += flatten(on_batch(weights, direction, inputs, targets)).to(total.dtype)
         return total.div_(rows)
@@ -331,7 +332,7 @@ def exact_hessian(
     function = Function(exact, forward)
     total = torch.zeros(size, size, dtype=torch.float64)
     units = torch.eye(size, dtype=torch.float64)
-    with evaluating(exact), freed_memory_kept():
+    with evaluating(exact), open_attention(), freed_memory_kept():
         for inputs, targets in doubled:
             gradient = grad(lambda w, x=inputs, y=targets: loss(function.at(w, x), y).sum())
 
