@@ -281,6 +281,16 @@ def test_influence_forgets_a_class(digits) -> None:
         assert min(retain, unseen) > 0.9
 
 
+@pytest.mark.parametrize("name", EDITS.names())
+def test_a_frozen_part_keeps_its_value(digits, name) -> None:
+    adapter = digits.target()
+    adapter.model[0].requires_grad_(False)
+    before = state(adapter.model)
+    apply_edit(adapter, EDITS.get(name)(), digits.examples(adapter), QUIET)
+    assert torch.equal(adapter.model[0].weight, before["0.weight"])
+    assert not torch.equal(adapter.model[2].weight, before["2.weight"])
+
+
 def test_what_is_missing_or_ruins_the_model_is_refused(digits) -> None:
     adapter = digits.target()
     streams = digits.examples(adapter)

@@ -23,6 +23,7 @@ from expunge.data.order import BatchPlan, TurnPlan, share
 from expunge.engine import checkpoint
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
+from expunge.engine.gradients import fitting
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
 from expunge.engine.parts import Finish, Recipe, Schedule
@@ -103,9 +104,15 @@ class Watch:
         if not examples:
             return None
         devices = self.loop.devices
-        mine = [examples[i] for i in share(list(range(len(examples))), devices.rank, devices.world)]
+        shares = [[examples[i] for i in share(list(range(len(examples))), r, devices.world)] for r in range(devices.world)]
+        mine = shares[devices.rank]
         with evaluating(self.loop.model):
             total = math.fsum(mean_losses(self.loop.adapter, self.loop.model, mine, self.max_tokens, devices.device))
+            if devices.sharded:
+                # The processes of a sharded model go through it together: all run as many passes as the one with most.
+                passes = [sum(1 for _ in fitting(held, self.max_tokens)) for held in shares]
+                for _ in range(max(passes) - passes[devices.rank]):
+                    mean_losses(self.loop.adapter, self.loop.model, examples[:1], self.max_tokens, devices.device)
         return devices.sum_floats([total])[0] / len(examples)
 
     def gap(self) -> float | None:

@@ -15,8 +15,8 @@ Tell = Callable[[int, int], None]  #: (batches done, of how many)
 
 
 def moving(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that are numbers to be changed, by name."""
-    return {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    """The parameters of a model that may move, by name: a frozen one has no gradient and keeps its value."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def mean_gradient(adapter: Adapter, examples: Sequence[Example], max_units: int) -> dict[str, Tensor]:
