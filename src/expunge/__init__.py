@@ -15,6 +15,7 @@ _LAZY = {
     "unlearn_rows": "expunge.api:unlearn_rows",
     "audit_model": "expunge.api:audit_model",
     "table": "expunge.data.rows:table",
+    "read_table": "expunge.data.tables:read_table",
     "load": "expunge.data.sources:load",
     "build_recipe": "expunge.methods.recipe:build",
     "loss_terms": "expunge.methods.evaluate:loss_terms",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from expunge.audit.metrics.registry import METRICS
     from expunge.data.rows import table
     from expunge.data.sources import load
+    from expunge.data.tables import read_table
     from expunge.methods.evaluate import loss_on, loss_terms
     from expunge.methods.recipe import build as build_recipe
     from expunge.methods.registry import METHODS
@@ -44,6 +46,7 @@ __all__ = [
     "load",
     "loss_on",
     "loss_terms",
+    "read_table",
     "table",
     "unlearn",
     "unlearn_rows",
