@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expunge.adapters.base import Example
+from expunge.adapters.estimators import estimator_classes, estimator_network, is_estimator
 from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter, SupervisedAdapter
 from expunge.core.access import Stream
 from expunge.core.errors import InputError
@@ -54,12 +55,20 @@ class RowPlan:
 def open_rows(
     model: Any, data: Table, *, loss: Literal["l1", "mse"], layers: Sequence[str] | None, dropout: bool
 ) -> SupervisedAdapter:
-    """The adapter for a model and the task of its table, tried on one row.
+    """The adapter for a model (a scikit-learn estimator becomes a network) and the task of its table, tried on one row.
 
     Raises:
         InputError: the model's output does not match the labels.
     """
     adapter: SupervisedAdapter
+    if is_estimator(model):
+        own = estimator_classes(model)
+        if own != data.classes:
+            raise InputError(
+                f"The {type(model).__name__} knows the classes {_listed(own)}; the rows {_listed(data.classes)}.",
+                "Read the rows with the estimator's classes, in its order.",
+            )
+        model = estimator_network(model)
     if data.task == "classification":
         adapter = ClassifierAdapter(model, data.classes, layers=layers, dropout=dropout)
     else:
@@ -158,6 +167,10 @@ def _goal(
     }:
         loss = max(loss, math.log(len(data.classes)))
     return Goal(loss=max(1e-6, loss), source="holdout", examples=len(rows))
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "") if classes else "none"
 
 
 def _equal_rows(data: Table, chosen: Indices) -> int:
