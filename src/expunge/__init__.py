@@ -15,6 +15,7 @@ _LAZY = {
     "unlearn_rows": "expunge.api:unlearn_rows",
     "audit_model": "expunge.api:audit_model",
     "table": "expunge.data.rows:table",
+    "worst_rows": "expunge.pipeline.worst_case:worst_rows",
     "read_table": "expunge.data.tables:read_table",
     "load": "expunge.data.sources:load",
     "build_recipe": "expunge.methods.recipe:build",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from expunge.methods.evaluate import loss_on, loss_terms
     from expunge.methods.recipe import build as build_recipe
     from expunge.methods.registry import METHODS
+    from expunge.pipeline.worst_case import worst_rows
 
 __all__ = [
     "METHODS",
@@ -50,6 +52,7 @@ __all__ = [
     "table",
     "unlearn",
     "unlearn_rows",
+    "worst_rows",
 ]
 
 
