@@ -152,8 +152,8 @@ def test_bad_folders_are_refused(photos: Path, what: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"target": "x"}, "target means nothing"),
-        ({"task": "regression"}, "Folders are classes"),
+        ({"target": "x"}, "target names a column"),
+        ({"task": "regression"}, "No numbers can be predicted"),
         ({"classes": ["cat", "dog"]}, "'eel'"),
         ({"size": 0}, "no pixel"),
         ({"mean": [0.5]}, "mean has 1 values and an image 3 channels"),

@@ -11,6 +11,7 @@ from expunge.data.rows import Table, Task
 from expunge.data.tables.bunch import is_bunch, read_bunch
 from expunge.data.tables.columns import Tokenizer, read_columns
 from expunge.data.tables.frames import frame_of
+from expunge.data.tables.idx import is_idx, read_idx
 from expunge.data.tables.pictures import read_folder
 from expunge.data.tables.settings import Reading
 
@@ -52,8 +53,9 @@ def read_table(
 
     Args:
         source: a CSV, JSON, JSON Lines or Parquet file; an ``.npz`` archive; a folder that holds a folder of images for each
-            class; a ``datasets.Dataset``; a ``pandas.DataFrame``; a scikit-learn ``Bunch``; a mapping from names to arrays; or a
-            list of mappings.
+            class; the images of MNIST and its kin (``train-images-idx3-ubyte.gz``, with the labels beside them); a
+            ``datasets.Dataset``; a ``pandas.DataFrame``; a scikit-learn ``Bunch``; a mapping from names to arrays; or a list of
+            mappings.
         target: column to predict; folders and Bunches know it.
         id: column of unique names. Without one the path of an image, or the number of the row, counted from 0, is its name.
         subject: column of the independent units (persons, patients, devices); an empty cell stands for the row itself.
@@ -92,6 +94,8 @@ def read(source: Any, how: Reading, tokenizer: Tokenizer | None = None) -> Table
     """
     if tokenizer is not None and how.text is None:
         raise InputError("A tokenizer is given, but no column of texts.", "Name it: text=COLUMN.")
+    if isinstance(source, (str, Path)) and is_idx(Path(source)):
+        return read_idx(Path(source), how)
     if how.image is None and not (isinstance(source, (str, Path)) and Path(source).is_dir()):
         for name in ("folder", "size", "grayscale", "mean", "std"):
             if getattr(how, name):

@@ -41,9 +41,7 @@ class Pictures:
         self._library: Any = PIL.Image
         self._reading, self._held = reading, Filling(reading.precision, expected)
         self._first = ""
-        channels = (-1, 1, 1)
-        self._mean = np.reshape(reading.mean, channels) if reading.mean is not None else None
-        self._std = np.reshape(reading.std, channels) if reading.std is not None else None
+        self._mean, self._std = (self._per_channel(name) for name in ("mean", "std"))
 
     def add(self, source: Any, name: str) -> None:
         """Decode one picture.
@@ -67,6 +65,16 @@ class Pictures:
     def done(self) -> npt.NDArray[Any]:
         """All pictures."""
         return self._held.done()
+
+    def _per_channel(self, name: str) -> npt.NDArray[Any] | None:
+        values, channels = getattr(self._reading, name), 1 if self._reading.grayscale else 3
+        if values is not None and len(values) != channels:
+            raise InputError(f"{name} has {len(values)} values and an image {channels} channels.", "Give one for each.")
+        return None if values is None else np.reshape(values, (channels, 1, 1)).astype(self._reading.precision)
+
+    def picture(self, pixels: npt.NDArray[np.uint8]) -> Any:
+        """An opened picture of bytes ``[height, width]``."""
+        return self._library.fromarray(pixels)
 
     def _decode(self, source: Any, name: str) -> npt.NDArray[Any]:
         try:
@@ -130,7 +138,7 @@ def read_folder(folder: Path, reading: Reading) -> Table:
     Raises:
         InputError: the folder or a class is empty, a picture lies in no class, or one cannot be read.
     """
-    _check_parts(reading)
+    check_parts(reading, "A folder of images")
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     loose = sorted(p.name for p in folder.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
     if loose:
@@ -168,12 +176,20 @@ def files_in(folder: Path) -> Sequence[Path]:
     return sorted(found, key=lambda p: p.as_posix())
 
 
-def _check_parts(reading: Reading) -> None:
+def check_parts(reading: Reading, what: str) -> None:
+    """Refuse settings that speak of columns, where there are none.
+
+    Raises:
+        InputError: there is one.
+    """
     if reading.task != "classification":
-        raise InputError("Folders are classes, not numbers.", "Give a table of paths and numbers: image=COLUMN, target=COLUMN.")
+        raise InputError(
+            f"No numbers can be predicted from this: {what[0].lower()}{what[1:]}.",
+            "Give a table of paths and numbers: image=COLUMN, target=COLUMN.",
+        )
     for part in ("target", "id", "subject", "features", "image", "text", "columns", "folder"):
         if getattr(reading, part) is not None:
             raise InputError(
-                f"A folder of images has no columns, so {part} means nothing.",
+                f"{part} names a column, but there are none: {what[0].lower()}{what[1:]}.",
                 "Give a table of paths instead, such as a CSV file beside the images.",
             )

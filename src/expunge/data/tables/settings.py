@@ -72,10 +72,6 @@ class Reading(Settings):
             raise InputError("No column is named as a feature.", "Name at least one, or leave features out.")
         if self.task == "regression" and self.classes is not None:
             raise InputError("A regression has no classes.", "Leave the classes out, or ask for a classification.")
-        channels = 1 if self.grayscale else 3
-        for what, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and len(values) != channels:
-                raise InputError(f"{what} has {len(values)} values and an image {channels} channels.", "Give one for each.")
         if self.std is not None and min(self.std) <= 0:
             raise InputError("A standard deviation must be above 0.", "Correct std.")
         self._each_part_once()
