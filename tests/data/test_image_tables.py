@@ -101,7 +101,11 @@ def test_pictures_of_datasets_and_of_parquet(photos: Path, tmp_path: Path) -> No
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES)), "age": datasets.Value("int32")}
     )
-    values = {"image": [{"bytes": encoded(p), "path": None} for p in PIXELS], "label": [0, 0, 1, 1, 2, 2], "age": list(range(6))}
+    values = {
+        "image": [{"bytes": encoded(p), "path": "one-name.png"} for p in PIXELS],
+        "label": [0, 0, 1, 1, 2, 2],
+        "age": list(range(6)),
+    }
     held = datasets.Dataset.from_dict(values, features)
     held.to_parquet(str(tmp_path / "d.parquet"))
     made = read_table(held, image="image", target="label")
@@ -112,6 +116,8 @@ def test_pictures_of_datasets_and_of_parquet(photos: Path, tmp_path: Path) -> No
     again = read_table(tmp_path / "d.parquet", image="image", target="label", classes=CLASSES)
     assert np.array_equal(again.inputs, made.inputs)
     assert np.array_equal(again.targets, made.targets)
+    raw = [{"image": encoded(p), "label": 0} for p in PIXELS]
+    assert read_table(raw, image="image", target="label").ids == tuple("012345")
 
 
 def broken(folder: Path, what: str) -> None:

@@ -262,6 +262,7 @@ def test_sources_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
         (tmp_path / "broken.parquet", "no valid Parquet"), (tmp_path / "none.parquet", "holds no rows"), (7, "int"),
         ({}, "no columns"), (split, "train"), (rows, "item 2 has no column 'b'"), (bare, "no rows"),
         ([{"a": [1, 2], "b": 0}, {"a": [1], "b": 1}], "shapes [2] and [1]"),
+        ([{"a": 10**400, "b": 1}], "is no number"), ({"a": np.zeros((0, 2)), "b": []}, "no rows"), ("", "empty"),
         ([{"a": 1, "b": -1}], "-1 in row 1, which is out of range"),
     ]  # fmt: skip
     for source, said in wanted:
@@ -270,6 +271,15 @@ def test_sources_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
         assert said in str(caught.value), (said, str(caught.value))
     with pytest.raises(InputError, match="of one length"):
         read_table(tmp_path / "odd.npz", target="y", features="x")
+
+
+def test_names_that_are_none_and_numbers_too_large_are_refused() -> None:
+    rows = [{"x": 1, "y": 1e300, "i": [1]}, {"x": 2, "y": 1, "i": [2]}]
+    with pytest.raises(InputError, match=r"\[1\], which is no id"):
+        read_table(rows, target="y", id="i", task="regression")
+    with pytest.raises(InputError, match="too large for float32"):
+        read_table(rows, target="y", features="x", task="regression")
+    assert read_table(rows, target="y", features="x", task="regression", precision="float64").targets[0] == 1e300
 
 
 def test_memory_is_that_of_the_array(tmp_path: Path) -> None:

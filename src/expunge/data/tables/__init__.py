@@ -92,6 +92,8 @@ def read(source: Any, how: Reading, tokenizer: Tokenizer | None = None) -> Table
     Raises:
         InputError, MissingExtra: see :func:`read_table`.
     """
+    if isinstance(source, str) and not source:
+        raise InputError("The name of the data is empty.", "Name a file or a folder.")
     if tokenizer is not None and how.text is None:
         raise InputError("A tokenizer is given, but no column of texts.", "Name it: text=COLUMN.")
     if isinstance(source, (str, Path)) and is_idx(Path(source)):

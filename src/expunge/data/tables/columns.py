@@ -42,7 +42,7 @@ def read_columns(frame: Frame, reading: Reading, tokenizer: Tokenizer | None) ->
     target = frame.need(reading.target, "the target")
     features, kept = _parts(frame, reading)
     inputs = _inputs(frame, reading, features, tokenizer)
-    ids = _Ids(frame.label, reading.id or reading.image) if reading.id or reading.image else None
+    ids = _Ids(frame.label, reading) if reading.id or reading.image else None
     targets, owners = _Values(target), _Values(reading.subject or "")
     others = {name: _Values(name) for name in kept}
     wanted = [*features, target, *([reading.id] if reading.id else []), *([reading.subject] if reading.subject else []), *kept]
@@ -55,6 +55,8 @@ def read_columns(frame: Frame, reading: Reading, tokenizer: Tokenizer | None) ->
             owners.add(block)
         for column in others.values():
             column.add(block)
+    if not targets.held:
+        raise InputError(f"{frame.label} holds no rows.", "Give at least two.")
     labels, classes = _targets(frame, reading, targets.held)
     x = inputs.done()
     plain = reading.image is None and reading.text is None
@@ -64,7 +66,7 @@ def read_columns(frame: Frame, reading: Reading, tokenizer: Tokenizer | None) ->
     if reading.subject is not None:
         extra[reading.subject] = np.array([text_of(v) for v in owners.held])
     return table(
-        x, labels, task=reading.task, classes=classes, ids=ids.held if ids is not None and ids.held else None,
+        x, labels, task=reading.task, classes=classes, ids=ids.done(len(x)) if ids is not None else None,
         subjects=[text_of(v) for v in owners.held] if reading.subject is not None else None,
         columns=extra, names=features if plain else None, precision=reading.precision, source=frame.label,
     )  # fmt: skip
@@ -132,7 +134,7 @@ class _Numbers:
         values = block.columns[name]
         try:
             found = np.asarray(values, dtype=np.float64 if not isinstance(values, np.ndarray) else None)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise self._no_number(block, name, values) from None
         with np.errstate(over="ignore"):  # what overflows is named below
             cast = found.astype(self.held.dtype, copy=False)
@@ -147,7 +149,7 @@ class _Numbers:
         for row, value in enumerate(values):
             try:
                 shapes[np.asarray(value, dtype=np.float64).shape] = row
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 if missing(value):
                     return self._not_finite(block, name, row, value)
                 return InputError(
@@ -222,33 +224,32 @@ class _Texts:
 
 
 class _Ids:
-    """Names of the rows; of a column of pictures only paths are names."""
+    """Names of the rows: a column of them, or the paths of a column of pictures, if all of these are paths."""
 
-    def __init__(self, label: str, column: str | None) -> None:
-        self.label, self.column = label, str(column)
-        self.held: list[str] = []
+    def __init__(self, label: str, reading: Reading) -> None:
+        self.label, self.column, self.paths = label, str(reading.id or reading.image), reading.id is None
+        self._held: list[str] = []
         self._seen: set[str] = set()
 
     def add(self, block: Block) -> None:
         for row, value in enumerate(block.columns[self.column]):
-            found = value.get("path") if isinstance(value, dict) else value
-            if not isinstance(found, (str, int, float)) and not np.isscalar(found):
-                if found is None and not isinstance(value, dict):
-                    raise self._no_id(block, row)
+            if self.paths and not isinstance(value, str):
                 continue
-            if missing(found):
-                raise self._no_id(block, row)
-            name = str(found)
+            if missing(value) or not isinstance(value, (str, int, float, np.integer)):
+                what = "no id" if missing(value) else f"{shown(value)}, which is no id,"
+                raise InputError(f"The column {self.column!r} of {self.label} has {what} in {block.place(row)}.", "Correct it.")
+            name = str(value)
             if name in self._seen:
                 raise InputError(
                     f"The column {self.column!r} of {self.label} holds {name!r} a second time in {block.place(row)}.",
                     "Make the ids unique, or name another column.",
                 )
             self._seen.add(name)
-            self.held.append(name)
+            self._held.append(name)
 
-    def _no_id(self, block: Block, row: int) -> InputError:
-        return InputError(f"The column {self.column!r} of {self.label} has no id in {block.place(row)}.", "Fill it in.")
+    def done(self, rows: int) -> list[str] | None:
+        """The names; None if rows are to be numbered."""
+        return self._held if len(self._held) == rows else None
 
 
 class _Values:

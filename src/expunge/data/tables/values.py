@@ -24,7 +24,7 @@ def numbers(values: Sequence[Any], what: str) -> npt.NDArray[np.float64]:
     """
     try:
         found = np.asarray(values, dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         row = next(i for i, v in enumerate(values) if not _reads(v))
         raise InputError(
             f"{what} holds {shown(values[row])} in row {row + 1}, which is no number.",
@@ -115,7 +115,7 @@ def missing(value: Any) -> bool:
 def _reads(value: Any) -> bool:
     try:
         return np.asarray(value, dtype=np.float64).ndim == 0
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return False
 
 
