@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -87,6 +88,7 @@ class Evidence:
         progress: told what is being done.
         references: what many retrained models say about the rows; none for other modalities.
         offers: what the adapters of the models offer.
+        ceiling: loss from which on nothing is known of an answer: that of a guess among the classes, for classifiers.
         missing: what could not be measured and why, one sentence each, in order.
     """
 
@@ -97,6 +99,7 @@ class Evidence:
     progress: Progress | None = None
     references: References | None = None
     offers: frozenset[Offer] = frozenset()
+    ceiling: float = math.inf
     missing: dict[str, None] = field(default_factory=dict)
     _open: tuple[str, Adapter] | None = field(default=None, repr=False)
     _held: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)

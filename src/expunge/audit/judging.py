@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, recover
 from expunge.audit.document import Curve, Series
 from expunge.audit.evidence import Evidence
 from expunge.audit.metrics.accuracy import Accuracy, Skill
-from expunge.audit.metrics.distances import LikelihoodRatio
+from expunge.audit.metrics.distances import LooksSeen
 from expunge.audit.metrics.fluency import degenerate
 from expunge.audit.metrics.memorisation import ExtractionStrength
 from expunge.audit.metrics.probability import OptionProbability, Probability
@@ -89,7 +89,12 @@ def judge_models(
 
 
 def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: bool, model_utility: float | None) -> Arrays:
-    """The per-example measurements of one model that a verdict compares."""
+    """The per-example measurements of one model that a verdict compares.
+
+    Of a classifier losses count up to that of a guess among its classes: a class that is no likelier than a guess is not known,
+    and how much less likely it is says more of the length of training than of knowledge. Without this a class that a retrained
+    model finds e^-10 likely and another model e^-4 would seem to be known.
+    """
     records = evidence.records("forget")
     ratio = TruthRatio()
     membership = {}
@@ -103,17 +108,23 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
         label=label,
         ids=[r.id for r in records],
         clusters=evidence.clusters("forget"),
-        nll=evidence.scores(label, "forget").nll(),
+        nll=np.minimum(evidence.scores(label, "forget").nll(), evidence.ceiling),
         log_truth_ratio=None if ratio.lacks(evidence, "forget") else ratio.log_ratios(evidence, label, "forget").values,
         extraction=_values(ExtractionStrength(), evidence, label),
-        likelihood_ratio=_values(LikelihoodRatio(), evidence, label),
+        looks_seen=_looks_seen(evidence, label),
         membership=membership,
         holdout_clusters=evidence.clusters("holdout") if membership else (),
         utility=_utilities(evidence, label, generated),
         model_utility=model_utility,
         degenerate=_degenerate(evidence, label) if generated else {},
-        relearn=attacked.relearn.get(label, ()),
-        quantised=attacked.quantised.get(label, {}),
+        relearn=[_capped(p, evidence.ceiling) for p in attacked.relearn.get(label, ())],
+        quantised={b: np.minimum(v, evidence.ceiling) for b, v in attacked.quantised.get(label, {}).items()},
+    )
+
+
+def _capped(point: RelearnPoint, ceiling: float) -> RelearnPoint:
+    return replace(
+        point, losses_trained=np.minimum(point.losses_trained, ceiling), losses_heldout=np.minimum(point.losses_heldout, ceiling)
     )
 
 
@@ -122,6 +133,12 @@ def _values(metric: RecordMetric, evidence: Evidence, label: str) -> Floats | No
     if not metric.offers <= evidence.offers or metric.lacks(evidence, "forget"):
         return None
     return metric.values(evidence, label, "forget").values
+
+
+def _looks_seen(evidence: Evidence, label: str) -> Floats | None:
+    """How much each forget row looks trained on; 0 where its class is no likelier than a guess."""
+    found = _values(LooksSeen(), evidence, label)
+    return None if found is None else np.where(evidence.scores(label, "forget").nll() < evidence.ceiling, found, 0.0)
 
 
 def attack_numbers(evidence: Evidence, attacked: Attacked, label: str) -> dict[str, Number]:

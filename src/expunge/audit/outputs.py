@@ -41,10 +41,10 @@ class RowOutputs:
 
     @property
     def margins(self) -> Floats:
-        """The statistic that reference models are compared by: the logit margin, for numbers minus the absolute error."""
+        """The statistic by which models are compared row by row: the logit margin; of a regressor the predicted number."""
         if self.scores.shape[1] > 1:
             return self.kernel.margin
-        return -np.abs(self.scores[:, 0].astype(np.float64) - self.targets)
+        return self.scores[:, 0].astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ def audit(
     _register(evidence, ordered[0], settings)
     first = evidence.adapter(ordered[0].label)
     evidence.offers = first.offers
+    evidence.ceiling = math.log(first.n_classes) if first.n_classes else math.inf
     modality, metrics = first.modality, settings.chosen(first.offers)
     del first
     attacked = Attacked()

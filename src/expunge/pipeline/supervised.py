@@ -1,4 +1,4 @@
-"""A model of rows with what it was trained on, as a user's own function returns it: ``module:function`` or ``file.py:function``."""
+"""A model of rows with what it was trained on, as a user's own function returns it: ``module:function``, ``file.py:function``."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ class Supervised:
         progress: Progress | None = None,
         what: str = "",
     ) -> list[nn.Module] | Ensemble:
-        """Models trained without some rows, one for each seed; those that the cache holds are not trained again.
+        """Models trained without some rows, one for each seed.
 
-        With ``training`` they are trained together and come as one ensemble, see :func:`member`. Each draws its rows in an order of
-        its own: models that share one are more alike than independent trainings are.
+        With ``training`` they are trained together, come as one ensemble (see :func:`member`) and are kept in the cache. Each
+        draws its rows in an order of its own: models that share one are more alike than independent trainings are.
 
         Args:
             without: indices of the rows that are left out; None: none.

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
+from scipy import special
 
 from expunge.audit.attacks.shadows import references_of
 from expunge.audit.evidence import Evidence, Values
@@ -47,29 +48,30 @@ class _Referenced(RecordMetric):
 
 
 @metric
-class LikelihoodRatio(_Referenced):
+class LooksSeen(_Referenced):
     """LiRA, online: is the model's margin on a forget row that of models which saw the row, or of models which did not?
 
-    Mean log-likelihood ratio in nats over the forget rows: positive, the rows look seen; negative, unseen. It is the strongest
-    evidence there is on single rows, and the verdict reads it. Retrained models give the value that is wanted.
+    The likelihood ratio of the two as a probability at even odds, mean over the forget rows: 1, they look trained on; 0, never
+    seen. It is the strongest evidence there is on single rows, and the verdict reads it. Retrained models give the value that is
+    wanted, which is 0.5 where seeing a row makes no difference.
     """
 
-    name: ClassVar[str] = "likelihood-ratio"
-    title: ClassVar[str] = "Likelihood ratio (LiRA)"
-    formula: ClassVar[str] = "log N(phi; trained with the row) - log N(phi; without it), phi the logit margin; mean over rows"
+    name: ClassVar[str] = "looks-seen"
+    title: ClassVar[str] = "Rows that look trained on (LiRA)"
+    formula: ClassVar[str] = "N(phi; with the row) / (N(phi; with) + N(phi; without)), phi the logit margin; mean over rows"
     direction: ClassVar[Direction] = Direction.REFERENCE
-    range: ClassVar[Range] = (None, None)
+    range: ClassVar[Range] = (0.0, 1.0)
     paper: ClassVar[Paper] = LIRA
     evaluate = staticmethod(lira)
     sets: ClassVar[tuple[str, ...] | None] = ("forget",)
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
-        """The ratio of each row."""
+        """The probability of each row."""
         held = references_of(evidence)
         shadows = np.concatenate([held.originals[name], held.retrained[name]])
         inside = np.zeros(shadows.shape, dtype=np.int64)
         inside[: len(held.originals[name])] = 1
-        found = lira(evidence.outputs(label, name).margins, shadows, inside)
+        found = special.expit(lira(evidence.outputs(label, name).margins, shadows, inside))
         return Values(found, np.isfinite(found))
 
 
@@ -137,8 +139,6 @@ class Iam(_Referenced):
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
         """The score of each row."""
-        from scipy import special
-
         shadows = special.expit(references_of(evidence).retrained[name])
         target = evidence.outputs(evidence.labels("target")[0], name).kernel.confidence
         found = iam_online(evidence.outputs(label, name).kernel.confidence, shadows, target)

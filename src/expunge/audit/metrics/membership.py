@@ -87,14 +87,14 @@ class _Attacked(Metric):
             MEMBERSHIP.get(name)
         return value
 
-    def chosen(self) -> list[MembershipAttack]:
-        """The attacks."""
-        return _attacks(self.attacks, self.k, self.gradient_examples)
+    def chosen(self, evidence: Evidence) -> list[MembershipAttack]:
+        """The attacks that fit the modality of the audit."""
+        return [a for a in _attacks(self.attacks, self.k, self.gradient_examples) if a.offers <= evidence.offers]
 
     def visit(self, evidence: Evidence, label: str) -> None:
         """Gradients are taken while the model is in memory."""
         if "holdout" in evidence.sets:
-            for attack in self.chosen():
+            for attack in self.chosen(evidence):
                 if attack.name == GradientAttack.name:
                     for name in ("holdout", "forget"):
                         attack.values(evidence, label, name)
@@ -105,9 +105,7 @@ class _Attacked(Metric):
             evidence.miss(f"{self.title} was not measured: it needs a holdout set that the models were never trained on.")
             return []
         out = []
-        for attack in self.chosen():
-            if not attack.offers <= evidence.offers:
-                continue
+        for attack in self.chosen(evidence):
             lack = attack.lacks(evidence, label)
             if lack:
                 evidence.miss(f"The membership attack {attack.title} was not run on {label!r}: {lack}.")
