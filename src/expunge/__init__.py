@@ -17,6 +17,8 @@ _LAZY = {
     "table": "expunge.data.rows:table",
     "worst_rows": "expunge.pipeline.worst_case:worst_rows",
     "read_table": "expunge.data.tables:read_table",
+    "Supervised": "expunge.pipeline.supervised:Supervised",
+    "Training": "expunge.engine.members:Training",
     "load": "expunge.data.sources:load",
     "build_recipe": "expunge.methods.recipe:build",
     "loss_terms": "expunge.methods.evaluate:loss_terms",
@@ -33,14 +35,18 @@ if TYPE_CHECKING:
     from expunge.data.rows import table
     from expunge.data.sources import load
     from expunge.data.tables import read_table
+    from expunge.engine.members import Training
     from expunge.methods.evaluate import loss_on, loss_terms
     from expunge.methods.recipe import build as build_recipe
     from expunge.methods.registry import METHODS
+    from expunge.pipeline.supervised import Supervised
     from expunge.pipeline.worst_case import worst_rows
 
 __all__ = [
     "METHODS",
     "METRICS",
+    "Supervised",
+    "Training",
     "__version__",
     "audit_model",
     "build_recipe",

@@ -20,7 +20,6 @@ import numpy as np
 from expunge.core.errors import InputError
 from expunge.data.readers import rows_of
 from expunge.data.rows import Indices, Table
-from expunge.data.spoiled import taken
 from expunge.data.tables import read_table
 
 AGES = ("0-6", "7-12", "13-19", "20-30", "31-45", "46-55", "56-66", "67-80")
@@ -210,11 +209,11 @@ def _joined(train: Table, test: Table, unseen: Table, forget: Indices, *, dedupl
         kept = np.sort(_first_of_each(train, order, seen, dropped))
         forget = np.flatnonzero(np.isin(kept, forget))
         if len(kept) < len(train):
-            train = taken(train, kept)
+            train = train.subset(kept)
         parts = []
         for part in (test, unseen):
             first = _first_of_each(part, range(len(part)), seen, dropped)
-            parts.append(part if len(first) == len(part) else taken(part, first))
+            parts.append(part if len(first) == len(part) else part.subset(first))
         test, unseen = parts
     people = {"train": set(train.subjects), "test": set(test.subjects), "unseen": set(unseen.subjects)}
     for one, other in (("train", "test"), ("train", "unseen"), ("test", "unseen")):

@@ -108,7 +108,7 @@ class Trigger:
     def split(self, test: Table) -> tuple[Table, Table]:
         """Patched rows of the other classes; and all rows, clean."""
         others = np.flatnonzero(test.targets != self.label)
-        part = taken(test, others)
+        part = test.subset(others)
         return dataclasses.replace(part, inputs=self.stamp(part.inputs)), test
 
 
@@ -122,7 +122,7 @@ class Confusion:
     def split(self, test: Table) -> tuple[Table, Table]:
         """Rows of the two classes, and the others."""
         concerned = np.isin(test.targets, (self.first, self.second))
-        return taken(test, np.flatnonzero(concerned)), taken(test, np.flatnonzero(~concerned))
+        return test.subset(np.flatnonzero(concerned)), test.subset(np.flatnonzero(~concerned))
 
 
 def mislabel(data: Table, rows: int | npt.ArrayLike, seed: int = 0) -> Spoiled:
@@ -206,16 +206,6 @@ def confuse(data: Table, count: int, *, first: str, second: str, seed: int = 0) 
         targets[half] = other
         chosen.append(half)
     return _spoiled(data, np.sort(np.concatenate(chosen)), seed, {"targets": targets}, pair)
-
-
-def taken(data: Table, indices: npt.ArrayLike) -> Table:
-    """The rows at ``indices`` as a table of their own, in that order."""
-    at = np.asarray(indices, dtype=np.int64)
-    return dataclasses.replace(
-        data, ids=tuple(data.ids[i] for i in at), inputs=data.inputs[at], targets=data.targets[at],
-        subjects=tuple(data.subjects[i] for i in at) if data.subjects else (),
-        columns={name: column[at] for name, column in data.columns.items()},
-    )  # fmt: skip
 
 
 def _spoiled(data: Table, rows: Indices, seed: int, changed: Mapping[str, Any], domain: Domain | None = None) -> Spoiled:
