@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+from sklearn.neighbors import KNeighborsClassifier
 
 from expunge.adapters.base import Example
 from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter, SupervisedAdapter
@@ -27,6 +29,8 @@ from expunge.methods.catalogue import serves
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.recipe import build
 
+_GUESSED = 0.9  #: share of the loss of a guess at which a class counts as forgotten: a mean over rows never quite gets there
+_NEIGHBOURS, _NEIGHBOURS_AMONG = 10, 5000
 _GOAL_ROWS = 128  #: unseen rows that the goal is estimated on, at most
 
 
@@ -139,7 +143,11 @@ def run_rows(made: RowPlan, *, progress: Progress | None = None) -> Outcome:
 def _goal(
     adapter: SupervisedAdapter, recipe: Recipe, data: Table, chosen: Indices, *, holdout: Table | None, engine: Engine
 ) -> Goal | None:
-    """The loss of unseen rows; for whole classes at least that of a guess, because no unseen row tells how they would look."""
+    """The loss of unseen rows, and more for rows whose labels are odd among the retained ones (see :func:`oddity`).
+
+    Of a classifier losses count up to that of a guess, as in the verdict: what some rows have lost beyond it must not make up for
+    others that are still known.
+    """
     schedule = recipe.schedule
     if not (isinstance(schedule, Adaptive) or schedule.lr is None) or not recipe.forget:
         return None
@@ -150,14 +158,67 @@ def _goal(
         )
     if holdout.task != data.task or holdout.classes != data.classes:
         raise InputError("The holdout rows are of another task, or of other classes.", "Name the same classes in both.")
-    order = np.random.default_rng([engine.seed, 8]).permutation(len(holdout))[:_GOAL_ROWS]
-    rows = [adapter.encode(r) for r in holdout.rows(order)]
-    loss = float(np.mean(mean_losses(adapter, adapter.model, rows, engine.max_tokens)))
-    if data.task == "classification" and set(data.targets[chosen].tolist()) <= {
-        data.classes.index(name) for name in data.emptied(chosen)
-    }:
-        loss = max(loss, math.log(len(data.classes)))
-    return Goal(loss=max(1e-6, loss), source="holdout", examples=len(rows))
+    seen = holdout.subset(np.random.default_rng([engine.seed, 8]).permutation(len(holdout))[:_GOAL_ROWS])
+    losses = np.array(
+        mean_losses(adapter, adapter.model, [adapter.encode(r) for r in seen.rows()], engine.max_tokens), dtype=np.float64
+    )
+    if data.task != "classification":
+        return Goal(loss=max(1e-6, float(losses.mean())), source="holdout", examples=len(seen))
+    guess = math.log(len(data.classes))
+    odd = oddity(data, chosen, seen, seed=engine.seed)
+    loss = min(float(np.minimum(losses, guess).mean()) + odd, _GUESSED * guess)
+    return Goal(loss=max(1e-6, loss), source="holdout", examples=len(seen), ceiling=guess)
+
+
+def oddity(data: Table, chosen: Indices, unseen: Table, *, seed: int = 0) -> float:
+    """By how much more the labels of the forget rows surprise those who go by the retained rows than those of unseen rows do.
+
+    Unseen rows drawn at random tell how a forget row would look that is one of them. They do not tell it of rows that were learnt
+    with a wrong label, or of a class of which nothing is retained. So the label of each row is guessed from its nearest retained
+    rows (no model is asked, least of all a retrained one), and the mean losses of these guesses are compared, less one standard
+    error.
+
+    Args:
+        data: all rows that the model was trained on; classification.
+        chosen: the forget rows.
+        unseen: rows that it was never trained on.
+        seed: of the rows that are looked at, where there are many.
+
+    Returns:
+        A difference of losses in nats, [0, log C].
+    """
+    rng = np.random.default_rng([seed, 14])
+    kept = _some_rows(data.others(chosen), _NEIGHBOURS_AMONG, rng)
+    asked = _some_rows(chosen, _GOAL_ROWS, rng)
+    guess = math.log(len(data.classes))
+    words = np.unique(data.inputs[kept]) if data.inputs.dtype.kind in "iu" and data.inputs.ndim == 2 else None
+    model = KNeighborsClassifier(n_neighbors=min(_NEIGHBOURS, len(kept)))
+    model.fit(_flat(data.inputs[kept], words), data.targets[kept])
+
+    def losses(inputs: npt.NDArray[Any], targets: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        share = np.zeros((len(targets), len(data.classes)))
+        share[:, model.classes_] = model.predict_proba(_flat(inputs, words))
+        own = share[np.arange(len(targets)), targets]
+        # One guess among all classes is added to the neighbours, so that nothing is impossible.
+        return np.minimum(-np.log((own * _NEIGHBOURS + 1 / len(data.classes)) / (_NEIGHBOURS + 1)), guess)
+
+    own, others = losses(data.inputs[asked], data.targets[asked]), losses(unseen.inputs, unseen.targets)
+    error = math.sqrt(own.var() / len(own) + others.var() / len(others))
+    return max(0.0, float(own.mean() - others.mean()) - error)
+
+
+def _some_rows(indices: Indices, limit: int, rng: np.random.Generator) -> Indices:
+    return indices if len(indices) <= limit else np.sort(rng.choice(indices, limit, replace=False))
+
+
+def _flat(inputs: npt.NDArray[Any], words: npt.NDArray[Any] | None) -> npt.NDArray[np.float32]:
+    """Rows as vectors; token ids as which of the known ones occur."""
+    if words is None:
+        return inputs.reshape(len(inputs), -1).astype(np.float32)
+    codes = np.minimum(np.searchsorted(words, inputs), len(words) - 1)
+    out = np.zeros((len(inputs), len(words)), dtype=np.float32)
+    np.put_along_axis(out, codes, (words[codes] == inputs).astype(np.float32), axis=1)
+    return out
 
 
 def _equal_rows(data: Table, chosen: Indices) -> int:
