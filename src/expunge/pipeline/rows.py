@@ -200,7 +200,8 @@ def oddity(data: Table, chosen: Indices, unseen: Table, *, seed: int = 0) -> flo
         share[:, model.classes_] = model.predict_proba(_flat(inputs, words))
         own = share[np.arange(len(targets)), targets]
         # One guess among all classes is added to the neighbours, so that nothing is impossible.
-        return np.minimum(-np.log((own * _NEIGHBOURS + 1 / len(data.classes)) / (_NEIGHBOURS + 1)), guess)
+        found: npt.NDArray[np.float64] = np.minimum(-np.log((own * _NEIGHBOURS + 1 / len(data.classes)) / (_NEIGHBOURS + 1)), guess)
+        return found
 
     own, others = losses(data.inputs[asked], data.targets[asked]), losses(unseen.inputs, unseen.targets)
     error = math.sqrt(own.var() / len(own) + others.var() / len(others))
