@@ -283,6 +283,19 @@ def _batches(training: Training, members: Members) -> Iterator[Tensor]:
         yield torch.stack([rows[plan.plan(step)["rows"]] for rows, plan in zip(supports, plans, strict=True)])
 
 
+def visits(training: Training, rows: int) -> int:
+    """How many rows a member's training reads, each as often as it is read: the cost that no machine changes.
+
+    Args:
+        training: steps, batch and stream.
+        rows: how many rows there are to read, at least 1.
+    """
+    if training.stream == "own":
+        return training.steps * training.batch
+    passes, rest = divmod(training.steps, -(-rows // training.batch))
+    return passes * rows + min(rest * training.batch, rows)
+
+
 def _optimizer(training: Training, tensors: list[Tensor]) -> torch.optim.Optimizer:
     fused = tensors[0].device.type in ("cpu", "cuda")
     if training.optimizer == "sgd":
