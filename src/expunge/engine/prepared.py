@@ -173,9 +173,9 @@ class Prepared(Settings, abc.ABC):
             record.sweep()
             job = Job(source, record, workers, progress, address)
             self.verify(job, gone)
-            work = self.work(job)
             self.bring(job)
             job.lap()
+            work = self.work(job)
             record.end(work.row_visits, work.redone)
         return TrainingReport(len(record.remaining), work.row_visits, record.training_seconds, work.notes)
 
@@ -224,12 +224,15 @@ class Prepared(Settings, abc.ABC):
             self.verify(job, wanted)
             if pending is None:
                 record.begin(wanted)
-            work = self.work(job)
             self.bring(job)
             job.lap()
+            work = self.work(job)
             done = record.end(work.row_visits, work.redone)
         return DeletionReport(
-            done.ids, work.redone, self.guarantee, work.row_visits, self.full_visits(job), done.seconds, record.training_seconds,
+            done.ids,
+            work.redone,
+            self.promise(job),
+            work.row_visits, self.full_visits(job), done.seconds, record.training_seconds,
             len(record.remaining), work.notes,
         )  # fmt: skip
 
@@ -274,7 +277,7 @@ class Prepared(Settings, abc.ABC):
 
     @abc.abstractmethod
     def work(self, job: Job) -> Work:
-        """What the training or the open request takes in all, whether or not a part of it is done already."""
+        """What the training or the open request, which is done by now, took in all, over however many calls."""
 
     @abc.abstractmethod
     def bring(self, job: Job) -> None:
@@ -287,6 +290,10 @@ class Prepared(Settings, abc.ABC):
         Raises:
             InputError: a file is damaged, missing or stale.
         """
+
+    def promise(self, job: Job) -> str:
+        """What is promised about the model in an up-to-date folder, in words."""
+        return self.guarantee
 
     @abc.abstractmethod
     def full_visits(self, job: Job) -> int:
