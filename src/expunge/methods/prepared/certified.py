@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from expunge.core.errors import InputError
-from expunge.engine.functional import digest_tensors
 from expunge.engine.parts import Paper
 from expunge.engine.prepared import Job, Prepared, Work
 from expunge.engine.record import missing, stale
 from expunge.engine.source import Source
+from expunge.methods.prepared.dealing import digest_rows
 from expunge.methods.prepared.linear import Floats, Logistic, Loss, Squares, fit, gradient, step
 from expunge.methods.prepared.registry import prepared
 
@@ -121,9 +121,9 @@ class CertifiedRemoval(Prepared):
                 raise missing(record.folder / _FILE)
             done = len(record.requests) - (record.pending is not None)
             kept = [row[0] for row in record.plan["rows"] if row[0] not in set(record.before)]
-            allowed = [(self._key(job, done), _digest(job.source, kept))]
+            allowed = [(self._key(job, done), digest_rows(job.source, kept))]
             if record.pending is not None:
-                allowed.append((self._key(job, done + 1), _digest(job.source, record.remaining)))
+                allowed.append((self._key(job, done + 1), digest_rows(job.source, record.remaining)))
             if found not in allowed:
                 raise stale(record.folder / _FILE)
 
@@ -138,7 +138,7 @@ class CertifiedRemoval(Prepared):
             held = self._removed(job, record.load(_FILE, self._key(job, len(record.requests) - 1)))
         if held is None:
             held = self._fit(job, len(record.requests))
-        record.save(_FILE, key, held, data=_digest(job.source, record.remaining))
+        record.save(_FILE, key, held, data=digest_rows(job.source, record.remaining))
 
     def work(self, job: Job) -> Work:
         """Two passes over the rows that are left for each weight vector, or a training."""
@@ -231,7 +231,3 @@ class CertifiedRemoval(Prepared):
             return [labels]
         classes = len(source.table.classes)
         return [np.where(labels == k, 1.0, -1.0) for k in ([1] if classes == 2 else range(classes))]
-
-
-def _digest(source: Source, ids: Sequence[str]) -> str:
-    return digest_tensors(iter(source.rows(ids)))

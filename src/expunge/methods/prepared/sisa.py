@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from expunge.core.errors import InputError
-from expunge.engine.functional import Tensors, digest_tensors
-from expunge.engine.members import Members, Spec, Training, train_members, visits
+from expunge.engine.functional import Tensors
+from expunge.engine.members import Training, visits
 from expunge.engine.parts import Paper
 from expunge.engine.prepared import Job, Prepared, Work
 from expunge.engine.record import missing, stale
 from expunge.engine.source import Source
-from expunge.engine.tasks import spread, threads
+from expunge.engine.tasks import spread
 from expunge.methods.prepared.aggregate import Aggregate, Rule
+from expunge.methods.prepared.dealing import Stage, deal, derived, digest_rows, stage_training, train_stage, without_rows
 from expunge.methods.prepared.registry import prepared
 
 Place = tuple[int, int]  #: (shard, slice), counted from 0
 Keys = dict[Place, str]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The training of one shard on its first slices, from the weights of the stage before."""
-
-    inputs: Tensor
-    targets: Tensor
-    training: Training
-    seed: int
-    start: Tensors
-
-
-def train_stage(common: tuple[Source, int], stage: Stage) -> Tensors:
-    """The weights after a stage; a function of its arguments alone, so that it may run anywhere.
-
-    Args:
-        common: what is trained (its table is not read), and the number of threads.
-        stage: rows, training and start.
-    """
-    source, count = common
-    spec = Spec(source.model, stage.inputs, stage.targets, stage.training, source.row_loss, source.forward, source.device)
-    start = {name: value.unsqueeze(0) for name, value in stage.start.items()}
-    with threads(count):
-        found = train_members(spec, Members(torch.ones(1, len(stage.targets)), (stage.seed,), start))
-    return {name: value[0] for name, value in found.items()}
 
 
 @prepared
@@ -104,24 +75,11 @@ class SISA(Prepared):
 
     def plan(self, source: Source) -> dict[str, Any]:
         """Rows with their shard and slice."""
-        n, steps = len(source.table), source.plan.steps
-        if n < self.shards * self.slices:
-            raise InputError(
-                f"{n} rows cannot be dealt into {self.shards} shards of {self.slices} slices.", "Choose fewer shards or slices."
-            )
-        least = self.slices * (self.slices + 1) // 2
-        if steps < least:
-            raise InputError(
-                f"{steps} steps are too few for {self.slices} slices.", f"Give {least} steps or more, or fewer slices."
-            )
         if source.table.task == "regression" and self.aggregate not in (None, "logits"):
             raise InputError(f"Numbers cannot be joined by aggregate={self.aggregate}.", "Choose aggregate=logits: their mean.")
-        order = np.random.default_rng([self.seed, 31]).permutation(n)
-        place = np.empty((n, 2), dtype=np.int64)
-        for s, shard in enumerate(np.array_split(order, self.shards)):
-            for r, part in enumerate(np.array_split(shard, self.slices)):
-                place[part] = s, r
-        return {"rows": [[name, *at] for name, at in zip(source.table.ids, place.tolist(), strict=True)]}
+        place = deal(len(source.table), self.shards, self.slices, self.seed).tolist()
+        self.stage_training(source.plan, (0, 0))
+        return {"rows": [[name, *at] for name, at in zip(source.table.ids, place, strict=True)]}
 
     def check_removal(self, plan: dict[str, Any], gone: Sequence[str]) -> None:
         """Every shard must keep a row."""
@@ -147,7 +105,7 @@ class SISA(Prepared):
                     raise missing(path)
                 continue
             allowed = {before[place], after[place]} if not new else {before[place]}
-            if found[0] not in allowed or (found[0] == after[place] and found[1] != _digest(job.source, held[place])):
+            if found[0] not in allowed or (found[0] == after[place] and found[1] != digest_rows(job.source, held[place])):
                 raise stale(path)
 
     def work(self, job: Job) -> Work:
@@ -172,14 +130,10 @@ class SISA(Prepared):
         for place in todo:
             (record.folder / _file(place)).unlink(missing_ok=True)
         total, done = sum(self._visits(job, held, place) for place in todo), 0
-        common = (
-            Source(_no_rows(job.source), job.source.model, None, job.source.forward, job.source.row_loss, job.source.device),
-            self.threads,
-        )
         for r in range(self.slices):
             wave = sorted(place for place in todo if place[1] == r)
-            for place, found in self._train(job, wave, held, keys, common):
-                record.save(_file(place), keys[place], found, data=_digest(job.source, held[place]))
+            for place, found in self._train(job, wave, held, keys):
+                record.save(_file(place), keys[place], found, data=digest_rows(job.source, held[place]))
                 job.lap()
                 done += self._visits(job, held, place)
                 job.tell(done, total, f"shard {place[0] + 1}, slice {r + 1}")
@@ -199,15 +153,14 @@ class SISA(Prepared):
 
     def stage_training(self, training: Training, place: Place) -> Training:
         """How a stage is trained: its part of the steps, and an order of the rows of its own."""
-        ends = [round(training.steps * r * (r + 1) / (self.slices * (self.slices + 1))) for r in range(self.slices + 1)]
-        steps = ends[place[1] + 1] - ends[place[1]]
-        return training.model_copy(update={"steps": steps, "seed": _seed(training.seed, *place)})
+        return stage_training(training, self.slices, place[1], derived(training.seed, *place), growing=True)
 
     def _train(
-        self, job: Job, wave: Sequence[Place], held: dict[Place, list[str]], keys: Keys, common: tuple[Source, int]
+        self, job: Job, wave: Sequence[Place], held: dict[Place, list[str]], keys: Keys
     ) -> Iterator[tuple[Place, Tensors]]:
         """Some stages of different shards, wherever the workers are; a stage without rows leaves the weights as they are."""
         source, record = job.source, job.record
+        bare = without_rows(source)
 
         def stages() -> Iterator[tuple[Place, Stage]]:
             for s, r in wave:
@@ -215,12 +168,12 @@ class SISA(Prepared):
                 if ids:
                     start = record.load(_file((s, r - 1)), keys[s, r - 1]) if r else {}
                     training = self.stage_training(source.plan, (s, r))
-                    yield (s, r), Stage(*source.rows(ids), training, _seed(self.seed, s, 0), start)
+                    yield (s, r), Stage(bare, *source.rows(ids), training, derived(self.seed, s, 0), start)
 
         idle = [(s, r) for s, r in wave if not any(held[s, early] for early in range(r + 1))]
-        yield from ((place, source.fresh(_seed(self.seed, place[0], 0))) for place in idle)
+        yield from ((place, source.fresh(derived(self.seed, place[0], 0))) for place in idle)
         if len(idle) < len(wave):
-            yield from spread(train_stage, common, stages(), workers=job.workers, address=job.address)
+            yield from spread(train_stage, self.threads, stages(), workers=job.workers, address=job.address)
 
     def _visits(self, job: Job, held: dict[Place, list[str]], place: Place) -> int:
         s, r = place
@@ -246,20 +199,3 @@ class SISA(Prepared):
 
 def _file(place: Place) -> str:
     return f"shards/{place[0] + 1:03}/slice-{place[1] + 1:03}.safetensors"
-
-
-def _digest(source: Source, ids: list[str]) -> str:
-    return digest_tensors(iter(source.rows(ids)))
-
-
-def _seed(seed: int, shard: int, stage: int) -> int:
-    """The seed itself for the first stage of the first shard, so that one shard of one slice is plain retraining."""
-    if shard == stage == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed} {shard} {stage}".encode()).digest()[:4], "little")
-
-
-def _no_rows(source: Source) -> Any:
-    """The table without its rows: workers get the rows of their shard alone."""
-    table = source.table
-    return type(table)((), table.inputs[:0], table.targets[:0], table.task, table.classes)
