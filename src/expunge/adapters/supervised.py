@@ -310,7 +310,7 @@ class RegressionAdapter(SupervisedAdapter):
     """
 
     modality: ClassVar[str] = "regression"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.FEATURES, Offer.ROWS})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.FEATURES, Offer.NUMBERS, Offer.ROWS})
 
     def __init__(
         self,

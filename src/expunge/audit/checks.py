@@ -160,6 +160,9 @@ def _secondary(case: Case) -> Iterator[Quantity]:
     extracted = [a.extraction for a in every if a.extraction is not None]
     if len(extracted) == len(every):
         yield from _means("extraction", "Mean extraction strength", extracted, case, far=None, toward=1)
+    seen = [a.looks_seen for a in every if a.looks_seen is not None]
+    if len(seen) == len(every):
+        yield from _means("looks seen", "Mean probability that a row was trained on (LiRA)", seen, case, far=None, toward=1)
     groups = (case.subject.holdout_clusters, case.subject.clusters)
     for name in case.subject.membership:
         if all(name in a.membership for a in every):
