@@ -245,7 +245,12 @@ def _numbers(y: npt.NDArray[Any], precision: str) -> npt.NDArray[Any]:
         raise InputError(f"The targets have the shape {list(y.shape)}.", "Give one number for each row.")
     if not np.isfinite(y).all():
         raise InputError(f"The target of row {int(np.flatnonzero(~np.isfinite(y))[0]) + 1} is not finite.", "Fill it in.")
-    return y.astype(precision)
+    with np.errstate(over="ignore"):  # what overflows is named below
+        made = y.astype(precision)
+    if not np.isfinite(made).all():
+        row = int(np.flatnonzero(~np.isfinite(made))[0])
+        raise InputError(f"The target {y[row]:g} of row {row + 1} is too large for {precision}.", "Ask for float64.")
+    return made
 
 
 def _among(values: npt.NDArray[Any], wanted: Sequence[str], what: str) -> npt.NDArray[np.bool_]:

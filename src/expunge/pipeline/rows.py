@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sklearn.neighbors import KNeighborsClassifier
 
 from expunge.adapters.base import Example
+from expunge.adapters.estimators import estimator_classes, estimator_network, is_estimator
 from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter, SupervisedAdapter
 from expunge.core.access import Stream
 from expunge.core.errors import InputError
@@ -58,12 +59,20 @@ class RowPlan:
 def open_rows(
     model: Any, data: Table, *, loss: Literal["l1", "mse"], layers: Sequence[str] | None, dropout: bool
 ) -> SupervisedAdapter:
-    """The adapter for a model and the task of its table, tried on one row.
+    """The adapter for a model (a scikit-learn estimator becomes a network) and the task of its table, tried on one row.
 
     Raises:
         InputError: the model's output does not match the labels.
     """
     adapter: SupervisedAdapter
+    if is_estimator(model):
+        own = estimator_classes(model)
+        if own != data.classes:
+            raise InputError(
+                f"The {type(model).__name__} knows the classes {_listed(own)}; the rows {_listed(data.classes)}.",
+                "Read the rows with the estimator's classes, in its order.",
+            )
+        model = estimator_network(model)
     if data.task == "classification":
         adapter = ClassifierAdapter(model, data.classes, layers=layers, dropout=dropout)
     else:
@@ -220,6 +229,10 @@ def _flat(inputs: npt.NDArray[Any], words: npt.NDArray[Any] | None) -> npt.NDArr
     out = np.zeros((len(inputs), len(words)), dtype=np.float32)
     np.put_along_axis(out, codes, (words[codes] == inputs).astype(np.float32), axis=1)
     return out
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "") if classes else "none"
 
 
 def _equal_rows(data: Table, chosen: Indices) -> int:
