@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -187,6 +188,7 @@ class Adapter(abc.ABC):
 
     modality: ClassVar[str]
     offers: ClassVar[frozenset[Offer]]
+    draws_anew: ClassVar[bool] = False  #: whether :meth:`drawing` changes an example's losses: none may be stored then
     model: nn.Module
 
     @property
@@ -207,6 +209,14 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Put examples into one batch (right padding)."""
+
+    def drawing(self, seed: int, step: int) -> AbstractContextManager[None]:
+        """While open, batches are collated for a training step.
+
+        What a modality draws at random (noise) then depends on seed, step and example; outside, on the example alone, so that
+        what is measured can be measured again. Most modalities draw nothing.
+        """
+        return nullcontext()
 
     @abc.abstractmethod
     def forward(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:

@@ -180,7 +180,7 @@ class _Loop:
         return found
 
     def _target(self, cache: Path | None) -> ReferenceSource | None:
-        kind = choose(self.recipe, self.recipe.needs(self.adapter.layers()))
+        kind = choose(self.recipe, self.recipe.needs(self.adapter.layers()), storable=not self.adapter.draws_anew)
         model = self.adapter.model.eval().to(self.devices.device)
         if kind == "none":
             return None
@@ -226,7 +226,7 @@ class _Loop:
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
                 for name in ("attention_dropout", "dropout"):
-                    if isinstance(getattr(module, name, None), float):
+                    if isinstance(vars(module).get(name), float):
                         setattr(module, name, 0.0)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -275,7 +275,8 @@ class _Loop:
         sides: list[list[Tensor]] = [[], []]
         for at, micro in enumerate(micros):
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split), self.devices.autocast():
-                views = self.objective.views(self.model, micro, self.devices.device)
+                with self.adapter.drawing(self.engine.seed, step):
+                    views = self.objective.views(self.model, micro, self.devices.device)
                 losses = self.objective.losses(views, micro, counts, coefficients, sums)
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split):
                 if split:
