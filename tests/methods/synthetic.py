@@ -86,6 +86,7 @@ class Step:
             reference = torch.cat([i.reference for i in items]), torch.cat([i.reference_states for i in items])
             found[stream, Of.REFERENCE] = outputs(items, *reference)
             found[stream, Of.INCOMPETENT] = outputs(items, reference[0].flip(-1), None)
+            found[stream, Of.ORACLE] = outputs(items, reference[0].flip(-1), None)
         return Views(found, LAYERS)
 
     def examples(self, stream: Stream) -> list[Example]:

@@ -10,6 +10,7 @@ import copy as copying
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -77,6 +78,12 @@ class SupervisedAdapter(Adapter):
         target = self.target(record.target if answer is None else answer)
         cost = max(1, int(np.size(record.inputs)) // NUMBERS_PER_UNIT)
         return Example(record.id + suffix, record.cluster, 1, 1, (record.inputs, target), cost)
+
+    def replace(self, example: Example, *, inputs: Any = None, answer: Any = None, suffix: str = "") -> Example:
+        """The row with other inputs or another target."""
+        held, target = example.data
+        data = (held if inputs is None else np.asarray(inputs), target if answer is None else self.target(answer))
+        return replace(example, id=example.id + suffix, data=data)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Stack the rows; one target each."""

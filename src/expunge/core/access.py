@@ -31,3 +31,4 @@ class Of(enum.StrEnum):
     CURRENT = "current"  #: the model being changed, with gradients
     REFERENCE = "reference"  #: the frozen target model
     INCOMPETENT = "incompetent"  #: a network of the same shape that has learnt nothing, frozen
+    ORACLE = "oracle"  #: a model trained without the forget set, or a prediction of what it would say, frozen
