@@ -102,7 +102,8 @@ class Outputs:
         batch_ids: ids of the examples covered (B).
         targets, owner, position: as in :class:`Batch`, with ``owner`` counted from this view's first example.
         counts: targets per example.
-        values: ``losses`` float32 ``[N]``; ``logits`` float32 ``[N, V]``; ``features:<layer>`` ``[M, D]``.
+        values: ``losses`` float32 ``[N]``; ``logits`` float32 ``[N, V]``; ``numbers`` ``[N]``; ``features:<layer>`` ``[M, D]``;
+            ``maps:<layer>`` ``[N, P]``.
         token_owner, token_supervised, token_counts: as in :class:`Batch`, for features.
     """
 
@@ -142,6 +143,15 @@ class Outputs:
     def features(self, layer: str) -> Tensor:
         """Hidden states after ``layer`` at every real input token, ``[M, D]``."""
         return self.values[f"features:{layer}"]
+
+    @property
+    def numbers(self) -> Tensor:
+        """The number predicted for each target, ``[N]``."""
+        return self.values["numbers"]
+
+    def maps(self, layer: str) -> Tensor:
+        """Squared activations after ``layer``, the mean over channels at each of P places (of a vector: as is), ``[N, P]``."""
+        return self.values[f"maps:{layer}"]
 
     def per_example(self, per_target: Tensor) -> Tensor:
         """Sum a per-target tensor ``[N]`` by example, ``[B]``; examples without targets get 0."""

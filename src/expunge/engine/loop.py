@@ -285,7 +285,8 @@ class _Loop:
         """
         plan = {Stream(s): ix for s, ix in self.plan.plan(step).items() if forget or s != Stream.FORGET}
         counts = self.objective.counts(plan)
-        coefficients = self.recipe.balance.coefficients(self.balance_state)
+        share = len(plan.get(Stream.FORGET, ())) / max(1, sum(map(len, plan.values())))
+        coefficients = self.recipe.balance.coefficients(self.balance_state, share)
         micros = self._micros(plan)
         sums = Sums()
         both = (not self.recipe.forget or Stream.FORGET in plan) and (not self.recipe.retain or Stream.RETAIN in plan)
