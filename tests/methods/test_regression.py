@@ -122,10 +122,7 @@ def test_blindspot_is_nearer_to_retraining_than_tuning_and_random_targets(band) 
         ("finetune", {"batch": 256, "retain_batch": None}), ("gaussian-amnesiac", {}), ("blindspot", {}),
     ):  # fmt: skip
         adapter = band.target()
-        recipe = build(name, {"schedule": {**MIXED, **more}})
-        if name == "blindspot":
-            recipe = recipe.model_copy(update={"preparation": Proxy(epochs=10, lr=1e-3, batch=64)})
-        train(adapter, recipe, band.examples(adapter), QUIET)
+        train(adapter, build(name, {"schedule": {**MIXED, **more}}), band.examples(adapter), QUIET)
         found[name] = band.measured(adapter)
     error = {n: abs(f - gold) for n, (_, f, _) in found.items()}
     distance = {n: w for n, (_, _, w) in found.items()}
@@ -139,7 +136,7 @@ def test_blindspot_is_nearer_to_retraining_than_tuning_and_random_targets(band) 
 def test_a_step_of_blindspot_is_the_formula_on_a_mixed_batch() -> None:
     held, adapter = sample(20, 3), fresh(0)
     streams = {Stream.FORGET: encoded(adapter, held, range(5)), Stream.RETAIN: encoded(adapter, held, range(5, 20))}
-    proxy = Proxy(epochs=1, batch=5)
+    proxy = Proxy(epochs=1, batch=5, lr=0.01)
     prepared = run_preparation(proxy, adapter, streams, QUIET, scratch=None)
     other = prepared.sources[Of.INCOMPETENT].adapter.model
     model = adapter.copy().model
@@ -228,3 +225,4 @@ def test_they_are_for_numbers_and_named_by_the_table() -> None:
     assert one.balance == ByCount()
     with pytest.raises(InputError, match="no term"):
         build("finetune", {"preparation": "normal-targets"})
+    assert build("blindspot", {"schedule": "paper"}).preparation == Proxy(epochs=2, lr=0.01, batch=256)

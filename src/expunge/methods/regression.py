@@ -26,6 +26,7 @@ PUBLISHED = Fixed(lr=1e-3, epochs=1, batch=256, warmup=0, decay="constant", weig
     paper=PAPER,
     formula="L = c [|m - m_B|(forget) + beta sum_l mean (A_l - A_l,B)^2 (forget)] + (1 - c) loss(retain), c = |forget| / |step|",
     published=PUBLISHED,
+    with_paper={"preparation": {"name": "proxy", "epochs": 2.0, "lr": 0.01, "batch": 256}},
     caveats=(
         "A proxy that learns long is a retrained model, and one that learns too little answers at random.",
         "The paper cuts batches from all data, mixed; here a step has as many retain rows as forget rows unless "
@@ -35,9 +36,9 @@ PUBLISHED = Fixed(lr=1e-3, epochs=1, batch=256, warmup=0, decay="constant", weig
 def blindspot() -> Recipe:
     """Forget predictions, and where the layers look, go to those of a proxy that has learnt the retain set for a few epochs.
 
-    The proxy B is a fresh network of the same shape; beta 50 and its 2 epochs are the paper's. The retain rows keep their own
-    loss (the paper: the absolute error). ``A`` is the attention map of a layer: squared activations, averaged over channels, of
-    length 1.
+    The proxy B is a fresh network of the same shape; beta 50 is the paper's, and ``schedule=paper`` brings its proxy of 2 epochs
+    too. The retain rows keep their own loss (the paper: the absolute error). ``A`` is the attention map of a layer: squared
+    activations, averaged over channels, of length 1.
     """
     return compose(
         "blindspot",
