@@ -53,6 +53,8 @@ def outputs(items: Sequence[One], logits: Tensor | None, states: Tensor | None) 
     values: dict[str, Tensor] = {}
     if logits is not None:
         values["logits"] = logits
+        values["numbers"] = logits[:, 0]
+        values |= {f"maps:{name}": logits.square() for name in LAYERS}
         values["losses"] = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     if states is not None:
         values |= {f"features:{name}": states for name in LAYERS}
@@ -86,6 +88,7 @@ class Step:
             reference = torch.cat([i.reference for i in items]), torch.cat([i.reference_states for i in items])
             found[stream, Of.REFERENCE] = outputs(items, *reference)
             found[stream, Of.INCOMPETENT] = outputs(items, reference[0].flip(-1), None)
+            found[stream, Of.ORACLE] = outputs(items, reference[0].flip(-1), None)
         return Views(found, LAYERS)
 
     def examples(self, stream: Stream) -> list[Example]:

@@ -58,7 +58,8 @@ def test_every_method_that_the_table_names_runs_on_a_classifier(digits, name) ->
     finish = {"finish": {"scale": 1.0}} if name == "task-vector" else {}
     recipe = build(name, {"schedule": {"lr": 1e-3, "batch": 20}, **finish})
     recipe = recipe.model_copy(update={"schedule": _short(recipe.schedule)})
-    train(adapter, recipe, digits.examples(adapter, name), QUIET)
+    oracle = {Of.ORACLE: digits.retrained()} if Of.ORACLE in recipe.models(adapter.layers()) else {}
+    train(adapter, recipe, digits.examples(adapter, name), QUIET, models=oracle)
     after = state(adapter.model)
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert all(torch.isfinite(v).all() for v in after.values())

@@ -30,11 +30,19 @@ from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
 from expunge.engine.masks import saliency_masks
-from expunge.engine.objective import Micro, Objective, ReferenceSource, Sums
+from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
 from expunge.engine.parts import Recipe
-from expunge.engine.reference import AdapterOffReference, CachedReference, CopyReference, IncompetentReference, choose
+from expunge.engine.preparation import ReferenceSource, run_preparation
+from expunge.engine.reference import (
+    AdapterOffReference,
+    CachedReference,
+    CopyReference,
+    IncompetentReference,
+    ModelReference,
+    choose,
+)
 from expunge.engine.schedule import Turns
 
 
@@ -95,6 +103,7 @@ def train(
     engine: Engine,
     *,
     goal: Goal | None = None,
+    models: Mapping[Of, Adapter] | None = None,
     folder: Path | None = None,
     cache: Path | None = None,
     resume: bool = False,
@@ -109,6 +118,7 @@ def train(
         examples: by stream; alternatives aligned with the forget examples.
         engine: how to use the machine.
         goal: where the adaptive schedule may stop; without one it runs its budget.
+        models: hold further models that the terms read (an oracle); they are left as they are.
         folder: for ``checkpoint/`` and ``log.jsonl``; none keeps nothing.
         cache: for reference log-probabilities.
         resume: go on from ``folder``'s checkpoint if there is one.
@@ -120,8 +130,8 @@ def train(
     """
     with tempfile.TemporaryDirectory() as scratch:
         loop = _Loop(
-            adapter, recipe, examples, engine, goal=goal, folder=folder, cache=cache, observe=observe, progress=progress,
-            scratch=folder / "checkpoint" if folder else Path(scratch),
+            adapter, recipe, examples, engine, goal=goal, models=models, folder=folder, cache=cache, observe=observe,
+            progress=progress, scratch=folder / "checkpoint" if folder else Path(scratch),
         )  # fmt: skip
         return loop.run(resume)
 
@@ -135,6 +145,7 @@ class _Loop:
         engine: Engine,
         *,
         goal: Goal | None,
+        models: Mapping[Of, Adapter] | None,
         folder: Path | None,
         cache: Path | None,
         observe: Callable[[int, nn.Module], None] | None,
@@ -142,7 +153,7 @@ class _Loop:
         scratch: Path,
     ) -> None:
         self.started = time.perf_counter()
-        self.adapter, self.recipe, self.examples, self.engine = adapter, recipe, examples, engine
+        self.adapter, self.recipe, self.engine = adapter, recipe, engine
         self.goal, self.folder, self.observe, self.progress = goal, folder, observe, progress
         self.scratch = scratch
         self.schedule = recipe.schedule
@@ -153,7 +164,14 @@ class _Loop:
                 "Use gradient=plain, or run on one process or with data parallelism.",
             )
         torch.manual_seed(engine.seed)
-        self.objective = Objective(adapter, recipe, examples, self._references(cache))
+        adapter.model.eval().to(self.devices.device)
+        self.prepared = run_preparation(
+            recipe.preparation, adapter, examples, engine, scratch=scratch / "preparation", tell=progress
+        )
+        self.examples = self.prepared.examples
+        others = {of: ModelReference(held, self.devices.device) for of, held in (models or {}).items()}
+        sources = {**self._references(cache), **others, **self.prepared.sources}
+        self.objective = Objective(adapter, recipe, self.examples, sources, self.prepared.made)
         model = recipe.parameters.prepare(adapter.model, adapter.layers())
         self._mode(model)
         self.model, self.optimizer = self.devices.prepare(model, self._optimizer, adapter.layers())
@@ -175,13 +193,13 @@ class _Loop:
         target = self._target(cache)
         if target is not None:
             found[Of.REFERENCE] = target
-        if any(of is Of.INCOMPETENT for _, of, _ in self.recipe.needs(self.adapter.layers())):
+        if Of.INCOMPETENT in self.recipe.models(self.adapter.layers()):
             found[Of.INCOMPETENT] = IncompetentReference(self.adapter, self.devices.device, self.engine.seed)
         return found
 
     def _target(self, cache: Path | None) -> ReferenceSource | None:
-        kind = choose(self.recipe, self.recipe.needs(self.adapter.layers()))
-        model = self.adapter.model.eval().to(self.devices.device)
+        kind = choose(self.recipe, self.recipe.needs(self.adapter.layers()), storable=not self.adapter.draws_anew)
+        model = self.adapter.model
         if kind == "none":
             return None
         if kind == "copy":
@@ -226,7 +244,7 @@ class _Loop:
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
                 for name in ("attention_dropout", "dropout"):
-                    if isinstance(getattr(module, name, None), float):
+                    if isinstance(vars(module).get(name), float):
                         setattr(module, name, 0.0)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -267,7 +285,8 @@ class _Loop:
         """
         plan = {Stream(s): ix for s, ix in self.plan.plan(step).items() if forget or s != Stream.FORGET}
         counts = self.objective.counts(plan)
-        coefficients = self.recipe.balance.coefficients(self.balance_state)
+        share = len(plan.get(Stream.FORGET, ())) / max(1, sum(map(len, plan.values())))
+        coefficients = self.recipe.balance.coefficients(self.balance_state, share)
         micros = self._micros(plan)
         sums = Sums()
         both = (not self.recipe.forget or Stream.FORGET in plan) and (not self.recipe.retain or Stream.RETAIN in plan)
@@ -275,7 +294,8 @@ class _Loop:
         sides: list[list[Tensor]] = [[], []]
         for at, micro in enumerate(micros):
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split), self.devices.autocast():
-                views = self.objective.views(self.model, micro, self.devices.device)
+                with self.adapter.drawing(self.engine.seed, step):
+                    views = self.objective.views(self.model, micro, self.devices.device)
                 losses = self.objective.losses(views, micro, counts, coefficients, sums)
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split):
                 if split:
@@ -395,7 +415,7 @@ class _Loop:
         return Outcome(
             self.devices.unwrap(self.model), reason, watch.sentence(reason, done), done, watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
-            self.devices.peak_bytes(), self.history, self.devices.gather(self.model),
+            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), list(self.prepared.notes),
         )  # fmt: skip
 
     def _report(self, row: dict[str, float], done: int) -> None:

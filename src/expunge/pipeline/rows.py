@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from expunge.adapters.base import Example
 from expunge.adapters.estimators import estimator_classes, estimator_network, is_estimator
 from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter, SupervisedAdapter
-from expunge.core.access import Stream
+from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.core.settings import nest
 from expunge.data.rows import Indices, Table
@@ -46,6 +46,7 @@ class RowPlan:
         goal: the loss at which the forget rows count as forgotten; none where no schedule looks for it.
         engine: how to use the machine.
         notes: what a report must say, one sentence each.
+        oracle: a model trained without the rows to forget, for methods that read one.
     """
 
     adapter: SupervisedAdapter
@@ -54,6 +55,7 @@ class RowPlan:
     goal: Goal | None
     engine: Engine
     notes: list[str]
+    oracle: SupervisedAdapter | None = None
 
 
 def open_rows(
@@ -90,6 +92,7 @@ def plan_rows(
     parts: Mapping[str, Any],
     engine: Engine,
     holdout: Table | None = None,
+    oracle: SupervisedAdapter | None = None,
     how: str = "auto",
     allow_overlap: bool = False,
     allow_large_forget: bool = False,
@@ -104,6 +107,7 @@ def plan_rows(
         parts: what differs from the method's own parts.
         engine: how to use the machine.
         holdout: rows never trained on; they tell when to stop.
+        oracle: holds a model trained without the rows to forget, for methods that read one.
         how: which other classes take the place of the own one, for methods that teach such.
         allow_overlap: go on although equal rows are to be forgotten and to be kept.
         allow_large_forget: go on although there is more to forget than to keep.
@@ -134,19 +138,25 @@ def plan_rows(
     examples = {Stream.FORGET: [adapter.encode(r) for r in forget], Stream.RETAIN: [adapter.encode(r) for r in retain]}
     if isinstance(made, Edit):
         return RowPlan(adapter, made, examples, None, engine, notes)
-    if any(s is Stream.ALTERNATIVE for s, _, _ in made.needs(adapter.layers())):
+    if Of.ORACLE in made.models(adapter.layers()) and oracle is None:
+        raise InputError(
+            f"The method {method!r} reads an oracle: a model trained without the rows to forget.",
+            "Give it: oracle=MODEL, or preparation='given-outputs' with a file of what it says.",
+        )
+    if Stream.ALTERNATIVE in made.streams(adapter.layers()):
         others = alternatives(forget, kind_for(method, how, forget), engine.seed, classes=adapter.n_classes)
         pairs = zip(forget, others, strict=True)
         examples[Stream.ALTERNATIVE] = [adapter.encode(r, answer=c, suffix="#other") for r, c in pairs]
     goal = _goal(adapter, made, data, chosen, holdout=holdout, engine=engine)
-    return RowPlan(adapter, made, examples, goal, engine, notes)
+    return RowPlan(adapter, made, examples, goal, engine, notes, oracle)
 
 
 def run_rows(made: RowPlan, *, progress: Progress | None = None) -> Outcome:
     """Change the model that the plan holds."""
     if isinstance(made.method, Edit):
         return apply_edit(made.adapter, made.method, made.examples, made.engine, progress=progress)
-    return train(made.adapter, made.method, made.examples, made.engine, goal=made.goal, progress=progress)
+    models = {} if made.oracle is None else {Of.ORACLE: made.oracle}
+    return train(made.adapter, made.method, made.examples, made.engine, goal=made.goal, models=models, progress=progress)
 
 
 def _goal(

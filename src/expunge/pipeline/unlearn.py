@@ -12,7 +12,7 @@ import numpy as np
 from expunge.adapters.base import Example
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.memory import training_memory
-from expunge.core.access import Stream
+from expunge.core.access import Of, Stream
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import check_room, check_writable, empty
 from expunge.core.runs import Run, cache_folder
@@ -153,11 +153,12 @@ def plan(
     _check_sides(method, recipe, request.retain is not None, base is not None)
     if recipe.start == "initial" and base is not None:
         adapter = base
+    _check_models(recipe, adapter)
     needs = recipe.needs(adapter.layers())
     examples: dict[Stream, list[Example]] = {Stream.FORGET: [adapter.encode(r) for r in request.forget]}
     if request.retain is not None:
         examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
-    if any(s is Stream.ALTERNATIVE for s, _, _ in needs):
+    if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
         answers = alternatives(request.forget, kind_for(method, how, request.forget), engine.seed, template=template)
         examples[Stream.ALTERNATIVE] = [
             adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(request.forget, answers, strict=True)
@@ -213,6 +214,15 @@ def check_method(config: UnlearnConfig) -> None:
         return
     recipe = build_recipe(config.method, config.parts)
     _check_sides(config.method, recipe, config.retain is not None, config.base is not None)
+
+
+def _check_models(recipe: Recipe, adapter: LanguageAdapter) -> None:
+    """A language model's oracle comes from a file: there is no second model in a request."""
+    if Of.ORACLE in recipe.models(adapter.layers()):
+        raise InputError(
+            f"The method {recipe.name!r} reads an oracle: what a model trained without the forget set says.",
+            "Give it: preparation=given-outputs preparation.file=FILE.npz.",
+        )
 
 
 def _check_sides(method: str, recipe: Recipe, retain: bool, base: bool) -> None:
