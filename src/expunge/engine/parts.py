@@ -79,6 +79,7 @@ class Term(Settings, abc.ABC):
     name: ClassVar[str]  #: registered name
     per: ClassVar[Literal["target", "example", "token"]] = "target"  #: what a value belongs to, and is averaged over
     uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
+    whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
 
     weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
 
@@ -193,6 +194,13 @@ class Schedule(Settings, abc.ABC):
     @abc.abstractmethod
     def total_steps(self, per_epoch: int) -> int:
         """Optimiser steps at most, for an epoch of so many steps."""
+
+    def turns(self, names: Sequence[str]) -> list[tuple[frozenset[int], float]]:
+        """Which terms (by index of ``names``) are minimised together on the examples of a step, and at which part of the rate.
+
+        With several entries each has an optimiser state of its own and takes its step after the one before.
+        """
+        return [(frozenset(range(len(names))), 1.0)]
 
 
 class Recipe(Settings):
