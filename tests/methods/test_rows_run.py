@@ -61,7 +61,8 @@ def test_every_method_that_the_table_names_runs_on_a_classifier(digits, name) ->
     recipe = build(name, {"schedule": {"lr": 1e-3, "batch": 20}, **finish, **SMALL.get(name, {})})
     recipe = recipe.model_copy(update={"schedule": _short(recipe.schedule)})
     oracle = {Of.ORACLE: digits.retrained()} if Of.ORACLE in recipe.models(adapter.layers()) else {}
-    train(adapter, recipe, digits.examples(adapter, name), QUIET, models=oracle)
+    unseen = {Stream.VALIDATION: encoded(adapter, digits.split(1)[0])}
+    train(adapter, recipe, digits.examples(adapter, name) | unseen, QUIET, models=oracle)
     after = state(adapter.model)
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert all(torch.isfinite(v).all() for v in after.values())

@@ -37,6 +37,7 @@ from expunge.engine.parameters import SaliencyMask
 from expunge.engine.parts import Recipe
 from expunge.engine.preparation import run_preparation
 from expunge.engine.reference import ModelReference, frozen_models
+from expunge.engine.rewind import Rewind
 from expunge.engine.schedule import Turns
 
 
@@ -165,6 +166,7 @@ class _Loop:
             recipe.preparation, adapter, examples, engine, scratch=scratch / "preparation", tell=progress
         )
         self.examples = self.prepared.examples
+        self.notes = list(self.prepared.notes)
         others = {of: ModelReference(held, self.devices.device) for of, held in (models or {}).items()}
         frozen = frozen_models(adapter, recipe, self.examples, engine, device=self.devices.device, store=cache)
         sources = {**frozen, **others, **self.prepared.sources}
@@ -178,6 +180,7 @@ class _Loop:
         self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
         self.plan = self._plan()
         self.total = self.plan.steps
+        self.rewind = self._rewind()
         self.masks = self._masks()
         self.gradient_state: dict[str, Any] = {}
         self.balance_state: dict[str, float] = {}
@@ -185,6 +188,14 @@ class _Loop:
         self.tokens = 0
 
     # ---- setting up
+
+    def _rewind(self) -> Rewind | None:
+        if Stream.VALIDATION not in self.schedule.reads:
+            return None
+        return Rewind(
+            self.adapter, self.examples.get(Stream.FORGET, ()), self.examples.get(Stream.VALIDATION, ()),
+            max_units=self.engine.max_tokens, folder=self.scratch / "epochs", ends=self.plan.ends(), rank=self.devices.rank,
+        )  # fmt: skip
 
     def _masks(self) -> list[Tensor]:
         choice = self.recipe.parameters
@@ -379,12 +390,17 @@ class _Loop:
                 done += 1
                 reason = watch.after(row, done)
                 self.history.append(row)
+                if self.rewind:
+                    self.rewind.keep(self.model, done)
                 self._report(row, done)
                 if self.observe:
                     self.observe(done, self.devices.unwrap(self.model))
                 if self.folder and self.engine.checkpoint_every and done % self.engine.checkpoint_every == 0 and reason is None:
                     self._save(done, watch, rates)
         reason = reason or watch.ended()
+        if self.rewind and reason != "diverged":
+            self.notes.append(self.rewind.choose(self.model, done))
+            watch.look()
         self._finish(watch)
         return self._outcome(reason, done, watch, rates)
 
@@ -400,7 +416,7 @@ class _Loop:
         return Outcome(
             self.devices.unwrap(self.model), reason, watch.sentence(reason, done), done, watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
-            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), list(self.prepared.notes),
+            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes,
         )  # fmt: skip
 
     def _report(self, row: dict[str, float], done: int) -> None:

@@ -191,6 +191,11 @@ class Schedule(Settings, abc.ABC):
     lr: float | None = Field(None, gt=0, description="learning rate; none: found by a range test")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; none: not clipped")
 
+    @property
+    def reads(self) -> frozenset[Stream]:
+        """Examples that it looks at, beside those that are trained on."""
+        return frozenset()
+
     @abc.abstractmethod
     def total_steps(self, per_epoch: int) -> int:
         """Optimiser steps at most, for an epoch of so many steps."""
@@ -235,8 +240,8 @@ class Recipe(Settings):
         return frozenset(n for t in self.terms() for n in t.needs(layers))
 
     def streams(self, layers: Sequence[str]) -> frozenset[Stream]:
-        """The examples that must be given: those that the terms read and no preparation makes, and those that it reads itself."""
-        read = {t.stream for t in self.terms()} | {stream for stream, _, _ in self.needs(layers)}
+        """The examples that must be given: those that terms and schedule read and no preparation makes, and those it reads."""
+        read = {t.stream for t in self.terms()} | {stream for stream, _, _ in self.needs(layers)} | self.schedule.reads
         if self.preparation is None:
             return frozenset(read)
         return frozenset((read - {s for s in Stream if s in self.preparation.makes}) | set(self.preparation.reads))

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from expunge.core.access import Stream
 from expunge.core.errors import InputError
 from expunge.core.registry import Registry
 from expunge.engine.parts import Schedule
@@ -45,8 +46,17 @@ class Turns(Fixed):
     epochs: float | None = Field(3, gt=0, description="passes over the retain set")
     steps: None = Field(None, description="not used: the passes say how long")
     erase_epochs: int = Field(2, ge=0, description="epochs that begin with a pass over the forget set")
+    rewind: bool = Field(
+        False,
+        description="go back at the end to the epoch whose error on the forget set is nearest to the last one's on unseen rows",
+    )
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     decay: Literal["linear", "cosine", "constant"] = Field("constant", description="course of the learning rate after warm-up")
+
+    @property
+    def reads(self) -> frozenset[Stream]:
+        """Validation rows, to rewind by."""
+        return frozenset({Stream.VALIDATION}) if self.rewind else frozenset()
 
 
 class Alternate(Fixed):

@@ -14,7 +14,7 @@ from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter, Su
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.core.settings import nest
-from expunge.data.rows import Indices, Table
+from expunge.data.rows import Indices, Table, alike
 from expunge.engine.edit import Edit, apply_edit
 from expunge.engine.goal import Goal
 from expunge.engine.loop import Outcome, Progress, train
@@ -134,6 +134,8 @@ def plan_rows(
         others = alternatives(forget, kind_for(method, how, forget), engine.seed, classes=adapter.n_classes)
         pairs = zip(forget, others, strict=True)
         examples[Stream.ALTERNATIVE] = [adapter.encode(r, answer=c, suffix="#other") for r, c in pairs]
+    if Stream.VALIDATION in made.streams(adapter.layers()) and holdout is not None:
+        examples[Stream.VALIDATION] = [adapter.encode(r) for r in holdout.rows(alike(holdout, data.targets[chosen], engine.seed))]
     goal = _goal(adapter, made, data, chosen, holdout=holdout, engine=engine)
     return RowPlan(adapter, made, examples, goal, engine, notes, oracle)
 
