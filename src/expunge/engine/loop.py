@@ -30,7 +30,7 @@ from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.alternate import States
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
-from expunge.engine.masks import saliency_masks
+from expunge.engine.masks import moving_entries
 from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
@@ -181,7 +181,9 @@ class _Loop:
         self.plan = self._plan()
         self.total = self.plan.steps
         self.rewind = self._rewind()
-        self.masks = self._masks()
+        self.masks = moving_entries(
+            self.objective, self.devices.unwrap(self.model), self.parameters, engine.max_tokens, sharded=self.devices.sharded
+        )
         self.gradient_state: dict[str, Any] = {}
         self.balance_state: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
@@ -196,26 +198,6 @@ class _Loop:
             self.adapter, self.examples.get(Stream.FORGET, ()), self.examples.get(Stream.VALIDATION, ()),
             max_units=self.engine.max_tokens, folder=self.scratch / "epochs", ends=self.plan.ends(), rank=self.devices.rank,
         )  # fmt: skip
-
-    def _masks(self) -> list[Tensor]:
-        choice = self.recipe.parameters
-        if not isinstance(choice, SaliencyMask):
-            return []
-        if self.devices.sharded:
-            raise InputError("parameters=mask does not work on a sharded (FSDP) model.", "Use parameters=all, named or lora.")
-        if not self.recipe.forget:
-            raise InputError(
-                "parameters=mask is made from the forget loss, and the recipe has no forget term.", "Use parameters=all."
-            )
-        inner = self.devices.unwrap(self.model)
-        return saliency_masks(
-            self.objective,
-            inner,
-            self.parameters,
-            density=choice.density,
-            examples=choice.examples,
-            max_tokens=self.engine.max_tokens,
-        )
 
     def _mode(self, model: nn.Module) -> None:
         if self.engine.gradient_checkpointing:

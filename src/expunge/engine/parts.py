@@ -157,6 +157,13 @@ class Parameters(Settings, abc.ABC):
             InputError: nothing matches; the message names some modules that exist.
         """
 
+    def entries(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Which entries of the moving tensors may move, one boolean mask each; none (an empty list) if all may.
+
+        Asked once, after :meth:`prepare`; the gradient elsewhere is set to 0.
+        """
+        return []
+
 
 class Penalty(Settings, abc.ABC):
     """A summand of the loss on the weights themselves, by its gradient."""
