@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 from expunge.adapters.base import Example
 from expunge.adapters.estimators import estimator_classes, estimator_network, is_estimator
@@ -17,13 +20,14 @@ from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter, Su
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.core.settings import nest
-from expunge.data.rows import Indices, Table
+from expunge.data.rows import Indices, Table, alike
 from expunge.engine.edit import Edit, apply_edit
 from expunge.engine.goal import Goal
 from expunge.engine.loop import Outcome, Progress, train
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
 from expunge.engine.parts import Recipe
+from expunge.engine.reference import reset_weights
 from expunge.engine.schedule import Adaptive
 from expunge.methods.alternatives import alternatives, kind_for
 from expunge.methods.catalogue import serves
@@ -138,6 +142,8 @@ def plan_rows(
     examples = {Stream.FORGET: [adapter.encode(r) for r in forget], Stream.RETAIN: [adapter.encode(r) for r in retain]}
     if isinstance(made, Edit):
         return RowPlan(adapter, made, examples, None, engine, notes)
+    if made.start == "initial":
+        _untrained(adapter, engine.seed)  # so that a model that cannot be set back is refused here
     if Of.ORACLE in made.models(adapter.layers()) and oracle is None:
         raise InputError(
             f"The method {method!r} reads an oracle: a model trained without the rows to forget.",
@@ -147,16 +153,51 @@ def plan_rows(
         others = alternatives(forget, kind_for(method, how, forget), engine.seed, classes=adapter.n_classes)
         pairs = zip(forget, others, strict=True)
         examples[Stream.ALTERNATIVE] = [adapter.encode(r, answer=c, suffix="#other") for r, c in pairs]
+    if Stream.VALIDATION in made.streams(adapter.layers()) and holdout is not None:
+        examples[Stream.VALIDATION] = [adapter.encode(r) for r in holdout.rows(alike(holdout, data.targets[chosen], engine.seed))]
     goal = _goal(adapter, made, data, chosen, holdout=holdout, engine=engine)
     return RowPlan(adapter, made, examples, goal, engine, notes, oracle)
 
 
-def run_rows(made: RowPlan, *, progress: Progress | None = None) -> Outcome:
-    """Change the model that the plan holds."""
+def run_rows(
+    made: RowPlan,
+    *,
+    folder: Path | None = None,
+    cache: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Change the model that the plan holds.
+
+    Args:
+        made: the checked plan.
+        folder: where checkpoints and the log go; None keeps none.
+        cache: where losses of the target are kept for other runs.
+        resume: go on from the last checkpoint.
+        progress: of the work.
+    """
     if isinstance(made.method, Edit):
         return apply_edit(made.adapter, made.method, made.examples, made.engine, progress=progress)
+    if made.method.start == "initial":
+        made.adapter.model.load_state_dict(_untrained(made.adapter, made.engine.seed).state_dict())
     models = {} if made.oracle is None else {Of.ORACLE: made.oracle}
-    return train(made.adapter, made.method, made.examples, made.engine, goal=made.goal, models=models, progress=progress)
+    return train(
+        made.adapter, made.method, made.examples, made.engine, goal=made.goal, models=models, folder=folder, cache=cache,
+        resume=resume, progress=progress,
+    )  # fmt: skip
+
+
+def _untrained(adapter: SupervisedAdapter, seed: int) -> nn.Module:
+    """A network of the same shape with fresh weights.
+
+    Raises:
+        InputError: a part of the model cannot be set back to random weights.
+    """
+    fresh = adapter.copy()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reset_weights(fresh.model)
+    return fresh.model
 
 
 def _goal(
@@ -219,7 +260,8 @@ def oddity(data: Table, chosen: Indices, unseen: Table, *, seed: int = 0) -> flo
         share[:, model.classes_] = model.predict_proba(_flat(inputs, words))
         own = share[np.arange(len(targets)), targets]
         # One guess among all classes is added to the neighbours, so that nothing is impossible.
-        found: npt.NDArray[np.float64] = np.minimum(-np.log((own * _NEIGHBOURS + 1 / len(data.classes)) / (_NEIGHBOURS + 1)), guess)
+        smoothed = (own * _NEIGHBOURS + 1 / len(data.classes)) / (_NEIGHBOURS + 1)
+        found: npt.NDArray[np.float64] = np.minimum(-np.log(smoothed), guess)
         return found
 
     own, others = losses(data.inputs[asked], data.targets[asked]), losses(unseen.inputs, unseen.targets)
