@@ -197,7 +197,8 @@ def _untrained(adapter: SupervisedAdapter, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reset_weights(fresh.model)
-    return fresh.model
+    model: nn.Module = fresh.model
+    return model
 
 
 def _goal(
