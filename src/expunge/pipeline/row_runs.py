@@ -18,13 +18,13 @@ from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.records import RecordSet
 from expunge.data.rows import Indices, Row, Table
-from expunge.engine.edit import Edit, apply_edit
-from expunge.engine.loop import Outcome, Progress, train, write_log_summary
+from expunge.engine.edit import Edit
+from expunge.engine.loop import Outcome, Progress, write_log_summary
 from expunge.engine.options import Engine
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory
 from expunge.pipeline.processes import drop_checkpoint
-from expunge.pipeline.rows import RowPlan, plan_rows
+from expunge.pipeline.rows import RowPlan, plan_rows, run_rows
 from expunge.pipeline.supervised import Supervised, load_entry, target_of
 
 KIND = "unlearn-rows"
@@ -131,10 +131,10 @@ def execute(made: RowRunPlan, out: Path, *, resume: bool = False, progress: Prog
     )
 
     def work() -> dict[str, Any]:
-        outcome = _outcome(rows, out, resume, progress)
+        outcome = run_rows(rows, folder=out, cache=cache_folder() / "references", resume=resume, progress=progress)
         result = save_rows(rows.adapter, outcome, out)
         goal = rows.goal.model_dump() if rows.goal else None
-        return result | {"recipe": rows.method.spec(), "goal": goal, "notes": rows.notes}
+        return result | {"recipe": rows.method.spec(), "goal": goal, "notes": [*rows.notes, *outcome.notes]}
 
     log = [] if isinstance(rows.method, Edit) else ["log.jsonl"]
     result = run.stage("unlearn", inputs, work, ["model", "training.json", *log])
@@ -142,15 +142,6 @@ def execute(made: RowRunPlan, out: Path, *, resume: bool = False, progress: Prog
     if result["reason"] == "diverged":
         raise Destroyed(result["sentence"])
     return run
-
-
-def _outcome(rows: RowPlan, out: Path, resume: bool, progress: Progress | None) -> Outcome:
-    if isinstance(rows.method, Edit):
-        return apply_edit(rows.adapter, rows.method, rows.examples, rows.engine, progress=progress)
-    return train(
-        rows.adapter, rows.method, rows.examples, rows.engine, goal=rows.goal, folder=out,
-        cache=cache_folder() / "references", resume=resume, progress=progress,
-    )  # fmt: skip
 
 
 def save_rows(adapter: SupervisedAdapter, outcome: Outcome, out: Path) -> dict[str, Any]:
