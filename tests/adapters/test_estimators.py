@@ -158,7 +158,10 @@ def test_a_perceptron_can_go_on_learning_after_the_way_back() -> None:
     ("estimator", "said"),
     [
         (linear_model.LogisticRegression(), "is not fitted"),
-        (ensemble.RandomForestClassifier(3).fit(DIGITS, LABELS), "sisa, which takes any estimator"),
+        (
+            ensemble.RandomForestClassifier(3).fit(DIGITS, LABELS),
+            "ShardedEstimator .SISA., which deletes rows from any",
+        ),
         (fitted(neural_network.MLPRegressor("poisson", max_iter=3), SUGAR, LEVEL), "exponentials"),
         (svm.SVC().fit(DIGITS, LABELS), "SVC is no network"),
         (linear_model.PoissonRegressor().fit(SUGAR, LEVEL), "PoissonRegressor is no network"),

@@ -227,7 +227,7 @@ def _scaling(estimator: Any) -> tuple[Any, Any]:
         else:
             raise InputError(
                 f"The step {name!r} of the pipeline, {type(step).__name__}, has no equivalent layer.",
-                "Transform the rows first and give the last step alone, or use sisa, which takes any estimator.",
+                "Transform the rows first and give the last step alone, or take expunge.ShardedEstimator.",
             )
         scale, shift = scale * factor, shift * factor + move
     size = _last(estimator).n_features_in_
@@ -271,5 +271,5 @@ def _several(held: Any) -> InputError:
 def _no_network(held: Any) -> InputError:
     return InputError(
         f"{type(held).__name__} is no network: gradients and edits of weights mean nothing to it.",
-        "Use sisa, which takes any estimator; or a linear model or a multi-layer perceptron.",
+        "Take expunge.ShardedEstimator (SISA), which deletes rows from any estimator; or a linear model or perceptron.",
     )
