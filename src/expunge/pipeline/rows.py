@@ -25,6 +25,7 @@ from expunge.engine.schedule import Adaptive
 from expunge.methods.alternatives import alternatives, kind_for
 from expunge.methods.catalogue import serves
 from expunge.methods.edits.registry import EDITS
+from expunge.methods.prepared.registry import refuse_prepared
 from expunge.methods.recipe import build
 
 _GOAL_ROWS = 128  #: unseen rows that the goal is estimated on, at most
@@ -98,6 +99,7 @@ def plan_rows(
     Raises:
         InputError: the method does not fit the model, the sets do not fit each other, or nothing says when to stop.
     """
+    refuse_prepared(method)
     forget, retain = data.rows(chosen, "forget"), data.rows(data.others(chosen), "retain")
     if len(forget) > len(retain) and not allow_large_forget:
         raise InputError(

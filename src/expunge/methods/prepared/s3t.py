@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from expunge.adapters.supervised import ClassifierAdapter
+from expunge.core.access import Offer
 from expunge.core.errors import InputError
 from expunge.engine.functional import Tensors
 from expunge.engine.members import Training, visits
@@ -63,6 +64,7 @@ class S3T(Prepared):
         "Exact: every stage that is left equals, bit by bit on the same kind of machine, that of a training in which the slices "
         "of the deleted rows never existed."
     )
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.LOGITS, Offer.CLASSES, Offer.ROWS})
     caveats: ClassVar[tuple[str, ...]] = (
         "Every deletion costs accuracy, because other rows of the slice are forgotten too; after many, train anew.",
         "The base model must not know the rows: only what the adapters and the head learnt is taken out.",
