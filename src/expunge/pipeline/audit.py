@@ -173,7 +173,7 @@ def _check_kind(run: Run) -> None:
         )
     if kind == "prepared":
         raise InputError(
-            f"{str(folder)!r} is a run of a prepared method: its promise holds by construction, no verdict is drawn from samples.",
+            f"{str(folder)!r} is a run of a prepared method: its promise holds by construction, without a verdict.",
             f"What each deletion did and cost is in {folder / 'deletions.json'}; its guarantee is stated there.",
         )
     if kind != "unlearn":
