@@ -17,6 +17,7 @@ _LAZY = {
     "table": "expunge.data.rows:table",
     "worst_rows": "expunge.pipeline.worst_case:worst_rows",
     "read_table": "expunge.data.tables:read_table",
+    "ShardedEstimator": "expunge.methods.prepared.estimators:ShardedEstimator",
     "Supervised": "expunge.pipeline.supervised:Supervised",
     "Training": "expunge.engine.members:Training",
     "load": "expunge.data.sources:load",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from expunge.data.tables import read_table
     from expunge.engine.members import Training
     from expunge.methods.evaluate import loss_on, loss_terms
+    from expunge.methods.prepared.estimators import ShardedEstimator
     from expunge.methods.recipe import build as build_recipe
     from expunge.methods.registry import METHODS
     from expunge.pipeline.supervised import Supervised
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "METRICS",
+    "ShardedEstimator",
     "Supervised",
     "Training",
     "__version__",

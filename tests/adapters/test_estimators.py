@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn import ensemble, linear_model, neural_network, preprocessing, svm
+from sklearn.base import clone
 from sklearn.datasets import load_diabetes, load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.pipeline import make_pipeline
@@ -157,7 +158,10 @@ def test_a_perceptron_can_go_on_learning_after_the_way_back() -> None:
     ("estimator", "said"),
     [
         (linear_model.LogisticRegression(), "is not fitted"),
-        (ensemble.RandomForestClassifier(3).fit(DIGITS, LABELS), "sisa, which takes any estimator"),
+        (
+            ensemble.RandomForestClassifier(3).fit(DIGITS, LABELS),
+            "ShardedEstimator .SISA., which deletes rows from any",
+        ),
         (fitted(neural_network.MLPRegressor("poisson", max_iter=3), SUGAR, LEVEL), "exponentials"),
         (svm.SVC().fit(DIGITS, LABELS), "SVC is no network"),
         (linear_model.PoissonRegressor().fit(SUGAR, LEVEL), "PoissonRegressor is no network"),
@@ -197,3 +201,36 @@ def test_an_estimator_forgets_in_place() -> None:
     assert estimator.score(DIGITS[~chosen], LABELS[~chosen]) > 0.9
     with pytest.raises(InputError, match="knows the classes 0, 1"):
         expunge.unlearn_rows(estimator, table(DIGITS, WORDS), classes=["odd"], method="graddiff")
+
+
+@pytest.mark.parametrize("kept", [(2, 5, 7), (2, 7)])
+@pytest.mark.parametrize("name", ["logistic", "sgd one against rest", "perceptron relu", "scaled", "hinge", "svm"])
+def test_classes_that_an_estimator_has_never_seen_are_not_predicted(name: str, kept: tuple[int, ...]) -> None:
+    estimator = clone((PROBABLE | DECIDING)[name][0])
+    rows = np.isin(LABELS, kept)
+    fitted(estimator, DIGITS[rows], LABELS[rows])
+    network = estimator_network(estimator, [str(c) for c in range(10)])
+    found = scores(network, DIGITS)
+    assert found.shape == (600, 10)
+    assert (found.argmax(1) == estimator.predict(DIGITS)).all()
+    if name in PROBABLE:
+        probable = torch.softmax(torch.from_numpy(found), 1).numpy()
+        np.testing.assert_allclose(probable[:, list(kept)], estimator.predict_proba(DIGITS), atol=1e-6)
+        assert np.delete(probable, kept, axis=1).max() < 1e-6
+        assert found[np.arange(600), LABELS].min() > -1e3  # finite losses of rows of unseen classes
+    whole = fitted(clone(estimator), DIGITS, LABELS)
+    assert {k: v.shape for k, v in network.state_dict().items()} == {
+        k: v.shape for k, v in estimator_network(whole).state_dict().items()
+    }
+    assert network.head == estimator_network(whole).head
+    with pytest.raises(InputError, match="shapes"):
+        write_back(estimator, network)
+
+
+def test_classes_that_the_rows_do_not_have_are_refused() -> None:
+    estimator = fitted(linear_model.LogisticRegression(max_iter=20), DIGITS, LABELS)
+    with pytest.raises(InputError, match="knows the class '9'"):
+        estimator_network(estimator, list("012345678"))
+    bare = fitted(linear_model.LogisticRegression(max_iter=20, fit_intercept=False), DIGITS, LABELS)
+    with pytest.raises(InputError, match="Without intercepts"):
+        estimator_network(bare, [*map(str, range(10)), "x"])

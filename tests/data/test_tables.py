@@ -60,6 +60,7 @@ def test_a_csv_file_gives_each_column_its_part(csv_file: Path) -> None:
         ({"where": "age < 18 and ward == 'Graz'"}, [0, 2]),
         ({"where": "weight == 0.25 or person == 'q'"}, [2, 3]),
         ({"where": "target == 'yes'"}, [0, 2]),
+        ({"where": "sick == 'yes' and age < 15"}, [0]),
         ({"classes": ["no"]}, [1, 3]),
         ({"subjects": ["p"]}, [0, 1]),
         ({"ids": ["a4"]}, [3]),

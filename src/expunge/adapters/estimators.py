@@ -8,6 +8,7 @@ does not change them: a mean over n rows carries a share of 1/n of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,6 +25,9 @@ from torch.nn import functional
 from expunge.core.errors import InputError
 
 Head = Literal["scores", "binary", "one_vs_rest", "number"]
+
+UNSEEN = math.log(np.finfo(np.float64).eps)
+"""Score of a class that an estimator has never seen, -36.04: where scikit-learn too clips probabilities of 0 in a loss."""
 
 _LINEAR_CLASSIFIERS = (
     linear_model.LogisticRegression, linear_model.LogisticRegressionCV, linear_model.SGDClassifier, linear_model.Perceptron,
@@ -100,17 +104,26 @@ def is_estimator(model: Any) -> bool:
     return isinstance(model, BaseEstimator)
 
 
-def estimator_network(estimator: Any) -> EstimatorNetwork:
+def estimator_network(estimator: Any, classes: Sequence[str] = ()) -> EstimatorNetwork:
     """The network with the estimator's predictions; it holds a copy of the weights.
 
     Args:
         estimator: a fitted linear model or multi-layer perceptron, or a ``Pipeline`` of scalers and one.
+        classes: names of all classes in the order wanted; none: the estimator's. One that the estimator has never seen, such as a
+            class without which it was fitted anew, gets the score :data:`UNSEEN` (its probability is 0, of which there is no
+            finite score). The weights of a network that is wider than the estimator cannot be written back.
 
     Raises:
-        InputError: it is not fitted, predicts several targets at once, or is no network.
+        InputError: it is not fitted, predicts several targets at once, is no network, or knows a class that is none of those.
     """
-    scale, shift = _scaling(estimator)
     held = _last(estimator)
+    network = _network(estimator, held)
+    own = estimator_classes(estimator)
+    return network if not classes or own == tuple(classes) else _widened(network, held, own, tuple(classes))
+
+
+def _network(estimator: Any, held: Any) -> EstimatorNetwork:
+    scale, shift = _scaling(estimator)
     try:
         check_is_fitted(held)
     except NotFittedError:
@@ -127,6 +140,30 @@ def estimator_network(estimator: Any) -> EstimatorNetwork:
     weight = np.atleast_2d(np.asarray(held.coef_))
     bias = np.atleast_1d(np.asarray(held.intercept_, dtype=weight.dtype)) if held.fit_intercept else None
     return EstimatorNetwork([weight], [bias], head=_linear_head(held, len(weight)), scale=scale, shift=shift)
+
+
+def _widened(network: EstimatorNetwork, held: Any, own: tuple[str, ...], classes: tuple[str, ...]) -> EstimatorNetwork:
+    """The same network with one output for each of ``classes``."""
+    odd = next((c for c in own if c not in classes), None)
+    if odd is not None:
+        raise InputError(f"The {type(held).__name__} knows the class {odd!r}, which the rows do not.", "Name all classes.")
+    last: Any = network.layers[-1]
+    if last.bias is None:
+        raise InputError(f"Without intercepts a {type(held).__name__} cannot leave a class out.", "Fit it with intercepts.")
+    weight, bias = last.weight.detach(), last.bias.detach()
+    rated = isinstance(held, (linear_model.LogisticRegression, *_PERCEPTRONS))
+    if network.head == "binary":  # as two scores: of probabilities (0, f), of decisions against the rest (-f, f)
+        factor = torch.tensor([0.0 if rated else -1.0, 1.0], dtype=bias.dtype)
+        weight, bias = factor[:, None] * weight, factor * bias
+    at = torch.tensor([classes.index(c) for c in own])
+    wide = nn.Linear(last.in_features, len(classes), dtype=bias.dtype)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.bias.fill_(UNSEEN)
+        wide.weight[at], wide.bias[at] = weight, bias
+    network.layers[-1] = wide
+    network.head = "one_vs_rest" if _one_vs_rest(held) else "scores"
+    return network
 
 
 def estimator_classes(estimator: Any) -> tuple[str, ...]:
@@ -190,7 +227,7 @@ def _scaling(estimator: Any) -> tuple[Any, Any]:
         else:
             raise InputError(
                 f"The step {name!r} of the pipeline, {type(step).__name__}, has no equivalent layer.",
-                "Transform the rows first and give the last step alone, or use sisa, which takes any estimator.",
+                "Transform the rows first and give the last step alone, or take expunge.ShardedEstimator.",
             )
         scale, shift = scale * factor, shift * factor + move
     size = _last(estimator).n_features_in_
@@ -220,7 +257,11 @@ def _linear_head(held: Any, outputs: int) -> Head:
         return "binary"
     if len(held.classes_) != outputs:
         raise _several(held)
-    return "one_vs_rest" if isinstance(held, linear_model.SGDClassifier) and held.loss == "log_loss" else "scores"
+    return "one_vs_rest" if _one_vs_rest(held) else "scores"
+
+
+def _one_vs_rest(held: Any) -> bool:
+    return isinstance(held, linear_model.SGDClassifier) and held.loss == "log_loss"
 
 
 def _several(held: Any) -> InputError:
@@ -230,5 +271,5 @@ def _several(held: Any) -> InputError:
 def _no_network(held: Any) -> InputError:
     return InputError(
         f"{type(held).__name__} is no network: gradients and edits of weights mean nothing to it.",
-        "Use sisa, which takes any estimator; or a linear model or a multi-layer perceptron.",
+        "Take expunge.ShardedEstimator (SISA), which deletes rows from any estimator; or a linear model or perceptron.",
     )

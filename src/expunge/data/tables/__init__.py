@@ -64,7 +64,7 @@ def read_table(
         text: column of texts.
         tokenizer: of the model; for texts.
         columns: columns that are kept for conditions only; of named features, or an image or text column, all others are.
-            Features, if each is one number, and subjects can be used in conditions without being named here.
+            Targets, subjects, and features that are one number each can be used in conditions without being named here.
         task: classification or regression.
         classes: names of the classes in the order of the model's outputs; a class may then have no row.
         folder: where the paths of images begin; none: beside the file.

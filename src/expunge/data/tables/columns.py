@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -65,11 +66,13 @@ def read_columns(frame: Frame, reading: Reading, tokenizer: Tokenizer | None) ->
         extra |= {name: x[:, i] for i, name in enumerate(features)}
     if reading.subject is not None:
         extra[reading.subject] = np.array([text_of(v) for v in owners.held])
-    return table(
+    made = table(
         x, labels, task=reading.task, classes=classes, ids=ids.done(len(x)) if ids is not None else None,
         subjects=[text_of(v) for v in owners.held] if reading.subject is not None else None,
         columns=extra, names=features if plain else None, precision=reading.precision, source=frame.label,
     )  # fmt: skip
+    own = np.array(made.classes, dtype=object)[made.targets] if made.classes else made.targets
+    return dataclasses.replace(made, columns={target: own, **made.columns})
 
 
 def _parts(frame: Frame, reading: Reading) -> tuple[tuple[str, ...], tuple[str, ...]]:
