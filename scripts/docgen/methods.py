@@ -19,6 +19,7 @@ from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, TERMS, Method
 _WANTS = {
     "retain": "a retain set (`--retain DATA`)",
     "alternatives": "other answers to the forget prompts",
+    "holdout": "held-out rows with the classes of the forget set",
     "base": "the untrained base of the model (`--base MODEL`)",
     "oracle": "an oracle: a model trained without the forget set (`oracle=` from Python), or what it says "
     "(`preparation=given-outputs`)",
@@ -145,6 +146,8 @@ def _commands(m: Method) -> Iterator[str]:
     words = "expunge unlearn MODEL --forget DATA"
     if "retain" in m.wants:
         words += " --retain DATA"
+    if "holdout" in m.wants:
+        words += " --holdout DATA"
     if "base" in m.wants:
         words += " --base MODEL"
     yield f"{words} --method {m.name} --out RUN"

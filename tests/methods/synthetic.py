@@ -11,10 +11,13 @@ from torch import Tensor
 from expunge.adapters.base import Example, Outputs
 from expunge.core.access import Of, Stream
 from expunge.engine.parts import Term, Views
+from expunge.methods.preparations.autoencoders import Autoencoder
 
 LAYERS = ("block0", "block1", "block2", "block3")
 CLASSES = 11
 WIDTH = 6
+torch.manual_seed(0)
+AUTOENCODERS = {s: Autoencoder(WIDTH, 2, "linear") for s in (Stream.FORGET, Stream.RETAIN)}
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Step:
             found[stream, Of.REFERENCE] = outputs(items, *reference)
             found[stream, Of.INCOMPETENT] = outputs(items, reference[0].flip(-1), None)
             found[stream, Of.ORACLE] = outputs(items, reference[0].flip(-1), None)
-        return Views(found, LAYERS)
+        return Views(found, LAYERS, {"autoencoders": AUTOENCODERS})
 
     def examples(self, stream: Stream) -> list[Example]:
         return [Example(str(n), str(n), len(i.targets), i.size, None) for n, i in enumerate(self.items[stream])]

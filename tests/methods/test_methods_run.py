@@ -43,6 +43,7 @@ QUIET = Engine(checkpoint_every=0)
 def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
     found = {Stream.RETAIN: [adapter.encode(r) for r in RETAIN]}
     if recipe.forget:
+        found[Stream.VALIDATION] = [adapter.encode(r) for r in RETAIN[:4]]
         found[Stream.FORGET] = [adapter.encode(r) for r in FORGET]
         answers = alternatives(FORGET, kind_for(recipe.name, "auto", FORGET))
         found[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alt") for r, a in zip(FORGET, answers, strict=True)]

@@ -36,8 +36,9 @@ S = TypeVar("S", bound="SupervisedAdapter")
 class SupervisedAdapter(Adapter):
     """What classifiers and regressors share: rows in, one output row each.
 
-    A plain module is called with one tensor ``[B, ...]``; a transformers model by the name of its main input, and token ids of
-    unequal length are padded. Batch normalisation uses its running statistics, unless training is told otherwise.
+    A plain module is called with one tensor ``[B, ...]``; a transformers model by the name of its main input; token ids of
+    unequal length are padded, and negative ones stand for padding.
+    Batch normalisation uses its running statistics, unless training is told otherwise.
 
     Args:
         model: returns ``[B, C]`` (or an object with ``logits``).
@@ -102,17 +103,22 @@ class SupervisedAdapter(Adapter):
             stacked = torch.from_numpy(np.stack(rows))
             if self._input != "input_ids":
                 return {self._input or "inputs": stacked}
-            return {"input_ids": stacked.long(), "attention_mask": torch.ones_like(stacked, dtype=torch.long)}
+            return self._tokens(stacked.long())
         if self._input != "input_ids" or any(r.ndim != 1 for r in rows):
             shapes = sorted({r.shape for r in rows})[:2]
             raise InputError(f"The rows have different shapes, such as {shapes[0]} and {shapes[1]}.", "Give all one shape.")
-        width = max(len(r) for r in rows)
-        ids = torch.full((len(rows), width), int(getattr(self.model.config, "pad_token_id", None) or 0))
-        mask = torch.zeros_like(ids)
+        ids = torch.full((len(rows), max(len(r) for r in rows)), -1)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.from_numpy(row)
-            mask[i, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        return self._tokens(ids)
+
+    def _tokens(self, ids: Tensor) -> dict[str, Tensor]:
+        """Token ids ``[B, longest]`` with padding, and where there is none; columns that are all padding are cut."""
+        mask = ids >= 0
+        width = max(1, int(mask.any(0).sum()))
+        ids, mask = ids[:, :width], mask[:, :width]
+        pad = int(getattr(self.model.config, "pad_token_id", None) or 0)
+        return {"input_ids": ids.masked_fill(~mask, pad), "attention_mask": mask.long()}
 
     # ---- the model ---------------------------------------------------------------------------------------------------
 

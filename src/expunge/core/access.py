@@ -25,6 +25,7 @@ class Stream(enum.StrEnum):
     FORGET = "forget"
     RETAIN = "retain"
     ALTERNATIVE = "alternative"  #: the forget examples with other answers
+    VALIDATION = "validation"  #: never trained on, of the kinds of the forget examples: a schedule chooses by them
 
 
 class Of(enum.StrEnum):

@@ -121,6 +121,12 @@ class Objective:
             else:
                 groups.append([item])
                 widest, held = max(e.units for e in item.values()), len(item)
+        if len(groups) > 1 and any(t.whole for t in self.recipe.terms()):
+            units = max(e.units for i in items for e in i.values()) * sum(map(len, items))
+            raise InputError(
+                f"The method {self.recipe.name!r} needs all examples of a step in one forward pass, which takes {units} units.",
+                f"Set engine.max_tokens={units}, or choose a smaller schedule.batch.",
+            )
         return [Micro({s: tuple(i[s] for i in g if s in i) for s in _ORDER if any(s in i for i in g)}) for g in groups]
 
     def filler(self) -> Micro:
@@ -151,12 +157,22 @@ class Objective:
         return Views(outputs, self.adapter.layers(), self.made)
 
     def losses(
-        self, views: Views, micro: Micro, counts: Sequence[int], coefficients: tuple[float, float], sums: Sums
+        self,
+        views: Views,
+        micro: Micro,
+        counts: Sequence[int],
+        coefficients: tuple[float, float],
+        sums: Sums,
+        *,
+        only: frozenset[int] | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The forget and the retain part of the step's loss that this micro-batch contributes; notes the term sums."""
+        """The forget and the retain part of the step's loss that this micro-batch contributes; notes the term sums.
+
+        With ``only``, of the terms with these indices.
+        """
         sides: list[Tensor | None] = [None, None]
         for index, term in enumerate(self.recipe.terms()):
-            if term.stream not in micro.examples:
+            if term.stream not in micro.examples or (only is not None and index not in only):
                 continue
             side = 0 if index < len(self.recipe.forget) else 1
             total = self._sum(term, views)

@@ -79,6 +79,7 @@ class Term(Settings, abc.ABC):
     name: ClassVar[str]  #: registered name
     per: ClassVar[Literal["target", "example", "token"]] = "target"  #: what a value belongs to, and is averaged over
     uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
+    whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
 
     weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
 
@@ -156,6 +157,13 @@ class Parameters(Settings, abc.ABC):
             InputError: nothing matches; the message names some modules that exist.
         """
 
+    def entries(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Which entries of the moving tensors may move, one boolean mask each; none (an empty list) if all may.
+
+        Asked once, after :meth:`prepare`; the gradient elsewhere is set to 0.
+        """
+        return []
+
 
 class Penalty(Settings, abc.ABC):
     """A summand of the loss on the weights themselves, by its gradient."""
@@ -190,9 +198,21 @@ class Schedule(Settings, abc.ABC):
     lr: float | None = Field(None, gt=0, description="learning rate; none: found by a range test")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; none: not clipped")
 
+    @property
+    def reads(self) -> frozenset[Stream]:
+        """Examples that it looks at, beside those that are trained on."""
+        return frozenset()
+
     @abc.abstractmethod
     def total_steps(self, per_epoch: int) -> int:
         """Optimiser steps at most, for an epoch of so many steps."""
+
+    def turns(self, names: Sequence[str]) -> list[tuple[frozenset[int], float]]:
+        """Which terms (by index of ``names``) are minimised together on the examples of a step, and at which part of the rate.
+
+        With several entries each has an optimiser state of its own and takes its step after the one before.
+        """
+        return [(frozenset(range(len(names))), 1.0)]
 
 
 class Recipe(Settings):
@@ -227,8 +247,8 @@ class Recipe(Settings):
         return frozenset(n for t in self.terms() for n in t.needs(layers))
 
     def streams(self, layers: Sequence[str]) -> frozenset[Stream]:
-        """The examples that must be given: those that the terms read and no preparation makes, and those that it reads itself."""
-        read = {t.stream for t in self.terms()} | {stream for stream, _, _ in self.needs(layers)}
+        """The examples that must be given: those that terms and schedule read and no preparation makes, and those it reads."""
+        read = {t.stream for t in self.terms()} | {stream for stream, _, _ in self.needs(layers)} | self.schedule.reads
         if self.preparation is None:
             return frozenset(read)
         return frozenset((read - {s for s in Stream if s in self.preparation.makes}) | set(self.preparation.reads))

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter, Batch, Example, Outputs
-from expunge.core.access import Of
+from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.core.files import atomic_path, digest_json
+from expunge.engine.options import Engine
 from expunge.engine.parts import Need, Recipe
+from expunge.engine.preparation import ReferenceSource
 
 Kind = Literal["none", "cached", "adapter-off", "copy"]
 
@@ -53,6 +55,42 @@ def choose(recipe: Recipe, needs: frozenset[Need], *, storable: bool = True) -> 
     if wanted == {"losses"} and storable:
         return "cached"
     return "adapter-off" if lora else "copy"
+
+
+def frozen_models(
+    adapter: Adapter,
+    recipe: Recipe,
+    examples: Mapping[Stream, Sequence[Example]],
+    engine: Engine,
+    *,
+    device: torch.device,
+    store: Path | None = None,
+) -> dict[Of, ReferenceSource]:
+    """The frozen models that a recipe reads and that follow from the target: itself, and a network that has learnt nothing.
+
+    Args:
+        adapter: holds the target, on ``device``.
+        recipe: what is read.
+        examples: by stream; their losses under the target are computed now if they are all that is read of it.
+        engine: seed, and examples per forward pass.
+        device: where copies go.
+        store: folder for cached losses.
+    """
+    needs = recipe.needs(adapter.layers())
+    found: dict[Of, ReferenceSource] = {}
+    kind = choose(recipe, needs, storable=not adapter.draws_anew)
+    if kind == "copy":
+        found[Of.REFERENCE] = CopyReference(adapter, device)
+    elif kind == "adapter-off":
+        found[Of.REFERENCE] = AdapterOffReference(adapter)
+    elif kind == "cached":
+        cached = CachedReference(adapter, store)
+        for stream in sorted({s for s, of, _ in needs if of is Of.REFERENCE}):
+            cached.fill(adapter.model, examples.get(stream, ()), engine.max_tokens, device)
+        found[Of.REFERENCE] = cached
+    if any(of is Of.INCOMPETENT for _, of, _ in needs):
+        found[Of.INCOMPETENT] = IncompetentReference(adapter, device, engine.seed)
+    return found
 
 
 class CachedReference:

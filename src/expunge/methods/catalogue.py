@@ -138,7 +138,9 @@ def offers_needed(recipe: Recipe, alternatives: str = "refusals") -> tuple[Offer
     classes, by their kind; a preparation asks for what it reads.
     """
     needs = recipe.needs(PLACEHOLDER_LAYERS)
-    found = {Offer.LOSSES} | {Offer(_kind(value)) for _, _, value in needs}
+    found = {Offer.LOSSES, *([Offer.LOGITS] if Stream.VALIDATION in recipe.schedule.reads else [])} | {
+        Offer(_kind(value)) for _, _, value in needs
+    }
     if recipe.preparation is not None:
         found |= recipe.preparation.offers
     if Stream.ALTERNATIVE in recipe.streams(PLACEHOLDER_LAYERS):

@@ -16,7 +16,7 @@ T = TypeVar("T", bound=Term)
 TERMS: Registry[type[Term]] = Registry("loss term", "expunge.methods.terms", "expunge.terms")
 
 
-Want = Literal["retain", "alternatives", "base", "oracle"]
+Want = Literal["retain", "alternatives", "holdout", "base", "oracle"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def wants(recipe: Recipe) -> tuple[Want, ...]:
         found.append("retain")
     if Stream.ALTERNATIVE in streams:
         found.append("alternatives")
+    if Stream.VALIDATION in streams:
+        found.append("holdout")
     if recipe.start == "initial":
         found.append("base")
     if Of.ORACLE in recipe.models(PLACEHOLDER_LAYERS):
