@@ -178,6 +178,7 @@ class _Loop:
         self.states = States(self.optimizer, len(self.turns))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
+        self.erase_steps: float = math.inf  # after so many steps the forget terms pause
         self.plan = self._plan()
         self.total = self.plan.steps
         self.rewind = self._rewind()
@@ -241,7 +242,10 @@ class _Loop:
             passes = {str(Stream.FORGET): schedule.erase_epochs, str(Stream.RETAIN): math.ceil(schedule.epochs or 1)}
             return TurnPlan(sizes, batch, seed=self.engine.seed, passes=passes)
         per_epoch = -(-sizes[str(anchor)] // batch[str(anchor)])
-        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=schedule.total_steps(per_epoch))
+        self.erase_steps = schedule.total_steps(per_epoch)
+        kept = str(Stream.RETAIN)
+        more = schedule.repair_steps(-(-sizes[kept] // batch[kept])) if kept in sizes else 0
+        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=self.erase_steps + more)
 
     # ---- one step
 
