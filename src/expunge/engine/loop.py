@@ -128,7 +128,10 @@ def train(
             adapter, recipe, examples, engine, goal=goal, models=models, folder=folder, cache=cache, observe=observe,
             progress=progress, scratch=folder / "checkpoint" if folder else Path(scratch),
         )  # fmt: skip
-        return loop.run(resume)
+        try:
+            return loop.run(resume)
+        finally:
+            loop.prepared.drop(loop.devices.unwrap(loop.model))
 
 
 class _Loop:
@@ -172,6 +175,9 @@ class _Loop:
         sources = {**frozen, **others, **self.prepared.sources}
         self.objective = Objective(adapter, recipe, self.examples, sources, self.prepared.made)
         model = recipe.parameters.prepare(adapter.model, adapter.layers())
+        if self.prepared.grown and self.devices.world > 1:
+            raise InputError(f"The method {recipe.name!r} trains a network beside the model.", "Run it on one process.")
+        self.prepared.attach(model)
         self._mode(model)
         self.model, self.optimizer = self.devices.prepare(model, self._optimizer, adapter.layers())
         self.turns = self.schedule.turns([t.name for t in recipe.terms()])
