@@ -131,7 +131,7 @@ class Prepared(Settings, abc.ABC):
     paper: ClassVar[Paper]
     formula: ClassVar[str]
     guarantee: ClassVar[str]  #: what is promised about a model after a deletion, in words
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.LOGITS, Offer.CLASSES, Offer.ROWS})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.ROWS})  #: what its modality must have
     caveats: ClassVar[tuple[str, ...]] = ()
 
     def train(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from expunge.core.errors import InputError
 from expunge.data.rows import Indices, Table
-from expunge.engine.functional import Forward, RowLoss, class_loss, digest_tensors, squared_loss
-from expunge.engine.members import Training
+from expunge.engine.functional import Forward, RowLoss, Tensors, class_loss, digest_tensors, squared_loss
+from expunge.engine.members import Members, Spec, Training, train_members, visits
 
 
 def scores(model: nn.Module, inputs: Any) -> Tensor:
@@ -40,7 +40,7 @@ class Source:
     """
 
     table: Table
-    build: Callable[[], nn.Module] | None = None
+    build: Callable[[], Any] | None = None
     training: Training | None = None
     forward: Forward = scores
     loss: RowLoss | None = None
@@ -67,6 +67,32 @@ class Source:
         if self.training is None:
             raise InputError("Nothing says how the model is trained.", "Give steps, batch and lr.")
         return self.training
+
+    def part(self, stages: int, stage: int, seed: int, *, growing: bool) -> Any:
+        """A stage's part of the training: ``growing`` stages get steps in proportion to their number, others equally many.
+
+        What it is, a :class:`~expunge.engine.members.Training` here, only :meth:`visits` and :meth:`learn` need to know.
+
+        Raises:
+            InputError: there are too few steps for all stages.
+        """
+        whole = self.plan
+        least = stages * (stages + 1) // 2 if growing else stages
+        if whole.steps < least:
+            raise InputError(f"{whole.steps} steps are too few for {stages} slices.", f"Give {least} steps or fewer slices.")
+        done = [r * (r + 1) / (stages * (stages + 1)) if growing else r / stages for r in (stage, stage + 1)]
+        first, last = (round(whole.steps * share) for share in done)
+        return whole.model_copy(update={"steps": last - first, "seed": seed})
+
+    def visits(self, part: Any, rows: int) -> int:
+        """Rows read, each as often as it is, in a part of the training on so many rows."""
+        return visits(part, rows) if rows else 0
+
+    def learn(self, inputs: Tensor, targets: Tensor, part: Any, seed: int, start: Tensors) -> Tensors:
+        """State of a model after a part of the training, from ``start``, or fresh from ``seed`` where it names nothing."""
+        spec = Spec(self.model, inputs, targets, part, self.row_loss, self.forward, self.device)
+        members = Members(torch.ones(1, len(targets)), (seed,), {name: value.unsqueeze(0) for name, value in start.items()})
+        return {name: value[0] for name, value in train_members(spec, members).items()}
 
     @property
     def row_loss(self) -> RowLoss:

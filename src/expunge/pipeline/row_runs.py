@@ -18,14 +18,17 @@ from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.records import RecordSet
 from expunge.data.rows import Indices, Row, Table
+from expunge.data.tables import Reading
 from expunge.engine.edit import Edit
 from expunge.engine.loop import Outcome, Progress, write_log_summary
+from expunge.engine.members import Training
 from expunge.engine.options import Engine
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory
+from expunge.pipeline.problems import load_problem
 from expunge.pipeline.processes import drop_checkpoint
 from expunge.pipeline.rows import RowPlan, plan_rows, run_rows
-from expunge.pipeline.supervised import Supervised, load_entry, target_of
+from expunge.pipeline.supervised import Supervised, target_of
 
 KIND = "unlearn-rows"
 
@@ -35,7 +38,14 @@ class RowsConfig(Settings):
 
     name: ClassVar[str] = "unlearn-rows"
 
-    model: str = Field(description="package.module:function or file.py:function that returns expunge.Supervised")
+    model: str = Field(
+        description="package.module:function or file.py:function that returns expunge.Supervised; or a transformers classifier"
+    )
+    data: str | None = Field(None, description="rows that a transformers classifier was trained on")
+    holdout: str | None = Field(None, description="rows that a transformers classifier was never trained on")
+    reading: Reading = Field(default_factory=Reading, description="which column of the rows is what")
+    training: Training | None = Field(None, description="how a transformers classifier was trained, to retrain it")
+    base: str | None = Field(None, description="what the training of a transformers classifier began from; none: fresh weights")
     ids: tuple[str, ...] | None = Field(None, description="ids of the rows to forget")
     classes: tuple[str, ...] | None = Field(None, description="classes to forget as a whole")
     where: str | None = Field(None, description="condition on the columns, such as \"age < 18 and city == 'Graz'\"")
@@ -48,6 +58,16 @@ class RowsConfig(Settings):
     allow_overlap: bool = Field(False, description="go on although equal rows are to be forgotten and to be kept")
     allow_large_forget: bool = Field(False, description="go on although there is more to forget than to keep")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
+
+    def load(self) -> Supervised:
+        """The model with its rows.
+
+        Raises:
+            InputError: see :func:`~expunge.pipeline.problems.load_problem`.
+        """
+        return load_problem(
+            self.model, data=self.data, holdout=self.holdout, reading=self.reading, training=self.training, base=self.base
+        )
 
     def choose(self, data: Table) -> Indices:
         """Indices of the rows to forget.
@@ -88,7 +108,7 @@ def plan(config: RowsConfig, problem: Supervised | None = None, *, progress: Pro
     Raises:
         InputError: anything does not fit; nothing was changed.
     """
-    held = load_entry(config.model) if problem is None else problem
+    held = config.load() if problem is None else problem
     chosen = config.choose(held.data)
     model = target_of(held, progress=progress)
     adapter = held.adapter(model, dropout=config.engine.dropout)

@@ -32,6 +32,7 @@ from expunge.engine.schedule import Adaptive
 from expunge.methods.alternatives import alternatives, kind_for
 from expunge.methods.catalogue import serves
 from expunge.methods.edits.registry import EDITS
+from expunge.methods.prepared.registry import refuse_prepared
 from expunge.methods.recipe import build
 
 _GUESSED = 0.9  #: share of the loss of a guess at which a class counts as forgotten: a mean over rows never quite gets there
@@ -119,6 +120,7 @@ def plan_rows(
     Raises:
         InputError: the method does not fit the model, the sets do not fit each other, or nothing says when to stop.
     """
+    refuse_prepared(method)
     forget, retain = data.rows(chosen, "forget"), data.rows(data.others(chosen), "retain")
     if len(forget) > len(retain) and not allow_large_forget:
         raise InputError(

@@ -23,9 +23,8 @@ from expunge.data.rows import Indices, Table
 from expunge.engine.ensemble import Ensemble, train_ensemble
 from expunge.engine.loop import Progress
 from expunge.engine.members import Members, Spec, Training
+from expunge.engine.tasks import Workers
 from expunge.pipeline.rows import open_rows
-
-Workers = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,19 @@
-"""What prepared methods with shards share: dealing rows, sharing out steps, and training a stage anywhere."""
+"""What prepared methods with shards share: dealing rows, and training a stage anywhere."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from expunge.core.errors import InputError
 from expunge.data.rows import Table
 from expunge.engine.functional import Tensors, digest_tensors
-from expunge.engine.members import Members, Spec, Training, train_members
 from expunge.engine.source import Source
 from expunge.engine.tasks import threads
 
@@ -36,22 +36,6 @@ def deal(rows: int, shards: int, slices: int, seed: int, risk: npt.NDArray[np.fl
     return place
 
 
-def stage_training(training: Training, stages: int, stage: int, seed: int, *, growing: bool) -> Training:
-    """A stage's part of a training: ``growing`` stages get steps in proportion to their number, others equally many.
-
-    Raises:
-        InputError: there are too few steps for all stages.
-    """
-    least = stages * (stages + 1) // 2 if growing else stages
-    if training.steps < least:
-        raise InputError(
-            f"{training.steps} steps are too few for {stages} slices.", f"Give {least} steps or more, or fewer slices."
-        )
-    done = [r * (r + 1) / (stages * (stages + 1)) if growing else r / stages for r in (stage, stage + 1)]
-    first, last = (round(training.steps * share) for share in done)
-    return training.model_copy(update={"steps": last - first, "seed": seed})
-
-
 @dataclass(frozen=True)
 class Stage:
     """The training of one model on some rows, from weights that it was given."""
@@ -59,7 +43,7 @@ class Stage:
     source: Source
     inputs: Tensor
     targets: Tensor
-    training: Training
+    training: Any
     seed: int
     start: Tensors
 
@@ -71,19 +55,15 @@ def train_stage(count: int, stage: Stage) -> Tensors:
         count: threads.
         stage: model, rows, training and start; the table of its source is not read.
     """
-    source = stage.source
-    spec = Spec(source.model, stage.inputs, stage.targets, stage.training, source.row_loss, source.forward, source.device)
-    start = {name: value.unsqueeze(0) for name, value in stage.start.items()}
     with threads(count):
-        found = train_members(spec, Members(torch.ones(1, len(stage.targets)), (stage.seed,), start))
-    return {name: value[0] for name, value in found.items()}
+        return stage.source.learn(stage.inputs, stage.targets, stage.training, stage.seed, stage.start)
 
 
 def without_rows(source: Source) -> Source:
     """The same source with an empty table: workers get the rows of their stage alone."""
     held = source.table
     empty = Table((), held.inputs[:0], held.targets[:0], held.task, held.classes)
-    return Source(empty, source.build, None, source.forward, source.loss, source.device)
+    return dataclasses.replace(source, table=empty, training=None)
 
 
 def digest_rows(source: Source, ids: list[str]) -> str:

@@ -34,3 +34,15 @@ def stored(folder: Path) -> tuple[Prepared, Training | None]:
         return made, None if plan["training"] is None else Training(**plan["training"])
     except (KeyError, TypeError):
         raise InputError(f"The plan in {str(folder)!r} is damaged.", "Restore it from a copy, or train anew.") from None
+
+
+def refuse_prepared(name: str) -> None:
+    """Refuse a prepared method where a model that was trained in another way is to forget.
+
+    Raises:
+        InputError: the method is prepared.
+    """
+    if name in PREPARED:
+        raise InputError(
+            f"{name!r} takes rows out of what it has trained itself, not out of another model.", "Train with it first."
+        )

@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import nn
 
 from expunge.adapters.supervised import ClassifierAdapter
+from expunge.core.access import Offer
 from expunge.core.errors import InputError
 from expunge.engine.functional import Tensors
-from expunge.engine.members import Training, visits
 from expunge.engine.parts import Paper
 from expunge.engine.prepared import Job, Prepared, Work
 from expunge.engine.record import missing, stale
@@ -22,7 +22,7 @@ from expunge.engine.source import Source
 from expunge.engine.tasks import spread
 from expunge.methods.prepared import sequences
 from expunge.methods.prepared.aggregate import Aggregate
-from expunge.methods.prepared.dealing import Stage, deal, derived, digest_rows, stage_training, train_stage, without_rows
+from expunge.methods.prepared.dealing import Stage, deal, derived, digest_rows, train_stage, without_rows
 from expunge.methods.prepared.lora import Adapted, base, grouped
 from expunge.methods.prepared.registry import prepared
 
@@ -63,6 +63,7 @@ class S3T(Prepared):
         "Exact: every stage that is left equals, bit by bit on the same kind of machine, that of a training in which the slices "
         "of the deleted rows never existed."
     )
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.LOGITS, Offer.CLASSES, Offer.ROWS})
     caveats: ClassVar[tuple[str, ...]] = (
         "Every deletion costs accuracy, because other rows of the slice are forgotten too; after many, train anew.",
         "The base model must not know the rows: only what the adapters and the head learnt is taken out.",
@@ -90,10 +91,9 @@ class S3T(Prepared):
         table = source.table
         if table.task != "classification":
             raise InputError("The chains of shards answer by scores of classes.", "Choose another method for numbers.")
-        risk = self._risk(source)
+        model, risk = base(source.model, self.seed), self._risk(source)
         place = deal(len(table), self.shards, self.slices, self.seed, risk)
-        stage_training(source.plan, self.slices, 0, 0, growing=self.reads == "union")
-        model = base(source.model, self.seed)
+        source.part(self.slices, 0, 0, growing=self.reads == "union")
         if risk is None:
             chains = sequences.cyclic(range(self.slices), self.chains)
         else:
@@ -261,13 +261,12 @@ class S3T(Prepared):
         read = part[1:] if self.reads == "union" else part[-1:]
         return [name for r in read for name in held[part[0], r]]
 
-    def _stage_training(self, job: Job, part: Part) -> Training:
+    def _stage_training(self, job: Job, part: Part) -> Any:
         seed = derived(job.source.plan.seed, *part)
-        return stage_training(job.source.plan, self.slices, len(part) - 2, seed, growing=self.reads == "union")
+        return job.source.part(self.slices, len(part) - 2, seed, growing=self.reads == "union")
 
     def _visits(self, job: Job, held: dict[tuple[int, int], list[str]], part: Part) -> int:
-        rows = len(self._reads(held, part))
-        return visits(self._stage_training(job, part), rows) if rows else 0
+        return job.source.visits(self._stage_training(job, part), len(self._reads(held, part)))
 
     def _risk(self, source: Source) -> np.ndarray[Any, np.dtype[np.float64]] | None:
         if self.risk is None:

@@ -10,14 +10,13 @@ from torch import nn
 
 from expunge.core.errors import InputError
 from expunge.engine.functional import Tensors
-from expunge.engine.members import Training, visits
 from expunge.engine.parts import Paper
 from expunge.engine.prepared import Job, Prepared, Work
 from expunge.engine.record import missing, stale
 from expunge.engine.source import Source
 from expunge.engine.tasks import spread
 from expunge.methods.prepared.aggregate import Aggregate, Rule
-from expunge.methods.prepared.dealing import Stage, deal, derived, digest_rows, stage_training, train_stage, without_rows
+from expunge.methods.prepared.dealing import Stage, deal, derived, digest_rows, train_stage, without_rows
 from expunge.methods.prepared.registry import prepared
 
 Place = tuple[int, int]  #: (shard, slice), counted from 0
@@ -78,7 +77,7 @@ class SISA(Prepared):
         if source.table.task == "regression" and self.aggregate not in (None, "logits"):
             raise InputError(f"Numbers cannot be joined by aggregate={self.aggregate}.", "Choose aggregate=logits: their mean.")
         place = deal(len(source.table), self.shards, self.slices, self.seed).tolist()
-        self.stage_training(source.plan, (0, 0))
+        self.stage_training(source, (0, 0))
         return {"rows": [[name, *at] for name, at in zip(source.table.ids, place, strict=True)]}
 
     def check_removal(self, plan: dict[str, Any], gone: Sequence[str]) -> None:
@@ -151,9 +150,10 @@ class SISA(Prepared):
         held = self._slices(job, job.record.deleted)
         return sum(self._visits(job, held, place) for place in held)
 
-    def stage_training(self, training: Training, place: Place) -> Training:
+    def stage_training(self, source: Source, place: Place) -> Any:
         """How a stage is trained: its part of the steps, and an order of the rows of its own."""
-        return stage_training(training, self.slices, place[1], derived(training.seed, *place), growing=True)
+        seed = 0 if source.training is None else source.training.seed
+        return source.part(self.slices, place[1], derived(seed, *place), growing=True)
 
     def _train(
         self, job: Job, wave: Sequence[Place], held: dict[Place, list[str]], keys: Keys
@@ -167,7 +167,7 @@ class SISA(Prepared):
                 ids = [name for early in range(r + 1) for name in held[s, early]]
                 if ids:
                     start = record.load(_file((s, r - 1)), keys[s, r - 1]) if r else {}
-                    training = self.stage_training(source.plan, (s, r))
+                    training = self.stage_training(source, (s, r))
                     yield (s, r), Stage(bare, *source.rows(ids), training, derived(self.seed, s, 0), start)
 
         idle = [(s, r) for s, r in wave if not any(held[s, early] for early in range(r + 1))]
@@ -178,7 +178,7 @@ class SISA(Prepared):
     def _visits(self, job: Job, held: dict[Place, list[str]], place: Place) -> int:
         s, r = place
         rows = sum(len(held[s, early]) for early in range(r + 1))
-        return visits(self.stage_training(job.source.plan, place), rows) if rows else 0
+        return job.source.visits(self.stage_training(job.source, place), rows)
 
     def _slices(self, job: Job, gone: Sequence[str]) -> dict[Place, list[str]]:
         """Ids in each slice without those that are gone, in the order of the plan."""
