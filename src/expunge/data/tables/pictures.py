@@ -19,6 +19,7 @@ from expunge.data.tables.settings import Reading
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 """Files that are taken for pictures when a folder is read."""
+_BLOCK = 1024  #: pictures that are converted at once
 
 
 class Pictures:
@@ -61,6 +62,16 @@ class Pictures:
             sizes = [f"{s[1]} x {s[2]} pixels" for s in (shape, pixels.shape)]
             raise InputError(f"{self._first} has {sizes[0]} and {name} {sizes[1]} (height x width).", "Give a size: size=32.")
         self._held.add(pixels[None])
+
+    def add_gray(self, pixels: npt.NDArray[np.uint8]) -> None:
+        """Pictures of one channel as bytes ``[n, height, width]``, at once where they need not be resized."""
+        if self._reading.size not in (None, pixels.shape[1:]):
+            for number, picture in enumerate(pixels):
+                self.add(picture, str(number))
+            return
+        for start in range(0, len(pixels), _BLOCK):
+            block = pixels[start : start + _BLOCK, None].astype(self._reading.precision) / 255
+            self._held.add(self._normalised(block))
 
     def done(self) -> npt.NDArray[Any]:
         """All pictures."""
@@ -113,6 +124,9 @@ class Pictures:
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         if deep and not how.grayscale:
             pixels = np.repeat(pixels, 3, axis=0)
+        return self._normalised(pixels)
+
+    def _normalised(self, pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if self._mean is not None:
             pixels = pixels - self._mean
         return pixels if self._std is None else pixels / self._std
