@@ -19,6 +19,8 @@ WIDTH = 6
 torch.manual_seed(0)
 AUTOENCODERS = {s: Autoencoder(WIDTH, 2, "linear") for s in (Stream.FORGET, Stream.RETAIN)}
 
+EXTRA = torch.nn.Linear(WIDTH, 1).double()
+
 
 @dataclass
 class One:
@@ -92,7 +94,7 @@ class Step:
             found[stream, Of.REFERENCE] = outputs(items, *reference)
             found[stream, Of.INCOMPETENT] = outputs(items, reference[0].flip(-1), None)
             found[stream, Of.ORACLE] = outputs(items, reference[0].flip(-1), None)
-        return Views(found, LAYERS, {"autoencoders": AUTOENCODERS})
+        return Views(found, LAYERS, {"autoencoders": AUTOENCODERS, "extra-class": EXTRA})
 
     def examples(self, stream: Stream) -> list[Example]:
         return [Example(str(n), str(n), len(i.targets), i.size, None) for n, i in enumerate(self.items[stream])]

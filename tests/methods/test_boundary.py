@@ -10,11 +10,13 @@ from tests.digits import QUIET, accuracy, encoded
 from torch import nn
 
 from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter
-from expunge.core.access import Stream
+from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.engine.adversarial import attacked, classes_under_attack
 from expunge.engine.goal import Goal
 from expunge.engine.loop import train
+from expunge.engine.options import Engine
+from expunge.engine.parts import Views
 from expunge.engine.preparation import run_preparation
 from expunge.methods.catalogue import serves
 from expunge.methods.preparations.nearest import NearestClasses
@@ -101,3 +103,63 @@ def test_shrinking_forgets_the_class_and_keeps_the_rest(digits) -> None:
     assert accuracy(adapter, retain) > 0.96
     assert accuracy(adapter, unseen_retain) > 0.93
     assert not serves("boundary-shrink", RegressionAdapter.offers)[0]
+
+
+# ---- expanding ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_term_is_the_cross_entropy_of_a_wider_last_layer(digits) -> None:
+    adapter = digits.target()
+    examples = plain(digits, adapter)
+    recipe = build("boundary-expand")
+    made = run_preparation(recipe.preparation, adapter, examples, QUIET, scratch=None)
+    extra, head = made.made["extra-class"], adapter.model[2]
+    wider = nn.Linear(128, 11)
+    with torch.no_grad():
+        wider.weight.copy_(torch.cat([head.weight, extra.weight]))
+        wider.bias.copy_(torch.cat([head.bias, extra.bias]))
+    batch = adapter.collate(examples[Stream.FORGET])
+    scores = wider(adapter.model[:2](batch.tensors["inputs"]))
+    want = nn.functional.cross_entropy(scores, torch.full((len(scores),), 10), reduction="none")
+    outputs = adapter.forward(adapter.model, batch, frozenset({"logits", "features:2"}))
+    views = Views({(Stream.FORGET, Of.CURRENT): outputs}, adapter.layers(), made.made)
+    torch.testing.assert_close(recipe.forget[0].values(views), want)
+
+
+def test_expanding_forgets_the_class_into_many_and_leaves_the_model_its_shape(digits) -> None:
+    adapter = digits.target()
+    names = list(adapter.model.state_dict())
+    outcome = train(adapter, build("boundary-expand"), plain(digits, adapter), QUIET, goal=CHANCE)
+    assert outcome.reached, outcome.sentence
+    assert list(adapter.model.state_dict()) == names
+    (forget, retain), (unseen_forget, unseen_retain) = digits.split(), digits.split(1)
+    assert accuracy(adapter, forget) < 0.5
+    assert accuracy(adapter, unseen_forget) < 0.5
+    assert accuracy(adapter, retain) > 0.92
+    assert accuracy(adapter, unseen_retain) > 0.87
+    batch = adapter.collate(encoded(adapter, forget))
+    with torch.no_grad():
+        found = adapter.forward(adapter.model, batch, frozenset({"logits"})).logits.argmax(1)
+    counts = torch.bincount(found, minlength=10)
+    assert int((counts > 0).sum()) >= 5
+    assert int(counts.max()) < 0.6 * len(found)
+
+
+def test_the_further_class_is_kept_by_checkpoints_and_dropped_after_a_kill(digits, tmp_path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, model: nn.Module) -> None:
+        if step == 8:
+            raise Killed
+
+    schedule = {"name": "fixed", "lr": 1e-3, "steps": 12, "batch": 32, "warmup": 0}
+    recipe, engine = build("boundary-expand", {"schedule": schedule}), Engine(checkpoint_every=5)
+    whole, part, again = (digits.target() for _ in range(3))
+    names = list(whole.model.state_dict())
+    train(whole, recipe, plain(digits, whole), engine, folder=tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(part, recipe, plain(digits, part), engine, folder=tmp_path / "part", observe=kill)
+    assert list(part.model.state_dict()) == names
+    train(again, recipe, plain(digits, again), engine, folder=tmp_path / "part", resume=True)
+    assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in whole.model.state_dict().items())

@@ -27,7 +27,7 @@ from expunge.engine.gradients import fitting
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
 from expunge.engine.parts import Finish, Recipe, Schedule
-from expunge.engine.schedule import Adaptive, Fixed
+from expunge.engine.schedule import Adaptive, Fixed, Repair
 
 Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited"]
 
@@ -52,6 +52,7 @@ class Training(Protocol):
     optimizer: torch.optim.Optimizer
     plan: BatchPlan | TurnPlan
     total: int
+    erase_steps: float
     start_weights: checkpoint.Tensors
     balance_state: dict[str, float]
     gradient_state: dict[str, Any]
@@ -143,6 +144,8 @@ class Watch:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (counted from 0)."""
+        if isinstance(self.schedule, Repair) and step >= self.loop.erase_steps:
+            return self.schedule.repair_lr or self.lr
         if isinstance(self.schedule, Fixed):
             per_epoch = self.loop.plan.steps_per_epoch if self.schedule.steps is None else self.loop.total
             warm = math.ceil(self.schedule.warmup * per_epoch) if self.schedule.warmup else 0
@@ -160,6 +163,7 @@ class Watch:
     def after(self, row: dict[str, float], done: int) -> Reason | None:
         """Look when it is time, note it in the log's ``row``, and say whether training ends."""
         if not isinstance(self.schedule, Adaptive):
+            self.erasing = done < self.loop.erase_steps
             if row.get("finite") != 0.0:
                 return None
             checkpoint.restore_start(self.loop.scratch, self.loop.model, self.loop.devices.rank)

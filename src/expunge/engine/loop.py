@@ -128,7 +128,10 @@ def train(
             adapter, recipe, examples, engine, goal=goal, models=models, folder=folder, cache=cache, observe=observe,
             progress=progress, scratch=folder / "checkpoint" if folder else Path(scratch),
         )  # fmt: skip
-        return loop.run(resume)
+        try:
+            return loop.run(resume)
+        finally:
+            loop.prepared.drop(loop.devices.unwrap(loop.model))
 
 
 class _Loop:
@@ -172,12 +175,16 @@ class _Loop:
         sources = {**frozen, **others, **self.prepared.sources}
         self.objective = Objective(adapter, recipe, self.examples, sources, self.prepared.made)
         model = recipe.parameters.prepare(adapter.model, adapter.layers())
+        if self.prepared.grown and self.devices.world > 1:
+            raise InputError(f"The method {recipe.name!r} trains a network beside the model.", "Run it on one process.")
+        self.prepared.attach(model)
         self._mode(model)
         self.model, self.optimizer = self.devices.prepare(model, self._optimizer, adapter.layers())
         self.turns = self.schedule.turns([t.name for t in recipe.terms()])
         self.states = States(self.optimizer, len(self.turns))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
+        self.erase_steps: float = math.inf  # after so many steps the forget terms pause
         self.plan = self._plan()
         self.total = self.plan.steps
         self.rewind = self._rewind()
@@ -241,7 +248,10 @@ class _Loop:
             passes = {str(Stream.FORGET): schedule.erase_epochs, str(Stream.RETAIN): math.ceil(schedule.epochs or 1)}
             return TurnPlan(sizes, batch, seed=self.engine.seed, passes=passes)
         per_epoch = -(-sizes[str(anchor)] // batch[str(anchor)])
-        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=schedule.total_steps(per_epoch))
+        self.erase_steps = schedule.total_steps(per_epoch)
+        kept = str(Stream.RETAIN)
+        more = schedule.repair_steps(-(-sizes[kept] // batch[kept])) if kept in sizes else 0
+        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=self.erase_steps + more)
 
     # ---- one step
 

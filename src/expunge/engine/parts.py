@@ -207,6 +207,10 @@ class Schedule(Settings, abc.ABC):
     def total_steps(self, per_epoch: int) -> int:
         """Optimiser steps at most, for an epoch of so many steps."""
 
+    def repair_steps(self, per_pass: int) -> int:
+        """Further steps on the retain terms alone, for a pass over the retain set of so many steps."""
+        return 0
+
     def turns(self, names: Sequence[str]) -> list[tuple[frozenset[int], float]]:
         """Which terms (by index of ``names``) are minimised together on the examples of a step, and at which part of the rate.
 

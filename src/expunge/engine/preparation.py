@@ -26,6 +26,13 @@ from expunge.engine.options import Engine
 Examples = Mapping[Stream, Sequence[Example]]
 Tell = Callable[[int, int, str], None]  #: (done, of how many, what is being done)
 
+_PREFIX = "grown_"
+
+
+def _leaf(model: nn.Module) -> nn.Module:
+    """A layer with weights of its own: unlike a container, it does not run what is added to it."""
+    return next(m for m in model.modules() if list(m.parameters(recurse=False)))
+
 
 class ReferenceSource(Protocol):
     """Where the outputs of a frozen model come from."""
@@ -42,13 +49,27 @@ class Prepared:
         examples: streams that take the place of those given (all streams, once :func:`run_preparation` has returned it).
         sources: frozen models, or predictions of their outputs.
         made: everything else that terms read, by name.
+        grown: networks among ``made``, by name, that are trained with the model and dropped afterwards.
         notes: what a report must say, one sentence each.
     """
 
     examples: Examples = field(default_factory=dict)
     sources: Mapping[Of, ReferenceSource] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
+    grown: Mapping[str, nn.Module] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def attach(self, model: nn.Module) -> None:
+        """Make what is grown a part of ``model``: trained, kept in checkpoints and restored like its own weights."""
+        for name, module in self.grown.items():
+            _leaf(model).add_module(_PREFIX + name, module)
+
+    def drop(self, model: nn.Module) -> None:
+        """Undo :meth:`attach`."""
+        for module in list(model.modules()):
+            for name in self.grown:
+                if _PREFIX + name in dict(module.named_children()):
+                    delattr(module, _PREFIX + name)
 
     def names(self) -> frozenset[str]:
         """Names of the streams, models and things that it holds."""

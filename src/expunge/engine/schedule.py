@@ -59,6 +59,23 @@ class Turns(Fixed):
         return frozenset({Stream.VALIDATION}) if self.rewind else frozenset()
 
 
+class Repair(Fixed):
+    """Forget and retain terms together for the epochs of ``fixed``; then the retain terms alone repair (as in UNSIR)."""
+
+    name: ClassVar[str] = "repair"
+
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of the first part")
+    epochs: float | None = Field(1, gt=0, description="passes over the forget set in the first part")
+    repair_epochs: float = Field(1, gt=0, description="passes over the retain set in the second part")
+    repair_lr: float | None = Field(None, gt=0, description="learning rate of the second part; none: as in the first")
+    warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+    decay: Literal["constant"] = Field("constant", description="course of the learning rate after warm-up")
+
+    def repair_steps(self, per_pass: int) -> int:
+        """Passes times steps of a pass."""
+        return max(1, math.ceil(self.repair_epochs * per_pass))
+
+
 class Alternate(Fixed):
     """On the examples of every step, groups of terms are minimised one after the other, each by an optimiser of its own."""
 
@@ -133,3 +150,4 @@ SCHEDULES.add("fixed", Fixed)
 SCHEDULES.add("adaptive", Adaptive)
 SCHEDULES.add("turns", Turns)
 SCHEDULES.add("alternate", Alternate)
+SCHEDULES.add("repair", Repair)

@@ -3,8 +3,10 @@
 from expunge.engine.parts import Paper, Recipe
 from expunge.engine.schedule import Fixed
 from expunge.methods.compose import compose
+from expunge.methods.preparations.grown import ExtraClass
 from expunge.methods.preparations.nearest import NearestClasses
 from expunge.methods.registry import method
+from expunge.methods.terms.expanded import ExtraClassNLL
 from expunge.methods.terms.likelihood import AlternativeNLL
 
 PAPER = Paper(
@@ -37,3 +39,24 @@ def boundary_shrink() -> Recipe:
     size is ours.
     """
     return compose("boundary-shrink", forget=[AlternativeNLL()], preparation=NearestClasses())
+
+
+@method(
+    "boundary-expand",
+    title="Boundary expanding",
+    paper=PAPER,
+    formula="L = NLL(forget rows with a further class K+1), whose row of the last layer is dropped at the end",
+    published=PUBLISHED,
+    together=("layer",),
+    caveats=(
+        "What the K classes say of the forget rows once the further class is gone is not taught: look at it.",
+        "On several processes it does not run.",
+    ),
+)
+def boundary_expand() -> Recipe:
+    """The forget rows are taught a class that does not exist, so that their region is taken away from the classes that do.
+
+    A row with fresh weights is added to the last layer, all weights are fine-tuned on the forget rows alone, and the row is
+    dropped. Made for whole classes; add ``retain=nll`` to repair the rest.
+    """
+    return compose("boundary-expand", forget=[ExtraClassNLL()], preparation=ExtraClass())

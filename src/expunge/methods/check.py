@@ -68,6 +68,8 @@ def _check_sides(recipe: Recipe) -> None:
                 "Use gradient=plain, or another schedule.",
             )
         rules.append("schedule=turns")
+    if recipe.schedule.name == "repair":
+        rules.append("schedule=repair")
     if recipe.gradient.by_term:
         rules.append(f"gradient={recipe.gradient.name}")
     if recipe.balance.name != "fixed":

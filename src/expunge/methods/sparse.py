@@ -40,7 +40,7 @@ def l1_sparse() -> Recipe:
     formula="theta <- 0 for the 95 % smallest weights, which stay 0; then L = NLL(retain)",
     published=PUBLISHED,
     caveats=(
-        "Pruning a dense model at once costs accuracy, which the retain rows must win back; the published models were sparse.",
+        "Pruning a dense model at once costs accuracy, which must be won back: the published models were sparse before.",
         "Any other method forgets on the sparse model too: parameters=pruned.",
     ),
 )
