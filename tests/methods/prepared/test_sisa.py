@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -137,16 +138,24 @@ def test_numbers_are_averaged(tmp_path: Path) -> None:
         SISA(shards=2, slices=2, aggregate="vote").train(given, tmp_path / "vote")
 
 
+def times(folder: Path) -> dict[str, int]:
+    """When each checkpoint was written, while another process writes and removes some."""
+    found = {}
+    for path in folder.glob("shards/*/slice-*.safetensors"):
+        with suppress(FileNotFoundError):
+            found[path.name + path.parent.name] = path.stat().st_mtime_ns
+    return found
+
+
 def killed(folder: Path, *names: str, after: int) -> bool:
-    """Run a process on a folder and kill it once ``after`` new weights files are there; whether it was killed in its work."""
-    start = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    """Run a process on a folder and kill it once ``after`` checkpoints were written anew; whether it was killed in its work."""
+    start = times(folder)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     command = [sys.executable, "-m", "tests.methods.prepared.small", str(folder), *names]
     process = subprocess.Popen(command, env=environment, cwd=ROOT)
     try:
         while process.poll() is None:
-            new = sum(start.get(p) != p.stat().st_mtime_ns for p in folder.rglob("*.safetensors") if p.exists())
-            if new >= after:
+            if sum(start.get(k) != t for k, t in times(folder).items()) >= after:
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.002)
