@@ -27,7 +27,10 @@ from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, TERMS, Method
 _WANTS = {
     "retain": "a retain set (`--retain DATA`)",
     "alternatives": "other answers to the forget prompts",
+    "holdout": "held-out rows with the classes of the forget set",
     "base": "the untrained base of the model (`--base MODEL`)",
+    "oracle": "an oracle: a model trained without the forget set (`oracle=` from Python), or what it says "
+    "(`preparation=given-outputs`)",
 }
 _REFERENCE = {
     "none": "none: no frozen copy of the target is read",
@@ -35,8 +38,14 @@ _REFERENCE = {
     "adapter-off": "the same weights with the LoRA switched off: one more forward pass per step",
     "copy": "a second copy of the model in memory, or none with `parameters=lora`",
 }
+_MODELS = {
+    Of.CURRENT: "current model",
+    Of.REFERENCE: "frozen target",
+    Of.INCOMPETENT: "untrained network",
+    Of.ORACLE: "oracle",
+}
 _PLURALS = {"parameters": "parameters", "finish": "finishes", "penalty": "penalties"}
-_PARTS = ("parameters", "gradient", "balance", "schedule", "penalty", "finish")
+_PARTS = ("preparation", "parameters", "gradient", "balance", "schedule", "penalty", "finish")
 _PAGES = {p: _PLURALS.get(p, p + "s") for p in _PARTS}
 
 
@@ -181,6 +190,8 @@ def _commands(m: Method) -> Iterator[str]:
     words = "expunge unlearn MODEL --forget DATA"
     if "retain" in m.wants:
         words += " --retain DATA"
+    if "holdout" in m.wants:
+        words += " --holdout DATA"
     if "base" in m.wants:
         words += " --base MODEL"
     yield f"{words} --method {m.name} --out RUN"
@@ -191,9 +202,7 @@ def _needs(m: Method, recipe: Recipe) -> Iterator[str]:
     yield "Data: the forget set" + "".join(f", {_WANTS[w]}" for w in m.wants) + "."
     if "alternatives" in m.wants:
         yield f"Other answers come from `{m.alternatives}`, unless said otherwise (`--alternatives`)."
-    values = sorted(
-        {f"{_value(v)} of the {'current model' if of is Of.CURRENT else 'frozen target'}" for _, of, v in _read(recipe)}
-    )
+    values = sorted({f"{_value(v)} of the {_MODELS[of]}" for _, of, v in _read(recipe)})
     yield "It reads: " + "; ".join(values) + "."
     yield "Reference: " + _REFERENCE[choose(recipe, recipe.needs(PLACEHOLDER_LAYERS))] + "."
 

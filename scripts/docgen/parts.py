@@ -14,6 +14,7 @@ from expunge.engine.parameters import PARAMETERS
 from expunge.engine.parts import Recipe
 from expunge.engine.penalty import PENALTIES
 from expunge.engine.schedule import SCHEDULES
+from expunge.methods.preparations.registry import PREPARATIONS
 from expunge.methods.registry import TERMS
 
 
@@ -37,6 +38,13 @@ GROUPS = (
         "Summands of the loss, functions of per-target quantities: `forget=NAME`, `retain=NAME`. A term returns one value per "
         "target, example or token; the engine sums and divides by the count over the whole optimiser step, so neither "
         "accumulation nor distribution changes the result.",
+    ),
+    Group(
+        "Preparations",
+        "preparations",
+        "preparation",
+        PREPARATIONS,
+        "What is made from the target and the data before training, for the terms to read: `preparation=NAME`.",
     ),
     Group("Parameters", "parameters", "parameters", PARAMETERS, "Which parameters move: `parameters=NAME`."),
     Group("Gradients", "gradients", "gradient", GRADIENTS, "What is done to the gradient before each step: `gradient=NAME`."),
@@ -67,8 +75,14 @@ def _page(group: Group) -> str:
         blocks.append(markdown(_doc(cls)))
         if group.file == "terms":
             blocks.append(f"One value per {cls.per}; normalised over the {_stream(cls)} examples.")
+        if group.file == "preparations":
+            blocks.append(f"It makes {_names_of(cls.makes)} and reads {_names_of(cls.reads) or 'no examples'}.")
         blocks.append(parameters(cls))
     return page(group.title, *blocks)
+
+
+def _names_of(things: Any) -> str:
+    return ", ".join(f"`{t}`" for t in sorted(map(str, things)))
 
 
 def _doc(cls: Any) -> str:
@@ -88,7 +102,8 @@ def _overview() -> str:
     ]
     return page(
         "Parts of a method",
-        "```text\nforget terms x retain terms x reference x parameters x gradient x balance x schedule x penalty x finish\n```",
+        "```text\npreparation x forget terms x retain terms x reference x parameters x gradient x balance x schedule x penalty\n"
+        "  x finish\n```",
         markdown(_doc(Recipe)),
         "Every part is immutable and typed; a wrong name or value is refused before anything starts, with the nearest valid one.",
         table(["kind", "chosen by", "there are", "what it decides"], rows),

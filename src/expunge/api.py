@@ -101,6 +101,7 @@ def unlearn_rows(
     subjects: Sequence[str] | None = None,
     method: str = "npo",
     holdout: Table | None = None,
+    oracle: Any = None,
     seed: int = 0,
     loss: Literal["l1", "mse"] = "l1",
     layers: Sequence[str] | None = None,
@@ -117,11 +118,13 @@ def unlearn_rows(
     >>> done = expunge.unlearn_rows(model, data, subjects=["patient 7"], holdout=unseen, method="scrub")
 
     Args:
-        model: any torch module that returns one score per class, or one number, for each row; or a transformers classifier.
+        model: any torch module that returns one score per class, or one number, for each row; a transformers classifier; or a
+            scikit-learn estimator that is a network (:mod:`expunge.adapters.estimators`), which gets the new weights at the end.
         data: all rows that it was trained on, as :func:`table` makes them.
         ids, classes, where, subjects: which rows to forget, see :meth:`expunge.data.rows.Table.select`; at least one of them.
         method: name of a method (see ``expunge methods --matrix``), or ``custom``.
         holdout: rows never trained on; they tell when to stop.
+        oracle: a model trained without the rows to forget, for methods that read one (oracle matching).
         seed: of the order of rows, and of every random part.
         loss: of a regression: absolute or squared error.
         layers: names of the modules whose outputs are features, the last the one that makes the scores; none: found.
@@ -139,6 +142,7 @@ def unlearn_rows(
     Raises:
         InputError: something does not fit; nothing was changed.
     """
+    from expunge.adapters.estimators import is_estimator, write_back
     from expunge.engine.options import Engine
     from expunge.pipeline.rows import open_rows, plan_rows, run_rows
 
@@ -146,12 +150,15 @@ def unlearn_rows(
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
     chosen = data.select(ids=ids, classes=classes, where=where, subjects=subjects)
     adapter = open_rows(model, data, loss=loss, layers=layers, dropout=engine.dropout)
+    held = None if oracle is None else open_rows(oracle, data, loss=loss, layers=layers, dropout=engine.dropout)
     made = plan_rows(
-        adapter, data, chosen, method, parts=given, engine=engine, holdout=holdout, how=alternatives,
+        adapter, data, chosen, method, parts=given, engine=engine, holdout=holdout, oracle=held, how=alternatives,
         allow_overlap=allow_overlap, allow_large_forget=allow_large_forget,
     )  # fmt: skip
     outcome = run_rows(made, progress=progress)
-    outcome.notes = made.notes
+    if is_estimator(model):
+        write_back(model, outcome.model)
+    outcome.notes = made.notes + outcome.notes
     return outcome
 
 

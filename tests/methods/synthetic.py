@@ -11,10 +11,15 @@ from torch import Tensor
 from expunge.adapters.base import Example, Outputs
 from expunge.core.access import Of, Stream
 from expunge.engine.parts import Term, Views
+from expunge.methods.preparations.autoencoders import Autoencoder
 
 LAYERS = ("block0", "block1", "block2", "block3")
 CLASSES = 11
 WIDTH = 6
+torch.manual_seed(0)
+AUTOENCODERS = {s: Autoencoder(WIDTH, 2, "linear") for s in (Stream.FORGET, Stream.RETAIN)}
+
+EXTRA = torch.nn.Linear(WIDTH, 1).double()
 
 
 @dataclass
@@ -53,6 +58,8 @@ def outputs(items: Sequence[One], logits: Tensor | None, states: Tensor | None) 
     values: dict[str, Tensor] = {}
     if logits is not None:
         values["logits"] = logits
+        values["numbers"] = logits[:, 0]
+        values |= {f"maps:{name}": logits.square() for name in LAYERS}
         values["losses"] = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     if states is not None:
         values |= {f"features:{name}": states for name in LAYERS}
@@ -86,7 +93,8 @@ class Step:
             reference = torch.cat([i.reference for i in items]), torch.cat([i.reference_states for i in items])
             found[stream, Of.REFERENCE] = outputs(items, *reference)
             found[stream, Of.INCOMPETENT] = outputs(items, reference[0].flip(-1), None)
-        return Views(found, LAYERS)
+            found[stream, Of.ORACLE] = outputs(items, reference[0].flip(-1), None)
+        return Views(found, LAYERS, {"autoencoders": AUTOENCODERS, "extra-class": EXTRA})
 
     def examples(self, stream: Stream) -> list[Example]:
         return [Example(str(n), str(n), len(i.targets), i.size, None) for n, i in enumerate(self.items[stream])]

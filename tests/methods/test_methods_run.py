@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.presets import build as preset
 from expunge.adapters.words import word_tokenizer
-from expunge.core.access import Stream
+from expunge.core.access import Of, Stream
 from expunge.data.records import Record
 from expunge.engine.loop import train
 from expunge.engine.objective import mean_losses
@@ -43,6 +43,7 @@ QUIET = Engine(checkpoint_every=0)
 def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
     found = {Stream.RETAIN: [adapter.encode(r) for r in RETAIN]}
     if recipe.forget:
+        found[Stream.VALIDATION] = [adapter.encode(r) for r in RETAIN[:4]]
         found[Stream.FORGET] = [adapter.encode(r) for r in FORGET]
         answers = alternatives(FORGET, kind_for(recipe.name, "auto", FORGET))
         found[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alt") for r, a in zip(FORGET, answers, strict=True)]
@@ -51,7 +52,10 @@ def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
 
 def run(adapter: LanguageAdapter, name: str, **overrides):
     recipe = build(name, overrides)
-    return train(adapter, recipe, encoded(adapter, recipe), QUIET)
+    oracle = {Of.ORACLE: adapter.copy()} if Of.ORACLE in recipe.models(adapter.layers()) else {}
+    for held in oracle.values():
+        held.model = preset("llama-tiny", adapter.tokenizer, seed=1, num_hidden_layers=4)
+    return train(adapter, recipe, encoded(adapter, recipe), QUIET, models=oracle)
 
 
 def losses(adapter: LanguageAdapter, records: list[Record]) -> float:

@@ -34,6 +34,11 @@ FORGETTING = (
     "satimp", "scrub", "simnpo", "undial", "wga",
 )  # fmt: skip
 
+SMALL = {
+    "dmm": {"preparation": {"models": 16, "training": {"steps": 5, "batch": 50, "lr": 1e-3}}},
+    "concept-poison": {"preparation": {"rows": "all"}},  # concepts are labelled in a file
+}
+
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -56,9 +61,11 @@ def test_every_method_that_the_table_names_runs_on_a_classifier(digits, name) ->
     adapter = digits.target()
     before = state(adapter.model)
     finish = {"finish": {"scale": 1.0}} if name == "task-vector" else {}
-    recipe = build(name, {"schedule": {"lr": 1e-3, "batch": 20}, **finish})
+    recipe = build(name, {"schedule": {"lr": 1e-3, "batch": 20}, **finish, **SMALL.get(name, {})})
     recipe = recipe.model_copy(update={"schedule": _short(recipe.schedule)})
-    train(adapter, recipe, digits.examples(adapter, name), QUIET)
+    oracle = {Of.ORACLE: digits.retrained()} if Of.ORACLE in recipe.models(adapter.layers()) else {}
+    unseen = {Stream.VALIDATION: encoded(adapter, digits.split(1)[0])}
+    train(adapter, recipe, digits.examples(adapter, name) | unseen, QUIET, models=oracle)
     after = state(adapter.model)
     assert any(not torch.equal(before[k], after[k]) for k in before)
     assert all(torch.isfinite(v).all() for v in after.values())

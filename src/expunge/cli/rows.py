@@ -10,23 +10,26 @@ from expunge.cli.output import Output
 from expunge.core.errors import InputError
 
 _CHOICE = ("ids", "classes", "where", "subjects")
-_TEXT_ONLY = ("forget", "retain", "holdout", "base", "alternative_template", "drop_overlap", "text")
+_TEXT_ONLY = ("forget", "retain", "alternative_template", "drop_overlap", "text")
 
 
 def is_rows(merged: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
-    """Whether the settings are about rows: rows are chosen, or the model is a function of the user's."""
+    """Whether the settings are about rows: rows are chosen, rows are given, or the model is a function of the user's."""
+    from expunge.pipeline.prepared_runs import is_prepared
+
     model = str(merged.get("model") or "")
     _, colon, name = model.rpartition(":")
     entry = bool(colon) and name.isidentifier() and not Path(model).exists()
-    return entry or any(v is not None for v in choice.values()) or any(merged.get(k) is not None for k in _CHOICE)
+    named = any(merged.get(k) is not None for k in (*_CHOICE, "data"))
+    return entry or named or any(v is not None for v in choice.values()) or is_prepared(Path(model))
 
 
 def unlearn_rows(
-    merged: dict[str, Any], choice: Mapping[str, Any], out: Path, *, resume: bool, dry_run: bool, output: Output
+    merged: dict[str, Any], choice: Mapping[str, Any], out: Path | None, *, resume: bool, dry_run: bool, output: Output
 ) -> int:
-    """Forget rows of a model."""
+    """Forget rows of a model, or delete them from a run of a prepared method."""
     from expunge.pipeline import row_runs
-    from expunge.pipeline.supervised import is_entry
+    from expunge.pipeline.prepared_runs import is_prepared
     from expunge.pipeline.unlearn import check_out
 
     given = {k: v for k, v in {**merged, **{k: v for k, v in choice.items() if v is not None}}.items() if v is not None}
@@ -34,18 +37,20 @@ def unlearn_rows(
         if given.pop(name, None):
             raise InputError(
                 f"--{name.replace('_', '-')} is for language models; rows are chosen from the model's own data.",
-                "Choose them by --id, --class, --where or --subject; the entry brings the data and the holdout.",
+                "Choose them by --id, --class, --where or --subject.",
             )
     if "model" not in given:
         raise InputError("The model is missing.", "Give package.module:function or file.py:function; see expunge unlearn --help.")
-    if not is_entry(given["model"]):
-        raise InputError(
-            f"{given['model']!r} names no function.",
-            "Write package.module:function or file.py:function; it returns expunge.Supervised.",
-        )
     for name in ("ids", "classes", "subjects"):
         if name in given:
             given[name] = tuple(n for word in given[name] for n in _listed(str(word)))
+    if is_prepared(Path(given["model"])):
+        return _delete(given, out, dry_run=dry_run, output=output)
+    if out is None:
+        raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")
+    parts = dict(given.get("parts") or {})
+    given |= {name: parts.pop(name) for name in ("reading", "training") if name in parts}
+    given["parts"] = parts
     settings = row_runs.RowsConfig(**given)
     check_out(out, resume)
     with output.progress("target") as progress:
@@ -70,6 +75,67 @@ def unlearn_rows(
     output.say(result["sentence"])
     output.say(f"Model: {out / 'model'}   Next: expunge audit {out} --retrain 3 --references 16")
     return 0 if result["reached"] else 3
+
+
+def _delete(given: dict[str, Any], out: Path | None, *, dry_run: bool, output: Output) -> int:
+    from dataclasses import asdict
+
+    from expunge.pipeline import prepared_runs as runs
+
+    folder = Path(given.pop("model"))
+    choice = {name: given.pop(name, None) for name in _CHOICE}
+    extra = sorted(k for k, v in given.items() if v)
+    if extra or out is not None:
+        what = "--out" if out is not None else extra[0]
+        raise InputError(
+            f"{what} does not go with a run of a prepared method: rows are deleted from it in place, by its own method.",
+            f"Write: expunge unlearn {folder} --id ID.",
+        )
+    made = runs.plan_deletion(folder, choice)
+    for note in made.notes:
+        output.note(note)
+    output.note(f"{made.method.name}: {len(made.ids)} rows are taken out of {folder}")
+    if dry_run:
+        output.result({"run": str(folder), "method": made.method.name, "ids": list(made.ids), "notes": list(made.notes)})
+        return 0
+    with output.progress("deleting") as progress:
+        report = runs.delete(made, progress=progress)
+    output.result({"run": str(folder), **asdict(report), "share": report.share})
+    for sentence in runs.report_text(report):
+        output.say(sentence)
+    return 0
+
+
+def train_prepared(given: dict[str, Any], method: str | None, out: Path, *, resume: bool, dry_run: bool, output: Output) -> int:
+    """Train a model of rows by a prepared method."""
+    from expunge.methods.prepared.registry import PREPARED
+    from expunge.pipeline import prepared_runs as runs
+    from expunge.pipeline.unlearn import check_out
+
+    if method is None:
+        raise InputError(
+            "The function says itself how its model is trained; `expunge unlearn` and `expunge audit` do it when it is needed.",
+            f"Name a method that prepares for deletions: --method {', '.join(PREPARED.names())}.",
+        )
+    extra = sorted(k for k in given if k not in ("model", "parts") and given[k])
+    if extra:
+        raise InputError(f"{extra[0]!r} is for language models; the function brings its own data.", "Leave it out.")
+    check_out(out, resume)
+    config = runs.PreparedConfig(model=given["model"], method=method, parts=given.get("parts") or {})
+    made = runs.plan(config)
+    output.note(f"{method}: {len(made.problem.data)} rows")
+    if dry_run:
+        output.result({"rows": len(made.problem.data), "config": config.model_dump(mode="json")})
+        return 0
+    with output.progress("training") as progress:
+        run = runs.train(made, out, resume=resume, progress=progress)
+    result = run.manifest["stages"]["train"]["result"]
+    output.result({"run": str(out), "reused": "train" in run.skipped, **result})
+    output.say(f"Trained on {result['rows']:,} rows ({result['row_visits']:,} row visits, {result['seconds']:.1f} s).")
+    for note in result["notes"]:
+        output.say(note)
+    output.say(f"Next: expunge unlearn {out} --id ID")
+    return 0
 
 
 def audit_rows(run: Path, given: dict[str, Any], *, dry_run: bool, output: Output) -> Any:

@@ -14,7 +14,8 @@ class Offer(enum.StrEnum):
     GENERATE = "generate"  #: free generation from a prompt
     TEXT = "text"  #: prompts and answers are text: alternative answers can be written
     CLASSES = "classes"  #: answers are classes: another class can be taught
-    NUMBERS = "numbers"  #: answers are numbers: another number can be taught
+    NUMBERS = "numbers"  #: answers are numbers: predictions that have a distance, and another number can be taught
+    MAPS = "maps"  #: where in a layer the activations of a row are large
     ROWS = "rows"  #: one target per example, by a plain function of tensors: gradients of each row at once
 
 
@@ -24,6 +25,7 @@ class Stream(enum.StrEnum):
     FORGET = "forget"
     RETAIN = "retain"
     ALTERNATIVE = "alternative"  #: the forget examples with other answers
+    VALIDATION = "validation"  #: never trained on, of the kinds of the forget examples: a schedule chooses by them
 
 
 class Of(enum.StrEnum):
@@ -32,3 +34,4 @@ class Of(enum.StrEnum):
     CURRENT = "current"  #: the model being changed, with gradients
     REFERENCE = "reference"  #: the frozen target model
     INCOMPETENT = "incompetent"  #: a network of the same shape that has learnt nothing, frozen
+    ORACLE = "oracle"  #: a model trained without the forget set, or a prediction of what it would say, frozen

@@ -60,6 +60,11 @@ class BatchPlan:
         """Steps in which every anchor example is seen once, the last, possibly smaller batch included."""
         return -(-self.sizes[self.anchor] // self.batch[self.anchor])
 
+    def ends(self) -> list[int]:
+        """Numbers of steps after which an epoch is over; the last epoch may be cut short."""
+        whole = list(range(self.steps_per_epoch, self.steps + 1, self.steps_per_epoch))
+        return whole if whole[-1:] == [self.steps] else [*whole, self.steps]
+
     def epoch(self, step: int) -> int:
         """The epoch, counted from 0, to which a step belongs."""
         return step // self.steps_per_epoch
@@ -134,6 +139,13 @@ class TurnPlan:
         self._early = min(passes[self.first], passes[self.second])
         self.steps = self._early * self._own[self.first] + passes[self.second] * self._own[self.second]
         self.steps_per_epoch = -(-self.steps // passes[self.second])
+
+    def ends(self) -> list[int]:
+        """Numbers of steps after which an epoch is over."""
+        both = self._own[self.first] + self._own[self.second]
+        early = [both * (epoch + 1) for epoch in range(self._early)]
+        start = early[-1] if early else 0
+        return [*early, *range(start + self._own[self.second], self.steps + 1, self._own[self.second])]
 
     def turn(self, step: int) -> tuple[str, int]:
         """The stream that a step reads, and the step's number among those of the stream."""

@@ -147,6 +147,29 @@ class Table:
         return [c for c, b, a in zip(self.classes, before, after, strict=True) if b and not a]
 
 
+def alike(held: Table, targets: npt.NDArray[Any], seed: int) -> Indices:
+    """Indices of as many rows of ``held`` as have the classes of ``targets`` in the same proportions, drawn at random, ascending.
+
+    Args:
+        held: rows of a classification.
+        targets: class numbers.
+        seed: of the draw.
+
+    Raises:
+        InputError: a class of which there is no row.
+    """
+    wanted = np.bincount(targets.astype(np.int64), minlength=len(held.classes))
+    there = np.bincount(held.targets.astype(np.int64), minlength=len(held.classes))
+    empty = [held.classes[c] for c in np.flatnonzero((wanted > 0) & (there == 0))]
+    if empty:
+        raise InputError(f"Of the class {empty[0]!r} there is no row to compare with.", "Give held-out rows of every class.")
+    used = wanted > 0
+    times = float((there[used] / wanted[used]).min())
+    order = np.random.default_rng([seed, 12]).permutation(len(held))
+    chosen = [order[held.targets[order] == c][: max(1, int(times * wanted[c]))] for c in np.flatnonzero(used)]
+    return np.sort(np.concatenate(chosen))
+
+
 def table(
     inputs: npt.ArrayLike,
     targets: npt.ArrayLike,
@@ -245,7 +268,12 @@ def _numbers(y: npt.NDArray[Any], precision: str) -> npt.NDArray[Any]:
         raise InputError(f"The targets have the shape {list(y.shape)}.", "Give one number for each row.")
     if not np.isfinite(y).all():
         raise InputError(f"The target of row {int(np.flatnonzero(~np.isfinite(y))[0]) + 1} is not finite.", "Fill it in.")
-    return y.astype(precision)
+    with np.errstate(over="ignore"):  # what overflows is named below
+        made = y.astype(precision)
+    if not np.isfinite(made).all():
+        row = int(np.flatnonzero(~np.isfinite(made))[0])
+        raise InputError(f"The target {y[row]:g} of row {row + 1} is too large for {precision}.", "Ask for float64.")
+    return made
 
 
 def _among(values: npt.NDArray[Any], wanted: Sequence[str], what: str) -> npt.NDArray[np.bool_]:

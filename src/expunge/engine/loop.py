@@ -27,14 +27,17 @@ from expunge.core.memory import freed_memory_kept
 from expunge.data.order import BatchPlan, TurnPlan, share
 from expunge.engine import checkpoint
 from expunge.engine.adaptive import Reason, Watch, choose_rate
+from expunge.engine.alternate import States
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
-from expunge.engine.masks import saliency_masks
-from expunge.engine.objective import Micro, Objective, ReferenceSource, Sums
+from expunge.engine.masks import moving_entries
+from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
 from expunge.engine.parts import Recipe
-from expunge.engine.reference import AdapterOffReference, CachedReference, CopyReference, IncompetentReference, choose
+from expunge.engine.preparation import run_preparation
+from expunge.engine.reference import ModelReference, frozen_models
+from expunge.engine.rewind import Rewind
 from expunge.engine.schedule import Turns
 
 
@@ -95,6 +98,7 @@ def train(
     engine: Engine,
     *,
     goal: Goal | None = None,
+    models: Mapping[Of, Adapter] | None = None,
     folder: Path | None = None,
     cache: Path | None = None,
     resume: bool = False,
@@ -109,6 +113,7 @@ def train(
         examples: by stream; alternatives aligned with the forget examples.
         engine: how to use the machine.
         goal: where the adaptive schedule may stop; without one it runs its budget.
+        models: hold further models that the terms read (an oracle); they are left as they are.
         folder: for ``checkpoint/`` and ``log.jsonl``; none keeps nothing.
         cache: for reference log-probabilities.
         resume: go on from ``folder``'s checkpoint if there is one.
@@ -120,10 +125,13 @@ def train(
     """
     with tempfile.TemporaryDirectory() as scratch:
         loop = _Loop(
-            adapter, recipe, examples, engine, goal=goal, folder=folder, cache=cache, observe=observe, progress=progress,
-            scratch=folder / "checkpoint" if folder else Path(scratch),
+            adapter, recipe, examples, engine, goal=goal, models=models, folder=folder, cache=cache, observe=observe,
+            progress=progress, scratch=folder / "checkpoint" if folder else Path(scratch),
         )  # fmt: skip
-        return loop.run(resume)
+        try:
+            return loop.run(resume)
+        finally:
+            loop.prepared.drop(loop.devices.unwrap(loop.model))
 
 
 class _Loop:
@@ -135,6 +143,7 @@ class _Loop:
         engine: Engine,
         *,
         goal: Goal | None,
+        models: Mapping[Of, Adapter] | None,
         folder: Path | None,
         cache: Path | None,
         observe: Callable[[int, nn.Module], None] | None,
@@ -142,7 +151,7 @@ class _Loop:
         scratch: Path,
     ) -> None:
         self.started = time.perf_counter()
-        self.adapter, self.recipe, self.examples, self.engine = adapter, recipe, examples, engine
+        self.adapter, self.recipe, self.engine = adapter, recipe, engine
         self.goal, self.folder, self.observe, self.progress = goal, folder, observe, progress
         self.scratch = scratch
         self.schedule = recipe.schedule
@@ -152,16 +161,36 @@ class _Loop:
                 f"gradient={recipe.gradient.name} needs forget and retain gradients apart, which a sharded (FSDP) model lacks.",
                 "Use gradient=plain, or run on one process or with data parallelism.",
             )
+        if any(t.whole for t in recipe.terms()) and self.devices.world > 1:
+            raise InputError(f"The method {recipe.name!r} needs all examples of a step in one process.", "Run it on one.")
         torch.manual_seed(engine.seed)
-        self.objective = Objective(adapter, recipe, examples, self._references(cache))
+        adapter.model.eval().to(self.devices.device)
+        self.prepared = run_preparation(
+            recipe.preparation, adapter, examples, engine, scratch=scratch / "preparation", tell=progress
+        )
+        self.examples = self.prepared.examples
+        self.notes = list(self.prepared.notes)
+        others = {of: ModelReference(held, self.devices.device) for of, held in (models or {}).items()}
+        frozen = frozen_models(adapter, recipe, self.examples, engine, device=self.devices.device, store=cache)
+        sources = {**frozen, **others, **self.prepared.sources}
+        self.objective = Objective(adapter, recipe, self.examples, sources, self.prepared.made)
         model = recipe.parameters.prepare(adapter.model, adapter.layers())
+        if self.prepared.grown and self.devices.world > 1:
+            raise InputError(f"The method {recipe.name!r} trains a network beside the model.", "Run it on one process.")
+        self.prepared.attach(model)
         self._mode(model)
         self.model, self.optimizer = self.devices.prepare(model, self._optimizer, adapter.layers())
+        self.turns = self.schedule.turns([t.name for t in recipe.terms()])
+        self.states = States(self.optimizer, len(self.turns))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
+        self.erase_steps: float = math.inf  # after so many steps the forget terms pause
         self.plan = self._plan()
         self.total = self.plan.steps
-        self.masks = self._masks()
+        self.rewind = self._rewind()
+        self.masks = moving_entries(
+            self.objective, self.devices.unwrap(self.model), self.parameters, engine.max_tokens, sharded=self.devices.sharded
+        )
         self.gradient_state: dict[str, Any] = {}
         self.balance_state: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
@@ -169,50 +198,13 @@ class _Loop:
 
     # ---- setting up
 
-    def _references(self, cache: Path | None) -> dict[Of, ReferenceSource]:
-        """The frozen models that the recipe reads."""
-        found: dict[Of, ReferenceSource] = {}
-        target = self._target(cache)
-        if target is not None:
-            found[Of.REFERENCE] = target
-        if any(of is Of.INCOMPETENT for _, of, _ in self.recipe.needs(self.adapter.layers())):
-            found[Of.INCOMPETENT] = IncompetentReference(self.adapter, self.devices.device, self.engine.seed)
-        return found
-
-    def _target(self, cache: Path | None) -> ReferenceSource | None:
-        kind = choose(self.recipe, self.recipe.needs(self.adapter.layers()))
-        model = self.adapter.model.eval().to(self.devices.device)
-        if kind == "none":
+    def _rewind(self) -> Rewind | None:
+        if Stream.VALIDATION not in self.schedule.reads:
             return None
-        if kind == "copy":
-            return CopyReference(self.adapter, self.devices.device)
-        if kind == "adapter-off":
-            return AdapterOffReference(self.adapter)
-        cached = CachedReference(self.adapter, cache)
-        streams = {s for s, of, _ in self.recipe.needs(self.adapter.layers()) if of == "reference"}
-        for stream in sorted(streams):
-            cached.fill(model, self.examples.get(stream, ()), self.engine.max_tokens, self.devices.device)
-        return cached
-
-    def _masks(self) -> list[Tensor]:
-        choice = self.recipe.parameters
-        if not isinstance(choice, SaliencyMask):
-            return []
-        if self.devices.sharded:
-            raise InputError("parameters=mask does not work on a sharded (FSDP) model.", "Use parameters=all, named or lora.")
-        if not self.recipe.forget:
-            raise InputError(
-                "parameters=mask is made from the forget loss, and the recipe has no forget term.", "Use parameters=all."
-            )
-        inner = self.devices.unwrap(self.model)
-        return saliency_masks(
-            self.objective,
-            inner,
-            self.parameters,
-            density=choice.density,
-            examples=choice.examples,
-            max_tokens=self.engine.max_tokens,
-        )
+        return Rewind(
+            self.adapter, self.examples.get(Stream.FORGET, ()), self.examples.get(Stream.VALIDATION, ()),
+            max_units=self.engine.max_tokens, folder=self.scratch / "epochs", ends=self.plan.ends(), rank=self.devices.rank,
+        )  # fmt: skip
 
     def _mode(self, model: nn.Module) -> None:
         if self.engine.gradient_checkpointing:
@@ -226,7 +218,7 @@ class _Loop:
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
                 for name in ("attention_dropout", "dropout"):
-                    if isinstance(getattr(module, name, None), float):
+                    if isinstance(vars(module).get(name), float):
                         setattr(module, name, 0.0)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -256,18 +248,32 @@ class _Loop:
             passes = {str(Stream.FORGET): schedule.erase_epochs, str(Stream.RETAIN): math.ceil(schedule.epochs or 1)}
             return TurnPlan(sizes, batch, seed=self.engine.seed, passes=passes)
         per_epoch = -(-sizes[str(anchor)] // batch[str(anchor)])
-        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=schedule.total_steps(per_epoch))
+        self.erase_steps = schedule.total_steps(per_epoch)
+        kept = str(Stream.RETAIN)
+        more = schedule.repair_steps(-(-sizes[kept] // batch[kept])) if kept in sizes else 0
+        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=self.erase_steps + more)
 
     # ---- one step
 
     def step(self, step: int, lr: float, forget: bool = True) -> dict[str, float]:
         """One optimiser step on the examples of ``step``; returns what it saw (not finite means the weights were left alone).
 
-        Without ``forget`` the forget terms pause: only the retain examples of the step are read.
+        Without ``forget`` the forget terms pause: only the retain examples of the step are read. A schedule with turns takes one
+        step for each of them, on the same examples.
         """
+        row: dict[str, float] = {}
+        for turn, (only, rate) in enumerate(self.turns):
+            self.states.take(turn)
+            seen = self._turn(step, lr * rate, forget, only)
+            row = seen if not turn else _joined(row, seen)
+        self.states.take(0)
+        return row
+
+    def _turn(self, step: int, lr: float, forget: bool, only: frozenset[int]) -> dict[str, float]:
         plan = {Stream(s): ix for s, ix in self.plan.plan(step).items() if forget or s != Stream.FORGET}
         counts = self.objective.counts(plan)
-        coefficients = self.recipe.balance.coefficients(self.balance_state)
+        share = len(plan.get(Stream.FORGET, ())) / max(1, sum(map(len, plan.values())))
+        coefficients = self.recipe.balance.coefficients(self.balance_state, share)
         micros = self._micros(plan)
         sums = Sums()
         both = (not self.recipe.forget or Stream.FORGET in plan) and (not self.recipe.retain or Stream.RETAIN in plan)
@@ -275,8 +281,9 @@ class _Loop:
         sides: list[list[Tensor]] = [[], []]
         for at, micro in enumerate(micros):
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split), self.devices.autocast():
-                views = self.objective.views(self.model, micro, self.devices.device)
-                losses = self.objective.losses(views, micro, counts, coefficients, sums)
+                with self.adapter.drawing(self.engine.seed, step):
+                    views = self.objective.views(self.model, micro, self.devices.device)
+                losses = self.objective.losses(views, micro, counts, coefficients, sums, only=only)
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split):
                 if split:
                     self._backward_by_side(losses, sides)
@@ -289,7 +296,7 @@ class _Loop:
             combined = self.recipe.gradient.combine(of_forget, of_retain, self.gradient_state)
             for parameter, g in zip(self.parameters, combined, strict=True):
                 parameter.grad = g
-        return self._update(step, lr, sums, coefficients)
+        return self._update(step, lr, sums, coefficients, only)
 
     def _micros(self, plan: Mapping[Stream, Sequence[int]]) -> list[Micro]:
         """This process's forward passes, padded with fillers to the largest number that any process has."""
@@ -314,13 +321,16 @@ class _Loop:
                 if g is not None:
                     total.add_(g)
 
-    def _update(self, step: int, lr: float, sums: Sums, coefficients: tuple[float, float]) -> dict[str, float]:
+    def _update(
+        self, step: int, lr: float, sums: Sums, coefficients: tuple[float, float], only: frozenset[int]
+    ) -> dict[str, float]:
         terms = self.recipe.terms()
         values = self.devices.sum_floats([sums.values.get(i, 0.0) for i in range(len(terms))])
         row: dict[str, float] = {"step": step, "epoch": (step + 1) / self.plan.steps_per_epoch, "lr": lr}
         row |= {
             f"{'forget' if i < len(self.recipe.forget) else 'retain'}.{t.name}": v
             for i, (t, v) in enumerate(zip(terms, values, strict=True))
+            if i in only
         }
         self._penalise(step / self.total)
         for parameter, mask in zip(self.parameters, self.masks, strict=bool(self.masks)):
@@ -374,12 +384,17 @@ class _Loop:
                 done += 1
                 reason = watch.after(row, done)
                 self.history.append(row)
+                if self.rewind:
+                    self.rewind.keep(self.model, done)
                 self._report(row, done)
                 if self.observe:
                     self.observe(done, self.devices.unwrap(self.model))
                 if self.folder and self.engine.checkpoint_every and done % self.engine.checkpoint_every == 0 and reason is None:
                     self._save(done, watch, rates)
         reason = reason or watch.ended()
+        if self.rewind and reason != "diverged":
+            self.notes.append(self.rewind.choose(self.model, done))
+            watch.look()
         self._finish(watch)
         return self._outcome(reason, done, watch, rates)
 
@@ -395,7 +410,7 @@ class _Loop:
         return Outcome(
             self.devices.unwrap(self.model), reason, watch.sentence(reason, done), done, watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
-            self.devices.peak_bytes(), self.history, self.devices.gather(self.model),
+            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes,
         )  # fmt: skip
 
     def _report(self, row: dict[str, float], done: int) -> None:
@@ -418,7 +433,7 @@ class _Loop:
             self._writers()[number % len(self._writers())],
             weights=checkpoint.snapshot(self.model),
             good=watch.good,
-            optimizer=checkpoint.optimizer_state(self.optimizer),
+            optimizer=self.states.saved(),
             state=state,
         )
 
@@ -441,7 +456,7 @@ class _Loop:
 
     def _restore(self, held: checkpoint.Held, watch: Watch) -> tuple[int, list[dict[str, float]]]:
         checkpoint.restore(self.model, held.weights)
-        checkpoint.restore_optimizer(self.optimizer, held.optimizer)
+        self.states.restore(held.optimizer)
         state = held.state
         self.balance_state = state["balance"]
         self.gradient_state = state["gradient"]
@@ -449,6 +464,14 @@ class _Loop:
         self.tokens = state["tokens"]
         watch.load_state(state["watch"], held.good)
         return int(state["step"]), state["rates"]
+
+
+def _joined(row: dict[str, float], seen: dict[str, float]) -> dict[str, float]:
+    """What two turns of one step saw: losses added, the larger gradient, the rate of the first."""
+    both = {**seen, **row}
+    both["loss"] = row["loss"] + seen["loss"]
+    both["gradient_norm"] = max(row["gradient_norm"], seen["gradient_norm"])
+    return both
 
 
 def write_log_summary(folder: Path, outcome: Outcome) -> None:

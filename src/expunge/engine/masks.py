@@ -8,7 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.access import Stream
+from expunge.core.errors import InputError
 from expunge.engine.objective import Objective, Sums
+from expunge.engine.parameters import SaliencyMask
+
+
+def moving_entries(
+    objective: Objective, model: nn.Module, parameters: Sequence[nn.Parameter], max_tokens: int, *, sharded: bool
+) -> list[Tensor]:
+    """Which entries of the moving parameters may move, by the recipe's choice; an empty list if all may.
+
+    Args:
+        objective: the recipe's, on the model as it is before training.
+        model: unwrapped.
+        parameters: those that move.
+        max_tokens: examples per forward pass.
+        sharded: whether a process holds parts of the parameters only.
+
+    Raises:
+        InputError: a mask on a sharded model, or one made from a forget loss that is not there.
+    """
+    choice = objective.recipe.parameters
+    masks = choice.entries(parameters)
+    if sharded and (masks or isinstance(choice, SaliencyMask)):
+        raise InputError(
+            f"parameters={choice.name} does not work on a sharded (FSDP) model.", "Use parameters=all, named or lora."
+        )
+    if not isinstance(choice, SaliencyMask):
+        return masks
+    if not objective.recipe.forget:
+        raise InputError(
+            "parameters=mask is made from the forget loss, and the recipe has no forget term.", "Use parameters=all."
+        )
+    return saliency_masks(objective, model, parameters, density=choice.density, examples=choice.examples, max_tokens=max_tokens)
 
 
 def saliency_masks(

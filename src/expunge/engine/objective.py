@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from expunge.adapters.base import Adapter, Batch, Example, Outputs
+from expunge.adapters.base import Adapter, Example, Outputs
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.engine.parts import Recipe, Term, Views
+from expunge.engine.preparation import Examples, ReferenceSource
 
-Examples = Mapping[Stream, Sequence[Example]]
 Indices = Mapping[Stream, Sequence[int]]
 
 _ORDER = (Stream.FORGET, Stream.ALTERNATIVE, Stream.RETAIN)
-
-
-class ReferenceSource(Protocol):
-    """Where the frozen target's outputs come from."""
-
-    def outputs(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
-        """Outputs of the frozen target on ``batch``, without gradients; ``model`` is the current one."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +53,22 @@ class Objective:
         recipe: whose terms.
         examples: by stream; ``alternative`` is aligned with ``forget`` (same index, same record).
         references: the frozen models that terms read, by which they are.
+        made: what a preparation made for the terms, by name.
 
     Raises:
         InputError: a term reads a stream or a value that is not there.
     """
 
     def __init__(
-        self, adapter: Adapter, recipe: Recipe, examples: Examples, references: Mapping[Of, ReferenceSource] | None = None
+        self,
+        adapter: Adapter,
+        recipe: Recipe,
+        examples: Examples,
+        references: Mapping[Of, ReferenceSource] | None = None,
+        made: Mapping[str, Any] | None = None,
     ) -> None:
         self.adapter, self.recipe, self.examples, self.references = adapter, recipe, examples, dict(references or {})
+        self.made = dict(made or {})
         self.needs = recipe.needs(adapter.layers())
         self._current_want = frozenset(value for _, of, value in self.needs if of is Of.CURRENT)
         self._frozen_want: dict[tuple[Stream, Of], frozenset[str]] = {
@@ -82,7 +82,10 @@ class Objective:
                 raise InputError(f"The method {recipe.name!r} reads {stream} examples, but there are none.", _REMEDY[stream])
         for of in sorted({of for _, of, _ in self.needs} - {Of.CURRENT}):
             if of not in self.references:
-                raise InputError(f"The method {recipe.name!r} compares with a frozen model ({of}), but none was given.")
+                raise InputError(
+                    f"The method {recipe.name!r} compares with a frozen model ({of}), but none was given.",
+                    _MODEL_REMEDY.get(of, ""),
+                )
         alternative = examples.get(Stream.ALTERNATIVE)
         if alternative and len(alternative) != len(examples.get(Stream.FORGET, ())):
             raise InputError("There must be one alternative answer per forget example.")
@@ -118,6 +121,12 @@ class Objective:
             else:
                 groups.append([item])
                 widest, held = max(e.units for e in item.values()), len(item)
+        if len(groups) > 1 and any(t.whole for t in self.recipe.terms()):
+            units = max(e.units for i in items for e in i.values()) * sum(map(len, items))
+            raise InputError(
+                f"The method {self.recipe.name!r} needs all examples of a step in one forward pass, which takes {units} units.",
+                f"Set engine.max_tokens={units}, or choose a smaller schedule.batch.",
+            )
         return [Micro({s: tuple(i[s] for i in g if s in i) for s in _ORDER if any(s in i for i in g)}) for g in groups]
 
     def filler(self) -> Micro:
@@ -145,15 +154,25 @@ class Objective:
             want = frozenset().union(*(self._frozen_want[s, of] for s in asked))
             part = batch if asked == streams else self.adapter.collate([e for s in asked for e in micro.examples[s]]).to(device)
             outputs |= _split(source.outputs(model, part, want), asked, micro, of)
-        return Views(outputs, self.adapter.layers())
+        return Views(outputs, self.adapter.layers(), self.made)
 
     def losses(
-        self, views: Views, micro: Micro, counts: Sequence[int], coefficients: tuple[float, float], sums: Sums
+        self,
+        views: Views,
+        micro: Micro,
+        counts: Sequence[int],
+        coefficients: tuple[float, float],
+        sums: Sums,
+        *,
+        only: frozenset[int] | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The forget and the retain part of the step's loss that this micro-batch contributes; notes the term sums."""
+        """The forget and the retain part of the step's loss that this micro-batch contributes; notes the term sums.
+
+        With ``only``, of the terms with these indices.
+        """
         sides: list[Tensor | None] = [None, None]
         for index, term in enumerate(self.recipe.terms()):
-            if term.stream not in micro.examples:
+            if term.stream not in micro.examples or (only is not None and index not in only):
                 continue
             side = 0 if index < len(self.recipe.forget) else 1
             total = self._sum(term, views)
@@ -179,6 +198,9 @@ _REMEDY = {
     Stream.FORGET: "Give a forget set.",
     Stream.RETAIN: "Give --retain DATA, or drop the retain term: retain=none.",
     Stream.ALTERNATIVE: "Give answers to put in their place: --alternatives refusals, or a column 'alternatives' in the data.",
+}
+_MODEL_REMEDY = {
+    Of.ORACLE: "Give a model trained without the forget set, or preparation=given-outputs with a file of what one says.",
 }
 
 

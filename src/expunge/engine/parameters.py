@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from expunge.core.errors import InputError, MissingExtra, nearest
 from expunge.core.registry import Registry
@@ -160,5 +161,49 @@ class SaliencyMask(AllParameters):
     examples: int = Field(128, ge=1, description="forget examples from which the saliency is computed, at most")
 
 
-for choice in (AllParameters, NamedParameters, LayerWindow, Lora, SaliencyMask):
+class Pruned(AllParameters):
+    """The weights that are left after pruning; the others are 0 and stay 0 (Jia et al. 2023, arXiv 2304.04934).
+
+    Before training the share ``rate`` of the entries of smallest size, over all matrices together, is set to 0. Vectors
+    (biases, norms) are not pruned and move. A model that is sparse already keeps its zeros, so ``rate`` up to its sparsity
+    changes nothing else. At rate 0 it is ``all``. Other models that terms compare with (the reference) are those before
+    pruning.
+    """
+
+    name: ClassVar[str] = "pruned"
+
+    rate: float = Field(0.95, ge=0, lt=1, description="share of the entries that are set to 0")
+    scope: Literal["matrices", "convolutions"] = Field(
+        "matrices", description="which weights are pruned: all but vectors, or as published kernels of convolutions alone"
+    )
+
+    def prepare(self, model: nn.Module, layers: Sequence[str]) -> nn.Module:
+        """Prune.
+
+        Raises:
+            InputError: the model has no such weights.
+        """
+        super().prepare(model, layers)
+        chosen = [p.detach() for p in model.parameters() if self._prunes(p)]
+        if not chosen:
+            raise InputError(f"The model has no {self.scope} that could be pruned.", "Choose another parameters.scope.")
+        sizes = torch.cat([p.abs().flatten() for p in chosen])
+        gone = round(self.rate * sizes.numel())
+        if gone:
+            limit = sizes.kthvalue(gone).values
+            for p in chosen:
+                p.masked_fill_(p.abs() <= limit, 0.0)
+        return model
+
+    def entries(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """What is not 0, of the pruned weights."""
+        if self.rate == 0:
+            return []
+        return [p.detach() != 0 if self._prunes(p) else torch.ones_like(p, dtype=torch.bool) for p in parameters]
+
+    def _prunes(self, parameter: Tensor) -> bool:
+        return parameter.ndim > (2 if self.scope == "convolutions" else 1)
+
+
+for choice in (AllParameters, NamedParameters, LayerWindow, Lora, SaliencyMask, Pruned):
     PARAMETERS.add(choice.name, choice)

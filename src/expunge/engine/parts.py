@@ -1,6 +1,6 @@
 """The parts of which a weight-updating method is composed, and the recipe that joins them.
 
-    forget terms x retain terms x reference x parameters x gradient x balance x schedule x finish
+    preparation x forget terms x retain terms x reference x parameters x gradient x balance x schedule x penalty x finish
 
 Every part is a :class:`~expunge.core.settings.Settings`: immutable, typed, with declared ranges, usable from Python, YAML
 and the command line alike.
@@ -19,6 +19,7 @@ from torch import Tensor
 from expunge.adapters.base import Example, Outputs
 from expunge.core.access import Of, Stream
 from expunge.core.settings import Settings
+from expunge.engine.preparation import Preparation
 
 Need = tuple[Stream, Of, str]  #: (which examples, under which model, which value: "losses", "logits" or "features:<layer>")
 
@@ -29,11 +30,18 @@ class Views(Mapping[tuple[Stream, Of], Outputs]):
     Args:
         outputs: by stream and model.
         layers: the adapter's block names, for terms that name a layer by its index.
+        made: what the preparation made, by name.
     """
 
-    def __init__(self, outputs: Mapping[tuple[Stream, Of], Outputs], layers: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        outputs: Mapping[tuple[Stream, Of], Outputs],
+        layers: Sequence[str] = (),
+        made: Mapping[str, Any] | None = None,
+    ) -> None:
         self._outputs = dict(outputs)
         self.layers = tuple(layers)
+        self.made = dict(made or {})
 
     def __getitem__(self, key: tuple[Stream, Of]) -> Outputs:
         return self._outputs[key]
@@ -56,6 +64,10 @@ class Views(Mapping[tuple[Stream, Of], Outputs]):
         """Under a frozen network of the same shape that has learnt nothing (no gradients)."""
         return self._outputs[stream, Of.INCOMPETENT]
 
+    def oracle(self, stream: Stream) -> Outputs:
+        """Under a model that never saw the forget set, or as such a model is predicted to answer (no gradients)."""
+        return self._outputs[stream, Of.ORACLE]
+
 
 class Term(Settings, abc.ABC):
     """One summand of the loss, written on per-target quantities.
@@ -66,6 +78,8 @@ class Term(Settings, abc.ABC):
 
     name: ClassVar[str]  #: registered name
     per: ClassVar[Literal["target", "example", "token"]] = "target"  #: what a value belongs to, and is averaged over
+    uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
+    whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
 
     weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
 
@@ -121,8 +135,8 @@ class Balance(Settings, abc.ABC):
     name: ClassVar[str]
 
     @abc.abstractmethod
-    def coefficients(self, state: dict[str, float]) -> tuple[float, float]:
-        """Multipliers of all forget terms and of all retain terms in this step."""
+    def coefficients(self, state: dict[str, float], share: float = 0.5) -> tuple[float, float]:
+        """Multipliers of all forget terms and of all retain terms in this step; ``share`` of its examples are to be forgotten."""
 
     @abc.abstractmethod
     def update(self, state: dict[str, float], epoch: float, forget: float, retain: float) -> None:
@@ -142,6 +156,13 @@ class Parameters(Settings, abc.ABC):
         Raises:
             InputError: nothing matches; the message names some modules that exist.
         """
+
+    def entries(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Which entries of the moving tensors may move, one boolean mask each; none (an empty list) if all may.
+
+        Asked once, after :meth:`prepare`; the gradient elsewhere is set to 0.
+        """
+        return []
 
 
 class Penalty(Settings, abc.ABC):
@@ -177,9 +198,25 @@ class Schedule(Settings, abc.ABC):
     lr: float | None = Field(None, gt=0, description="learning rate; none: found by a range test")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; none: not clipped")
 
+    @property
+    def reads(self) -> frozenset[Stream]:
+        """Examples that it looks at, beside those that are trained on."""
+        return frozenset()
+
     @abc.abstractmethod
     def total_steps(self, per_epoch: int) -> int:
         """Optimiser steps at most, for an epoch of so many steps."""
+
+    def repair_steps(self, per_pass: int) -> int:
+        """Further steps on the retain terms alone, for a pass over the retain set of so many steps."""
+        return 0
+
+    def turns(self, names: Sequence[str]) -> list[tuple[frozenset[int], float]]:
+        """Which terms (by index of ``names``) are minimised together on the examples of a step, and at which part of the rate.
+
+        With several entries each has an optimiser state of its own and takes its step after the one before.
+        """
+        return [(frozenset(range(len(names))), 1.0)]
 
 
 class Recipe(Settings):
@@ -200,6 +237,7 @@ class Recipe(Settings):
     gradient: Gradient
     balance: Balance
     schedule: Schedule
+    preparation: Preparation | None = Field(None, description="what is made from the target and the data before training")
     penalty: Penalty | None = Field(None, description="a summand of the loss on the weights themselves")
     finish: Finish | None = Field(None, description="a change of the weights after training")
     start: Literal["target", "initial"] = Field("target", description="start from the target, or from its untrained base")
@@ -212,12 +250,24 @@ class Recipe(Settings):
         """Everything that its terms read."""
         return frozenset(n for t in self.terms() for n in t.needs(layers))
 
+    def streams(self, layers: Sequence[str]) -> frozenset[Stream]:
+        """The examples that must be given: those that terms and schedule read and no preparation makes, and those it reads."""
+        read = {t.stream for t in self.terms()} | {stream for stream, _, _ in self.needs(layers)} | self.schedule.reads
+        if self.preparation is None:
+            return frozenset(read)
+        return frozenset((read - {s for s in Stream if s in self.preparation.makes}) | set(self.preparation.reads))
+
+    def models(self, layers: Sequence[str]) -> frozenset[Of]:
+        """The models under which the terms read something, other than those that a preparation makes."""
+        made = self.preparation.makes if self.preparation is not None else frozenset()
+        return frozenset(of for _, of, _ in self.needs(layers) if of not in made)
+
     def spec(self) -> dict[str, Any]:
         """A plain mapping from which the recipe can be rebuilt; parts are mappings with a ``name``."""
         out: dict[str, Any] = {"name": self.name, "reference": self.reference, "start": self.start}
         for key in ("forget", "retain"):
             out[key] = [{"name": t.name, **t.model_dump(mode="json")} for t in getattr(self, key)]
-        for key in ("parameters", "gradient", "balance", "schedule", "penalty", "finish"):
+        for key in ("preparation", "parameters", "gradient", "balance", "schedule", "penalty", "finish"):
             part = getattr(self, key)
             out[key] = None if part is None else {"name": part.name, **part.model_dump(mode="json")}
         return out

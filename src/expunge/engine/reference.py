@@ -8,26 +8,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter, Batch, Example, Outputs
-from expunge.core.access import Of
+from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.core.files import atomic_path, digest_json
+from expunge.engine.options import Engine
 from expunge.engine.parts import Need, Recipe
+from expunge.engine.preparation import ReferenceSource
 
 Kind = Literal["none", "cached", "adapter-off", "copy"]
 
 
-def choose(recipe: Recipe, needs: frozenset[Need]) -> Kind:
-    """The kind of reference that serves ``recipe``.
+def choose(recipe: Recipe, needs: frozenset[Need], *, storable: bool = True) -> Kind:
+    """The kind of reference that serves ``recipe``; ``storable`` says whether an example has the same losses in every step.
 
     Raises:
         InputError: the kind asked for cannot serve.
@@ -42,13 +44,53 @@ def choose(recipe: Recipe, needs: frozenset[Need]) -> Kind:
             f"reference=cached holds log-probabilities only, but {recipe.name!r} reads {', '.join(kinds)} of the reference.",
             "Use reference=copy, or parameters=lora with reference=adapter-off.",
         )
+    if recipe.reference == "cached" and not storable:
+        raise InputError(
+            "reference=cached holds one loss for each example, but these are drawn anew in every step.", "Use reference=copy."
+        )
     if recipe.reference == "adapter-off" and not lora:
         raise InputError("reference=adapter-off needs parameters=lora.", "Add parameters=lora or use reference=copy.")
     if recipe.reference != "auto":
         return cast(Kind, recipe.reference)
-    if wanted == {"losses"}:
+    if wanted == {"losses"} and storable:
         return "cached"
     return "adapter-off" if lora else "copy"
+
+
+def frozen_models(
+    adapter: Adapter,
+    recipe: Recipe,
+    examples: Mapping[Stream, Sequence[Example]],
+    engine: Engine,
+    *,
+    device: torch.device,
+    store: Path | None = None,
+) -> dict[Of, ReferenceSource]:
+    """The frozen models that a recipe reads and that follow from the target: itself, and a network that has learnt nothing.
+
+    Args:
+        adapter: holds the target, on ``device``.
+        recipe: what is read.
+        examples: by stream; their losses under the target are computed now if they are all that is read of it.
+        engine: seed, and examples per forward pass.
+        device: where copies go.
+        store: folder for cached losses.
+    """
+    needs = recipe.needs(adapter.layers())
+    found: dict[Of, ReferenceSource] = {}
+    kind = choose(recipe, needs, storable=not adapter.draws_anew)
+    if kind == "copy":
+        found[Of.REFERENCE] = CopyReference(adapter, device)
+    elif kind == "adapter-off":
+        found[Of.REFERENCE] = AdapterOffReference(adapter)
+    elif kind == "cached":
+        cached = CachedReference(adapter, store)
+        for stream in sorted({s for s, of, _ in needs if of is Of.REFERENCE}):
+            cached.fill(adapter.model, examples.get(stream, ()), engine.max_tokens, device)
+        found[Of.REFERENCE] = cached
+    if any(of is Of.INCOMPETENT for _, of, _ in needs):
+        found[Of.INCOMPETENT] = IncompetentReference(adapter, device, engine.seed)
+    return found
 
 
 class CachedReference:
@@ -101,20 +143,54 @@ class CachedReference:
         return Outputs.of(batch, {"losses": torch.from_numpy(flat).to(batch.targets.device)})
 
 
-class CopyReference:
-    """A frozen second copy of the model."""
+class ModelReference:
+    """Another model, which does not change: one trained without the forget set, for example."""
 
     def __init__(self, adapter: Adapter, device: torch.device) -> None:
-        self.adapter = adapter.copy()
-        self.adapter.model.eval().requires_grad_(False).to(device)
+        self.adapter = adapter
+        self.adapter.model.eval().to(device)
 
     def outputs(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
-        """Forward through the copy."""
+        """Forward through the frozen model."""
         with torch.no_grad():
             return self.adapter.forward(self.adapter.model, batch, want)
 
 
-class IncompetentReference:
+class CopyReference(ModelReference):
+    """A frozen second copy of the model."""
+
+    def __init__(self, adapter: Adapter, device: torch.device) -> None:
+        super().__init__(adapter.copy(), device)
+        self.adapter.model.requires_grad_(False)
+
+
+class TableReference:
+    """Scores that were computed or predicted before, by example.
+
+    Args:
+        scores: by example id, ``[targets, V]`` each.
+        source: what they are, for messages.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], source: str) -> None:
+        self.scores, self.source = scores, source
+
+    def outputs(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
+        """Look the scores of a batch up.
+
+        Raises:
+            InputError: something else than scores is asked for, or an example has none, or too many or too few.
+        """
+        if want - {"logits"}:
+            raise InputError(f"{self.source} hold scores only, but {', '.join(sorted(want - {'logits'}))} is read.")
+        for name, count in zip(batch.ids, batch.counts, strict=True):
+            if name not in self.scores or len(self.scores[name]) != count:
+                raise InputError(f"{self.source} have no scores for the example {name!r}.", "Give one row for each target.")
+        flat = torch.cat([self.scores[name] for name in batch.ids])
+        return Outputs.of(batch, {"logits": flat.to(batch.targets.device)})
+
+
+class IncompetentReference(ModelReference):
     """A frozen network of the target's shape with fresh random weights: the incompetent teacher.
 
     Raises:
@@ -122,20 +198,20 @@ class IncompetentReference:
     """
 
     def __init__(self, adapter: Adapter, device: torch.device, seed: int) -> None:
-        self.adapter = adapter.copy()
+        fresh = adapter.copy()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            _reset(self.adapter.model)
-        self.adapter.model.eval().requires_grad_(False).to(device)
-
-    def outputs(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:
-        """Forward through the random network."""
-        with torch.no_grad():
-            return self.adapter.forward(self.adapter.model, batch, want)
+            reset_weights(fresh.model)
+        super().__init__(fresh, device)
+        fresh.model.requires_grad_(False)
 
 
-def _reset(model: nn.Module) -> None:
-    """Fresh random weights, by each module's own initialisation (of a transformers model: by the model's)."""
+def reset_weights(model: nn.Module) -> None:
+    """Fresh random weights in place, by each module's own initialisation (of a transformers model: by the model's).
+
+    Raises:
+        InputError: a part of the model cannot be set back.
+    """
     initialise = getattr(model, "init_weights", None)
     if hasattr(model, "config") and callable(initialise):
         for module in model.modules():

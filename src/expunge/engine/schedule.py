@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from expunge.core.access import Stream
+from expunge.core.errors import InputError
 from expunge.core.registry import Registry
 from expunge.engine.parts import Schedule
 
@@ -43,8 +46,71 @@ class Turns(Fixed):
     epochs: float | None = Field(3, gt=0, description="passes over the retain set")
     steps: None = Field(None, description="not used: the passes say how long")
     erase_epochs: int = Field(2, ge=0, description="epochs that begin with a pass over the forget set")
+    rewind: bool = Field(
+        False,
+        description="go back at the end to the epoch whose error on the forget set is nearest to the last one's on unseen rows",
+    )
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     decay: Literal["linear", "cosine", "constant"] = Field("constant", description="course of the learning rate after warm-up")
+
+    @property
+    def reads(self) -> frozenset[Stream]:
+        """Validation rows, to rewind by."""
+        return frozenset({Stream.VALIDATION}) if self.rewind else frozenset()
+
+
+class Repair(Fixed):
+    """Forget and retain terms together for the epochs of ``fixed``; then the retain terms alone repair (as in UNSIR)."""
+
+    name: ClassVar[str] = "repair"
+
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of the first part")
+    epochs: float | None = Field(1, gt=0, description="passes over the forget set in the first part")
+    repair_epochs: float = Field(1, gt=0, description="passes over the retain set in the second part")
+    repair_lr: float | None = Field(None, gt=0, description="learning rate of the second part; none: as in the first")
+    warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
+    decay: Literal["constant"] = Field("constant", description="course of the learning rate after warm-up")
+
+    def repair_steps(self, per_pass: int) -> int:
+        """Passes times steps of a pass."""
+        return max(1, math.ceil(self.repair_epochs * per_pass))
+
+
+class Alternate(Fixed):
+    """On the examples of every step, groups of terms are minimised one after the other, each by an optimiser of its own."""
+
+    name: ClassVar[str] = "alternate"
+
+    lr: float = Field(1e-5, gt=0, description="peak learning rate of the first group")
+    groups: tuple[tuple[str, ...], ...] = Field(
+        min_length=1, description="names of the terms in each group, in the order in which they take their steps"
+    )
+    rates: tuple[float, ...] = Field((), description="learning rate of each group as a multiple of the first; none: all alike")
+    warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up (of steps: share of them, if steps are given)")
+    decay: Literal["linear", "cosine", "constant"] = Field("constant", description="course of the learning rate after warm-up")
+
+    def turns(self, names: Sequence[str]) -> list[tuple[frozenset[int], float]]:
+        """The groups.
+
+        Raises:
+            InputError: a term is in no group or in several, a name is no term's, or there is not one rate for each group.
+        """
+        named = [name for group in self.groups for name in group]
+        for name in {*names, *named}:
+            if named.count(name) != 1 or name not in names:
+                raise InputError(
+                    f"schedule=alternate names {name!r} {named.count(name)} times; the terms are {', '.join(names)}.",
+                    "Put each term into one group: schedule.groups=[[a, b], [c]].",
+                )
+        rates = self.rates or (1.0,) * len(self.groups)
+        if len(rates) != len(self.groups) or min(rates) <= 0:
+            raise InputError(
+                f"schedule=alternate has {len(self.groups)} groups and the rates {list(rates)}.", "Give one positive rate each."
+            )
+        return [
+            (frozenset(i for i, name in enumerate(names) if name in group), rate)
+            for group, rate in zip(self.groups, rates, strict=True)
+        ]
 
 
 class Adaptive(Schedule):
@@ -83,3 +149,5 @@ class Adaptive(Schedule):
 SCHEDULES.add("fixed", Fixed)
 SCHEDULES.add("adaptive", Adaptive)
 SCHEDULES.add("turns", Turns)
+SCHEDULES.add("alternate", Alternate)
+SCHEDULES.add("repair", Repair)

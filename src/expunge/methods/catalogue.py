@@ -16,6 +16,7 @@ from expunge.engine.prepared import Prepared
 from expunge.methods.alternatives import CLASS_KINDS
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.prepared.registry import PREPARED
+from expunge.methods.recipe import PART_SLOTS
 from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, Method, Want, wants
 
 
@@ -145,7 +146,7 @@ def describe(name: str) -> Description:
     method = METHODS.get(name)
     recipe = method.build()
     parts = [_part(slot, t) for slot in ("forget", "retain") for t in getattr(recipe, slot)]
-    held = {slot: getattr(recipe, slot) for slot in ("parameters", "gradient", "balance", "schedule", "penalty", "finish")}
+    held = {slot: getattr(recipe, slot) for slot in PART_SLOTS}
     parts += [_part(slot, part) for slot, part in held.items() if part is not None]
     asked = wants(recipe)
     return Description(
@@ -169,11 +170,15 @@ def offers_needed(recipe: Recipe, alternatives: str = "refusals") -> tuple[Offer
     """What an adapter must offer so that the recipe can run on its modality.
 
     The loss is always needed (the adaptive schedule looks at it). Alternatives need text, where other answers can be written, or
-    classes, by their kind.
+    classes, by their kind; a preparation asks for what it reads.
     """
     needs = recipe.needs(PLACEHOLDER_LAYERS)
-    found = {Offer.LOSSES} | {Offer(_kind(value)) for _, _, value in needs}
-    if any(stream is Stream.ALTERNATIVE for stream, _, _ in needs):
+    found = {Offer.LOSSES, *([Offer.LOGITS] if Stream.VALIDATION in recipe.schedule.reads else [])} | {
+        Offer(_kind(value)) for _, _, value in needs
+    }
+    if recipe.preparation is not None:
+        found |= recipe.preparation.offers
+    if Stream.ALTERNATIVE in recipe.streams(PLACEHOLDER_LAYERS):
         found.add(Offer.CLASSES if alternatives in CLASS_KINDS else Offer.TEXT)
     return tuple(sorted(found))
 

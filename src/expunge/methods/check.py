@@ -20,6 +20,7 @@ def check(recipe: Recipe) -> None:
         InputError: naming the two parts and what to change.
     """
     _check_terms(recipe)
+    _check_preparation(recipe)
     _check_sides(recipe)
     _check_finish(recipe)
     choose(recipe, recipe.needs(PLACEHOLDER_LAYERS))
@@ -37,6 +38,26 @@ def _check_terms(recipe: Recipe) -> None:
             raise InputError(f"{term.name!r} is a forget term, but was given as a retain term.", f"Write forget={term.name}.")
 
 
+def _check_preparation(recipe: Recipe) -> None:
+    """Terms find what they read by name, and a preparation makes nothing in vain."""
+    part = recipe.preparation
+    made = part.makes if part is not None else frozenset[str]()
+    for term in recipe.terms():
+        for name in sorted(term.uses - made):
+            raise InputError(
+                f"The term {term.name!r} reads {name!r}, which no preparation makes.", f"Add the preparation that makes {name!r}."
+            )
+    if part is None:
+        return
+    needs = recipe.needs(PLACEHOLDER_LAYERS)
+    read = {t.stream for t in recipe.terms()} | {s for s, _, _ in needs} | {of for _, of, _ in needs}
+    if not made & (read | {name for t in recipe.terms() for name in t.uses}):
+        raise InputError(
+            f"preparation={part.name} makes {', '.join(sorted(made))}, which no term of {recipe.name!r} reads.",
+            "Use preparation=none, or a term that reads it.",
+        )
+
+
 def _check_sides(recipe: Recipe) -> None:
     """Rules that join a forget and a retain side need both."""
     rules = []
@@ -47,6 +68,8 @@ def _check_sides(recipe: Recipe) -> None:
                 "Use gradient=plain, or another schedule.",
             )
         rules.append("schedule=turns")
+    if recipe.schedule.name == "repair":
+        rules.append("schedule=repair")
     if recipe.gradient.by_term:
         rules.append(f"gradient={recipe.gradient.name}")
     if recipe.balance.name != "fixed":

@@ -9,6 +9,7 @@ from expunge.engine.balance import FixedBalance
 from expunge.engine.gradient import Plain
 from expunge.engine.parameters import AllParameters
 from expunge.engine.parts import Balance, Finish, Gradient, Parameters, Penalty, Recipe, Schedule, Term
+from expunge.engine.preparation import Preparation
 from expunge.engine.schedule import Adaptive
 
 
@@ -17,6 +18,7 @@ def compose(
     *,
     forget: Sequence[Term] = (),
     retain: Sequence[Term] = (),
+    preparation: Preparation | None = None,
     parameters: Parameters | None = None,
     gradient: Gradient | None = None,
     balance: Balance | None = None,
@@ -32,6 +34,7 @@ def compose(
         forget=tuple(forget),
         retain=tuple(retain),
         reference=reference,
+        preparation=preparation,
         parameters=parameters or AllParameters(),
         gradient=gradient or Plain(),
         balance=balance or FixedBalance(),

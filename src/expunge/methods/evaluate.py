@@ -16,8 +16,10 @@ From models and records::
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +29,19 @@ from torch import Tensor, nn
 from expunge.adapters.base import Adapter, Batch, Example, Outputs
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
+from expunge.engine.options import Engine
 from expunge.engine.parts import Need, Recipe, Views
+from expunge.engine.preparation import run_preparation
 from expunge.methods.alternatives import alternatives as make_alternatives
 from expunge.methods.alternatives import kind_for
 from expunge.methods.recipe import build
 
-_MODELS = {Of.CURRENT: "the model", Of.REFERENCE: "the reference", Of.INCOMPETENT: "an incompetent teacher"}
+_MODELS = {
+    Of.CURRENT: "the model",
+    Of.REFERENCE: "the reference",
+    Of.INCOMPETENT: "an incompetent teacher",
+    Of.ORACLE: "an oracle",
+}
 IGNORE = -100  #: label of a position that is not supervised
 
 
@@ -48,6 +57,7 @@ class Given:
         reference_features: the same of the frozen target.
         attention_mask: 1 at real tokens, ``[B, T]``; none: all are real. Only terms on features look at it.
         incompetent_logits: of a network that has learnt nothing, ``[B, T, V]``.
+        oracle_logits: of a model that never saw the forget set, ``[B, T, V]``.
     """
 
     logits: Tensor
@@ -57,6 +67,7 @@ class Given:
     reference_features: Mapping[str, Tensor] | None = None
     attention_mask: Tensor | None = None
     incompetent_logits: Tensor | None = None
+    oracle_logits: Tensor | None = None
 
 
 def loss_terms(
@@ -79,6 +90,9 @@ def loss_terms(
         InputError: a term reads something that was not given, or shapes do not match.
     """
     recipe = build(recipe) if isinstance(recipe, str) else recipe
+    used = sorted(name for t in recipe.terms() for name in t.uses)
+    if used:
+        raise InputError(f"{recipe.name!r} reads what a preparation makes ({', '.join(used)}).", "Use loss_on, which runs it.")
     given = {Stream.FORGET: forget, Stream.RETAIN: retain, Stream.ALTERNATIVE: alternative}
     layers = tuple(next((g.features for g in given.values() if g is not None and g.features), {}))
     outputs: dict[tuple[Stream, Of], Outputs] = {}
@@ -90,6 +104,7 @@ def loss_terms(
             outputs[stream, Of.CURRENT] = flat.outputs(tensors.logits, tensors.features)
             outputs[stream, Of.REFERENCE] = flat.outputs(tensors.reference_logits, tensors.reference_features)
             outputs[stream, Of.INCOMPETENT] = flat.outputs(tensors.incompetent_logits, None)
+            outputs[stream, Of.ORACLE] = flat.outputs(tensors.oracle_logits, None)
     for need in sorted(_needs(recipe, layers)):
         _check_given(recipe, need, outputs)
     return combine(recipe, Views(outputs, layers), examples)
@@ -104,6 +119,7 @@ def loss_on(
     *,
     alternatives: Sequence[Any] | None = None,
     incompetent: Adapter | None = None,
+    oracle: Adapter | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Every term of a recipe on given models and records, each stream in one batch; see :func:`loss_terms` for the result.
@@ -118,7 +134,8 @@ def loss_on(
         retain: records to keep.
         alternatives: one other answer (or class) per forget record; none: made as the method does by default.
         incompetent: holds a network that has learnt nothing, for recipes that read it.
-        seed: of the choice of alternatives.
+        oracle: holds a model that never saw the forget set, for recipes that read it.
+        seed: of the choice of alternatives, and of the recipe's preparation, which is run on the model as it is.
 
     Raises:
         InputError: the recipe reads records or a reference that were not given.
@@ -126,33 +143,41 @@ def loss_on(
     recipe = build(recipe) if isinstance(recipe, str) else recipe
     needs = recipe.needs(adapter.layers())
     examples = {Stream.FORGET: [adapter.encode(r) for r in forget], Stream.RETAIN: [adapter.encode(r) for r in retain]}
-    if any(stream is Stream.ALTERNATIVE for stream, _, _ in needs):
+    if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
         answers = alternatives or make_alternatives(
             forget, kind_for(recipe.name, "auto", forget), seed, classes=adapter.n_classes
         )
         pairs = zip(forget, answers, strict=True)
         examples[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alternative") for r, a in pairs]
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = run_preparation(recipe.preparation, adapter, examples, Engine(seed=seed), scratch=Path(scratch))
+    examples = {s: list(e) for s, e in prepared.examples.items()}
     outputs: dict[tuple[Stream, Of], Outputs] = {}
     for stream, of in sorted({(s, of) for s, of, _ in needs}):
-        holder = {Of.CURRENT: adapter, Of.REFERENCE: reference, Of.INCOMPETENT: incompetent}[of]
+        want = frozenset(v for s, o, v in needs if s is stream and o is of)
+        if of in prepared.sources:
+            batch = adapter.collate(examples[stream]).to(_device(adapter.model))
+            outputs[stream, of] = prepared.sources[of].outputs(adapter.model, batch, want)
+            continue
+        holder = {Of.CURRENT: adapter, Of.REFERENCE: reference, Of.INCOMPETENT: incompetent, Of.ORACLE: oracle}[of]
         if holder is None:
             raise InputError(
                 f"{recipe.name!r} reads {_MODELS[of]}, and none was given.", f"Give an adapter that holds it: {of}=..."
             )
         if not examples[stream]:
             raise InputError(f"{recipe.name!r} reads {stream} records, and none were given.")
-        want = frozenset(v for s, o, v in needs if s is stream and o is of)
         batch = holder.collate(examples[stream]).to(_device(holder.model))
         with torch.set_grad_enabled(of is Of.CURRENT and torch.is_grad_enabled()):
             outputs[stream, of] = holder.forward(holder.model, batch, want)
-    return combine(recipe, Views(outputs, adapter.layers()), examples)
+    return combine(recipe, Views(outputs, adapter.layers(), prepared.made), examples)
 
 
 def combine(recipe: Recipe, views: Views, examples: Mapping[Stream, Sequence[Example]]) -> dict[str, Tensor]:
     """Mean of every term and the weighted total, from views that hold all that the terms read."""
     out: dict[str, Tensor] = {}
     parts: list[Tensor] = []
-    coefficients = recipe.balance.coefficients({})
+    sizes = [len(examples.get(stream, ())) for stream in (Stream.FORGET, Stream.RETAIN)]
+    coefficients = recipe.balance.coefficients({}, sizes[0] / max(1, sum(sizes)))
     for side, terms, coefficient in zip(("forget", "retain"), (recipe.forget, recipe.retain), coefficients, strict=True):
         for term in terms:
             mean = term.values(views).sum() / max(1, term.count(examples[term.stream]))

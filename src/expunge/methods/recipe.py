@@ -28,12 +28,14 @@ from expunge.engine.penalty import PENALTIES
 from expunge.engine.schedule import SCHEDULES
 from expunge.methods.check import check
 from expunge.methods.compose import compose
+from expunge.methods.preparations.registry import PREPARATIONS
 from expunge.methods.registry import METHODS, TERMS, Method
 
 Spec = dict[str, Any]
 
 TERM_SLOTS = ("forget", "retain")
 PART_SLOTS: dict[str, Registry[Any]] = {
+    "preparation": PREPARATIONS,
     "parameters": PARAMETERS,
     "gradient": GRADIENTS,
     "balance": BALANCES,
@@ -41,6 +43,7 @@ PART_SLOTS: dict[str, Registry[Any]] = {
     "penalty": PENALTIES,
     "finish": FINISHES,
 }
+OPTIONAL_SLOTS = ("preparation", "penalty", "finish")
 CHOICE_SLOTS = ("reference", "start")
 SLOTS = (*TERM_SLOTS, *PART_SLOTS, *CHOICE_SLOTS)
 
@@ -48,10 +51,10 @@ SLOTS = (*TERM_SLOTS, *PART_SLOTS, *CHOICE_SLOTS)
 def build(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a method, with overrides; ``custom`` starts from nothing but the defaults of the parts.
 
-    A key is a slot (``forget``, ``retain``, ``parameters``, ``gradient``, ``balance``, ``schedule``, ``penalty``, ``finish``,
-    ``reference``, ``start``) or the name of a field that one part of the recipe has. A slot takes the name of a part, a mapping
-    (with a ``name``: that part; without: changes the part that is there), ``none``, and for terms a list of these. Dotted keys
-    nest.
+    A key is a slot (``forget``, ``retain``, ``preparation``, ``parameters``, ``gradient``, ``balance``, ``schedule``,
+    ``penalty``, ``finish``, ``reference``, ``start``) or the name of a field that one part of the recipe has. A slot takes the
+    name of a part, a mapping (with a ``name``: that part; without: changes the part that is there), ``none``, and for terms a
+    list of these. Dotted keys nest.
 
     Raises:
         InputError: an unknown or ambiguous key, a value out of range, or parts that do not work together.
@@ -135,7 +138,7 @@ def _is_none(value: Any) -> bool:
 
 def _part(slot: str, held: Spec | None, value: Any) -> Spec | None:
     if _is_none(value):
-        if slot not in ("penalty", "finish"):
+        if slot not in OPTIONAL_SLOTS:
             raise InputError(f"{slot} cannot be none.", f"Known: {', '.join(PART_SLOTS[slot].names())}.")
         return None
     if isinstance(value, str):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from expunge.core.access import Stream
+from expunge.core.access import Of, Stream
 from expunge.core.registry import Registry, origin_of
 from expunge.engine.parts import Paper, Recipe, Schedule, Term
 
@@ -16,7 +16,7 @@ T = TypeVar("T", bound=Term)
 TERMS: Registry[type[Term]] = Registry("loss term", "expunge.methods.terms", "expunge.terms")
 
 
-Want = Literal["retain", "alternatives", "base"]
+Want = Literal["retain", "alternatives", "holdout", "base", "oracle"]
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,28 @@ class Method:
 
     @property
     def wants(self) -> tuple[Want, ...]:
-        """What it needs beyond the forget set, derived from its parts: retain data, alternative answers, the untrained base."""
+        """What it needs beyond the forget set, derived from its parts; see :func:`wants`."""
         return wants(self.build())
 
 
 def wants(recipe: Recipe) -> tuple[Want, ...]:
-    """What a recipe needs beyond the target and the forget set: retain data, alternative answers, the untrained base."""
-    streams = {t.stream for t in recipe.terms()}
+    """What a recipe needs beyond the target and the forget set: retain data, alternative answers, the untrained base, an oracle.
+
+    What its preparation makes is not asked for.
+    """
     # Which blocks a term names does not matter for the streams it reads, so any list that is long enough will do.
-    streams |= {stream for stream, _, _ in recipe.needs(PLACEHOLDER_LAYERS)}
+    streams = recipe.streams(PLACEHOLDER_LAYERS)
     found: list[Want] = []
     if Stream.RETAIN in streams:
         found.append("retain")
     if Stream.ALTERNATIVE in streams:
         found.append("alternatives")
+    if Stream.VALIDATION in streams:
+        found.append("holdout")
     if recipe.start == "initial":
         found.append("base")
+    if Of.ORACLE in recipe.models(PLACEHOLDER_LAYERS):
+        found.append("oracle")
     return tuple(found)
 
 

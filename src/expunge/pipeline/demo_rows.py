@@ -29,11 +29,12 @@ from expunge.pipeline.workers import Job, run_jobs
 
 ENTRY = "expunge.pipeline.demo_rows:digits"
 TRAINED, WRONG, RANDOM = 1000, 50, 50  #: rows trained on; of these mislabelled; and to be forgotten at random
-RETRAINED, REFERENCES = 3, 12
+RETRAINED, REFERENCES = 5, 12
 
 #: A dozen methods. Fine-tuning and l1-sparse run at the rate of the original training: hot enough to leave its weights behind.
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "finetune": {"schedule": {"name": "fixed", "lr": 3e-3, "epochs": None, "steps": 400, "batch": 100, "warmup": 0}},
+    "retrain": {"schedule": {"name": "fixed", "lr": 3e-3, "epochs": None, "steps": 1200, "batch": 100, "warmup": 0}},
+    "finetune": {"schedule": {"name": "fixed", "lr": 1e-2, "epochs": None, "steps": 600, "batch": 100, "warmup": 0}},
     "l1-sparse": {"schedule": {"name": "fixed", "lr": 3e-3, "epochs": None, "steps": 400, "batch": 100, "warmup": 0}},
     "gradascent": {},
     "neggrad-plus": {},

@@ -25,9 +25,10 @@ from expunge.data.records import RecordSet
 from expunge.data.rows import Indices, Row
 from expunge.engine.ensemble import Ensemble
 from expunge.engine.loop import Progress
+from expunge.engine.tasks import Workers
 from expunge.pipeline.audit import DOCUMENT
 from expunge.pipeline.row_runs import KIND, RowsConfig, load_weights, sets_of
-from expunge.pipeline.supervised import Supervised, Workers, load_entry, member, target_of
+from expunge.pipeline.supervised import Supervised, member, target_of
 
 _SECOND = 1000  #: first seed of reference models, so that they share none with the retrained models that are judged
 
@@ -82,7 +83,7 @@ def plan(folder: Path, config: RowAuditConfig, problem: Supervised | None = None
     if entry.get("state") != "done":
         raise InputError(f"The run {str(folder)!r} has not finished.", f"Go on: expunge unlearn ... --out {folder} --resume.")
     unlearning = RowsConfig(**run.manifest["config"])
-    held = load_entry(unlearning.model) if problem is None else problem
+    held = unlearning.load() if problem is None else problem
     chosen = unlearning.choose(held.data)
     now = {"rows": held.data.rows().digest, "forget": held.data.rows(chosen).digest}
     if entry["inputs"]["data"] != now:

@@ -18,14 +18,17 @@ from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.records import RecordSet
 from expunge.data.rows import Indices, Row, Table
-from expunge.engine.edit import Edit, apply_edit
-from expunge.engine.loop import Outcome, Progress, train, write_log_summary
+from expunge.data.tables import Reading
+from expunge.engine.edit import Edit
+from expunge.engine.loop import Outcome, Progress, write_log_summary
+from expunge.engine.members import Training
 from expunge.engine.options import Engine
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory
+from expunge.pipeline.problems import load_problem
 from expunge.pipeline.processes import drop_checkpoint
-from expunge.pipeline.rows import RowPlan, plan_rows
-from expunge.pipeline.supervised import Supervised, load_entry, target_of
+from expunge.pipeline.rows import RowPlan, plan_rows, run_rows
+from expunge.pipeline.supervised import Supervised, target_of
 
 KIND = "unlearn-rows"
 
@@ -35,7 +38,14 @@ class RowsConfig(Settings):
 
     name: ClassVar[str] = "unlearn-rows"
 
-    model: str = Field(description="package.module:function or file.py:function that returns expunge.Supervised")
+    model: str = Field(
+        description="package.module:function or file.py:function that returns expunge.Supervised; or a transformers classifier"
+    )
+    data: str | None = Field(None, description="rows that a transformers classifier was trained on")
+    holdout: str | None = Field(None, description="rows that a transformers classifier was never trained on")
+    reading: Reading = Field(default_factory=Reading, description="which column of the rows is what")
+    training: Training | None = Field(None, description="how a transformers classifier was trained, to retrain it")
+    base: str | None = Field(None, description="what the training of a transformers classifier began from; none: fresh weights")
     ids: tuple[str, ...] | None = Field(None, description="ids of the rows to forget")
     classes: tuple[str, ...] | None = Field(None, description="classes to forget as a whole")
     where: str | None = Field(None, description="condition on the columns, such as \"age < 18 and city == 'Graz'\"")
@@ -48,6 +58,16 @@ class RowsConfig(Settings):
     allow_overlap: bool = Field(False, description="go on although equal rows are to be forgotten and to be kept")
     allow_large_forget: bool = Field(False, description="go on although there is more to forget than to keep")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
+
+    def load(self) -> Supervised:
+        """The model with its rows.
+
+        Raises:
+            InputError: see :func:`~expunge.pipeline.problems.load_problem`.
+        """
+        return load_problem(
+            self.model, data=self.data, holdout=self.holdout, reading=self.reading, training=self.training, base=self.base
+        )
 
     def choose(self, data: Table) -> Indices:
         """Indices of the rows to forget.
@@ -88,7 +108,7 @@ def plan(config: RowsConfig, problem: Supervised | None = None, *, progress: Pro
     Raises:
         InputError: anything does not fit; nothing was changed.
     """
-    held = load_entry(config.model) if problem is None else problem
+    held = config.load() if problem is None else problem
     chosen = config.choose(held.data)
     model = target_of(held, progress=progress)
     adapter = held.adapter(model, dropout=config.engine.dropout)
@@ -131,10 +151,10 @@ def execute(made: RowRunPlan, out: Path, *, resume: bool = False, progress: Prog
     )
 
     def work() -> dict[str, Any]:
-        outcome = _outcome(rows, out, resume, progress)
+        outcome = run_rows(rows, folder=out, cache=cache_folder() / "references", resume=resume, progress=progress)
         result = save_rows(rows.adapter, outcome, out)
         goal = rows.goal.model_dump() if rows.goal else None
-        return result | {"recipe": rows.method.spec(), "goal": goal, "notes": rows.notes}
+        return result | {"recipe": rows.method.spec(), "goal": goal, "notes": [*rows.notes, *outcome.notes]}
 
     log = [] if isinstance(rows.method, Edit) else ["log.jsonl"]
     result = run.stage("unlearn", inputs, work, ["model", "training.json", *log])
@@ -142,15 +162,6 @@ def execute(made: RowRunPlan, out: Path, *, resume: bool = False, progress: Prog
     if result["reason"] == "diverged":
         raise Destroyed(result["sentence"])
     return run
-
-
-def _outcome(rows: RowPlan, out: Path, resume: bool, progress: Progress | None) -> Outcome:
-    if isinstance(rows.method, Edit):
-        return apply_edit(rows.adapter, rows.method, rows.examples, rows.engine, progress=progress)
-    return train(
-        rows.adapter, rows.method, rows.examples, rows.engine, goal=rows.goal, folder=out,
-        cache=cache_folder() / "references", resume=resume, progress=progress,
-    )  # fmt: skip
 
 
 def save_rows(adapter: SupervisedAdapter, outcome: Outcome, out: Path) -> dict[str, Any]:

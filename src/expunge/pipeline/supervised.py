@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from expunge.adapters.estimators import estimator_network, is_estimator
 from expunge.adapters.supervised import SupervisedAdapter
 from expunge.core.errors import InputError, nearest
 from expunge.core.runs import cache_folder
@@ -22,9 +23,8 @@ from expunge.data.rows import Indices, Table
 from expunge.engine.ensemble import Ensemble, train_ensemble
 from expunge.engine.loop import Progress
 from expunge.engine.members import Members, Spec, Training
+from expunge.engine.tasks import Workers
 from expunge.pipeline.rows import open_rows
-
-Workers = Literal["local", "ray"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Supervised:
     ...         build=lambda: nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)),
     ...         training=expunge.Training(steps=400, batch=128, lr=1e-3),
     ...     )
+
+    All models may also be scikit-learn estimators that are networks (:mod:`expunge.adapters.estimators`).
 
     Attributes:
         data: all rows that it was trained on.
@@ -154,7 +156,8 @@ class Supervised:
             progress(*at)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.fit(self.build(), self.data.subset(kept), seed)
+            made = self.fit(self.build(), self.data.subset(kept), seed)
+        return estimator_network(made, self.data.classes) if is_estimator(made) else made
 
 
 def member(problem: Supervised, held: list[nn.Module] | Ensemble, i: int) -> nn.Module:

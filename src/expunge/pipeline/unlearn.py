@@ -12,7 +12,7 @@ import numpy as np
 from expunge.adapters.base import Example
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.memory import training_memory
-from expunge.core.access import Stream
+from expunge.core.access import Of, Stream
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import check_room, check_writable, empty
 from expunge.core.runs import Run, cache_folder
@@ -151,14 +151,15 @@ def plan(
     if method in EDITS.names():
         return _plan_edit(adapter, request, EDITS.get(method)(**nest(dict(parts))), engine, notes)
     recipe = build_recipe(method, parts)
-    _check_sides(method, recipe, request.retain is not None, base is not None)
+    _check_sides(method, recipe, retain=request.retain is not None, holdout=request.holdout is not None, base=base is not None)
     if recipe.start == "initial" and base is not None:
         adapter = base
+    _check_models(recipe, adapter)
     needs = recipe.needs(adapter.layers())
     examples: dict[Stream, list[Example]] = {Stream.FORGET: [adapter.encode(r) for r in request.forget]}
     if request.retain is not None:
         examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
-    if any(s is Stream.ALTERNATIVE for s, _, _ in needs):
+    if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
         answers = alternatives(request.forget, kind_for(method, how, request.forget), engine.seed, template=template)
         examples[Stream.ALTERNATIVE] = [
             adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(request.forget, answers, strict=True)
@@ -166,6 +167,8 @@ def plan(
     if isinstance(recipe.schedule, Adaptive) and recipe.forget and request.holdout is None:
         notes.append("No holdout was given: the goal is estimated on retain records with swapped answers, an upper estimate.")
     goal_records = split_holdout(request.holdout, engine.seed)[0].records if request.holdout is not None else ()
+    if Stream.VALIDATION in recipe.schedule.reads:
+        examples[Stream.VALIDATION] = [adapter.encode(r) for r in goal_records]
     kind = choose(recipe, needs)
     parameters = sum(p.numel() for p in adapter.model.parameters())
     lora = recipe.parameters.name == "lora"
@@ -214,12 +217,25 @@ def check_method(config: UnlearnConfig) -> None:
             raise InputError(f"The method {edit.name!r} reads a retain set, and none was given.", "Give --retain DATA.")
         return
     recipe = build_recipe(config.method, config.parts)
-    _check_sides(config.method, recipe, config.retain is not None, config.base is not None)
+    _check_sides(
+        config.method, recipe, retain=config.retain is not None, holdout=config.holdout is not None, base=config.base is not None
+    )
 
 
-def _check_sides(method: str, recipe: Recipe, retain: bool, base: bool) -> None:
+def _check_models(recipe: Recipe, adapter: LanguageAdapter) -> None:
+    """A language model's oracle comes from a file: there is no second model in a request."""
+    if Of.ORACLE in recipe.models(adapter.layers()):
+        raise InputError(
+            f"The method {recipe.name!r} reads an oracle: what a model trained without the forget set says.",
+            "Give it: preparation=given-outputs preparation.file=FILE.npz.",
+        )
+
+
+def _check_sides(method: str, recipe: Recipe, *, retain: bool, holdout: bool, base: bool) -> None:
     if recipe.start == "initial" and not base:
         raise InputError(f"The method {method!r} starts from the untrained base model.", "Give it: --base MODEL.")
+    if Stream.VALIDATION in recipe.schedule.reads and not holdout:
+        raise InputError(f"The method {method!r} chooses by held-out data, and none were given.", "Give --holdout DATA.")
     if recipe.retain and not retain:
         raise InputError(
             f"The method {method!r} keeps a retain set, and none was given.", "Give --retain DATA, or choose retain=none."

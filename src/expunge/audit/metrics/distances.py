@@ -91,7 +91,9 @@ class Klom(_Referenced):
     paper: ClassVar[Paper] = KLOM
     evaluate = staticmethod(klom)
 
-    bins: int = Field(20, ge=2, description="bins over the joint range of the margins")
+    bins: int | None = Field(
+        None, ge=2, description="bins over the joint range of the margins; none: a fourth of the reference models, 2 to 20"
+    )
 
     def direction_on(self, evidence: Evidence, name: str) -> Direction:
         """Best at the floor, on every set."""
@@ -99,7 +101,8 @@ class Klom(_Referenced):
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
         """The divergence of each row."""
-        found = klom(evidence.outputs(label, name).margins[None], references_of(evidence).retrained[name], bins=self.bins)
+        held = references_of(evidence).retrained[name]
+        found = klom(evidence.outputs(label, name).margins[None], held, bins=self._bins(len(held)))
         return Values(found, np.isfinite(found))
 
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
@@ -109,14 +112,19 @@ class Klom(_Referenced):
             name = key.partition(".")[0]
             floor = evidence.memo(("klom floor", name, self.bins), lambda name=name: self._floor(evidence, name))  # type: ignore[misc]
             count = references_of(evidence).count[0]
-            note = f"floor {floor:.2f}: what one of {count} retrained reference models gets against the others"
+            note = f"floor {floor:.2f}: what one of {count} retrained models gets against the others; {self._bins(count)} bins"
             out[key] = number.model_copy(update={"note": note})
         return out
 
     def _floor(self, evidence: Evidence, name: str) -> float:
         margins = references_of(evidence).retrained[name]
-        each = [klom(margins[i : i + 1], np.delete(margins, i, axis=0), bins=self.bins).mean() for i in range(len(margins))]
+        bins = self._bins(len(margins))
+        each = [klom(margins[i : i + 1], np.delete(margins, i, axis=0), bins=bins).mean() for i in range(len(margins))]
         return float(np.mean(each))
+
+    def _bins(self, models: int) -> int:
+        """With 20 bins a dozen models leave most empty, and the floor would hide everything."""
+        return self.bins or min(20, max(2, models // 4))
 
 
 @metric

@@ -34,6 +34,11 @@ _HELP = """Make a model forget a set of records.
       expunge unlearn clinic.risk:model --subject "patient 7" --out runs/p7
       expunge unlearn digits.py:problem --id 17 --id 99 --method ssd --out runs/ssd
       expunge unlearn clinic.risk:model --where "age < 18 and city == 'Graz'" --method finetune --out runs/minors
+    A transformers classifier of images or texts takes its rows from files (reading.KEY=VALUE says which column is what):
+      expunge unlearn my/vit --data photos --holdout unseen --class cat --method scrub --out runs/cat
+      expunge unlearn my/bert --data train.csv reading.text=review reading.target=stars --id 17 --out runs/review
+    A run of `expunge train ENTRY --method sisa` gives rows up in place:
+      expunge unlearn runs/sisa --id 17
 
     \b
     PARTS are key=value pairs: parameters of the method (beta=0.2) or parts of it (retain=kl, parameters=lora,
@@ -55,6 +60,9 @@ def unlearn(
     forget: Annotated[str | None, typer.Option(help="What to forget.", metavar="DATA")] = None,
     retain: Annotated[str | None, typer.Option(help="What to keep.", metavar="DATA")] = None,
     holdout: Annotated[str | None, typer.Option(help="Records that the model was never trained on.", metavar="DATA")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows that a transformers classifier was trained on: a table, or images.", metavar="DATA")
+    ] = None,
     ids: Annotated[
         list[str] | None,
         typer.Option("--id", help="Rows: id of one to forget; repeatable; @FILE: one on each line.", metavar="ID"),
@@ -116,11 +124,13 @@ def unlearn(
         "parts": overrides or None, "engine": engine or None, "text": text or None,
     }  # fmt: skip
     merged = merge({"parts": {}}, from_file(config) if config else {}, given)
-    if out is None:
-        raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")
     choice = {"ids": ids, "classes": classes, "where": where, "subjects": subjects}
+    if data is not None:
+        merged["data"] = data
     if is_rows(merged, choice):
         return unlearn_rows(merged, choice, out, resume=resume, dry_run=dry_run, output=output)
+    if out is None:
+        raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")
     if requests is None and retrain:
         raise InputError("--retrain belongs to --requests.", f"Retrain in the audit: expunge audit {out} --retrain {retrain}.")
     if requests is not None:

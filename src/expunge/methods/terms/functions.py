@@ -48,3 +48,8 @@ def suppress_target(logits: Tensor, targets: Tensor, strength: float) -> Tensor:
 def cross_entropy_to(target: Tensor, logits: Tensor) -> Tensor:
     """``-sum_v q_v log p_v`` of each row, ``[N]``; its gradient with respect to the logits is ``p - q``."""
     return F.cross_entropy(logits, target, reduction="none")
+
+
+def cosine_distance(one: Tensor, other: Tensor) -> Tensor:
+    """``1 - cos`` of each row, in [0, 2], ``[N]``."""
+    return 1 - F.cosine_similarity(one, other, dim=1)

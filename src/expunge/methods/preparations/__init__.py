@@ -1,0 +1,1 @@
+"""What methods make from the target and the data before training."""
