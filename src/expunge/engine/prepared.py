@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import abc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -121,6 +122,13 @@ class Job:
         now = time.perf_counter()
         self.record.spend(now - self._spent)
         self._spent = now
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Time that is no part of the cost: a process's first look at a library."""
+        begun = time.perf_counter()
+        yield
+        self._spent += time.perf_counter() - begun
 
 
 class Prepared(Settings, abc.ABC):
