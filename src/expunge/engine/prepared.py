@@ -8,6 +8,7 @@ function again goes on where it stopped, to the same bits.
 from __future__ import annotations
 
 import abc
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -173,6 +174,8 @@ class Prepared(Settings, abc.ABC):
             record = self._record(source, folder)
             if record.trained:
                 raise InputError(f"The folder {str(folder)!r} holds a finished training.", "Choose another, or delete from it.")
+            if record.plan["rows"] != json.loads(json.dumps(plan["rows"])):
+                raise InputError("The interrupted training was of other rows.", "Give the same, or choose another folder.")
             if record.without != gone:
                 raise InputError("The interrupted training left other rows out.", "Leave out the same, or choose another folder.")
         else:

@@ -58,6 +58,14 @@ def with_base() -> nn.Module:
     return model
 
 
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=3)
+    )
+
+
 class Blocks(nn.Module):
     """A plain network with a list of blocks."""
 
@@ -298,3 +306,18 @@ def test_any_network_with_a_list_of_blocks(tmp_path: Path) -> None:
             S3T(**settings).train(given, tmp_path / "bad")
     with pytest.raises(InputError, match="no list of blocks"):
         S3T(shards=1).train(Source(held, lambda: nn.Linear(8, 4), TRAINING), tmp_path / "bad")
+
+
+def test_token_ids(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    y, x = draw.integers(0, 3, 40), draw.integers(4, 30, (40, 6))
+    x[:, 2] = y + 1
+    given = Source(table(x, y), bert, Training(steps=24, batch=8, lr=1e-2))
+    method = S3T(shards=1, slices=2, chains=2, rank=4)
+    method.train(given, tmp_path / "run")
+    model = method.load(given, tmp_path / "run")
+    with torch.no_grad():
+        before = model(torch.from_numpy(x))
+        assert before.shape == (40, 3)
+        method.delete(given, tmp_path / "run", ["3"])
+        assert not torch.equal(before, method.load(given, tmp_path / "run")(torch.from_numpy(x)))

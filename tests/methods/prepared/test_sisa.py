@@ -235,6 +235,23 @@ def test_a_folder_is_not_overwritten_and_belongs_to_what_made_it(trained: Path, 
         METHOD.load(source(), other)
 
 
+def test_an_interrupted_training_goes_on_with_the_same_rows_alone(tmp_path: Path) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        METHOD.train(source(), tmp_path, without=["row9"], progress=stop)
+    with pytest.raises(InputError, match="was of other rows"):
+        METHOD.train(source(blobs(61)), tmp_path, without=["row9"])
+    with pytest.raises(InputError, match="left other rows out"):
+        METHOD.train(source(), tmp_path)
+    changed = blobs()
+    changed.inputs[int(rows_of(tmp_path, 0, 0)[0][3:])] += 1
+    with pytest.raises(InputError, match="not trained on these rows"):
+        METHOD.train(source(changed), tmp_path, without=["row9"])
+    METHOD.train(source(), tmp_path, without=["row9"])
+
+
 def test_requests_that_cannot_be_met_change_nothing(trained: Path) -> None:
     before = files(trained)
     for ids, said in (
