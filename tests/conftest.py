@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from expunge.data.sets.drawn import drawn_shapes
 from tests.digits import Digits, accuracy
+from tests.drawings import Drawings
 from tests.world import World
 
 
@@ -55,4 +57,16 @@ def digits(trained_models: Path) -> Digits:
     learnt = accuracy(held.target(), held.tables[0].rows())
     assert learnt > 0.98, f"the target has not learnt the digits: accuracy {learnt:.3f}"
     assert accuracy(held.retrained(), held.split()[0]) == 0, "the retrained network knows the class"
+    return held
+
+
+@pytest.fixture(scope="session")
+def drawings(trained_models: Path) -> Drawings:
+    """A tiny diffusion model that draws four shapes, crosses to be forgotten; model and judge are checked to know them."""
+    held = Drawings(trained_models)
+    unseen = drawn_shapes(50, seed=6)
+    told = held.judge.score(unseen.inputs.reshape(len(unseen), -1), unseen.targets)
+    assert told > 0.98, f"the judge cannot tell the shapes apart: {told:.3f}"
+    drawn = held.judged(held.target()).diagonal()
+    assert drawn.min() > 0.9, f"the target has not learnt to draw: {drawn}"
     return held

@@ -11,9 +11,17 @@ from expunge.core.access import Of, Stream
 from expunge.core.settings import Settings, describe_value
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
-from expunge.methods.catalogue import EditDescription, describe_edit, offers_needed, serves
+from expunge.methods.catalogue import (
+    EditDescription,
+    PreparedDescription,
+    describe_edit,
+    describe_prepared,
+    offers_needed,
+    serves,
+)
 from expunge.methods.compose import compose
 from expunge.methods.edits.registry import EDITS
+from expunge.methods.prepared.registry import PREPARED
 from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, TERMS, Method
 
 _WANTS = {
@@ -41,6 +49,9 @@ _PARTS = ("preparation", "parameters", "gradient", "balance", "schedule", "penal
 _PAGES = {p: _PLURALS.get(p, p + "s") for p in _PARTS}
 
 
+Other = EditDescription | PreparedDescription  #: a method without parts
+
+
 def built_in() -> list[Method]:
     """The methods that Expunge brings itself, by name: what other installed packages add is not documented here."""
     return [m for name, m in METHODS.items() if METHODS.origin(name) == "expunge"]
@@ -52,24 +63,27 @@ def pages() -> dict[str, str]:
     edits = [describe_edit(name) for name, _ in EDITS.items() if EDITS.origin(name) == "expunge"]
     out = {f"methods/{m.name}.md": _page(m) for m in known}
     out |= {f"methods/{e.name}.md": _edit_page(e) for e in edits}
-    out["methods/index.md"] = _overview(known, edits)
-    out["matrix.md"] = _matrix(known, edits)
-    out["papers.md"] = _papers(known, edits)
+    prepared = [describe_prepared(name) for name, _ in PREPARED.items() if PREPARED.origin(name) == "expunge"]
+    out |= {f"methods/{p.name}.md": _prepared_page(p) for p in prepared}
+    others: list[Other] = [*edits, *prepared]
+    out["methods/index.md"] = _overview(known, others)
+    out["matrix.md"] = _matrix(known, others)
+    out["papers.md"] = _papers(known, others)
     return out
 
 
-def _link(m: Method | EditDescription) -> str:
+def _link(m: Method | Other) -> str:
     return f"[`{m.name}`](methods/{m.name}.md)"
 
 
-def _overview(known: list[Method], edits: list[EditDescription]) -> str:
-    every: list[Method | EditDescription] = [*known, *edits]
+def _overview(known: list[Method], edits: list[Other]) -> str:
+    every: list[Method | Other] = [*known, *edits]
     rows = [
         [
             f"[`{m.name}`]({m.name}.md)",
             m.title,
             inline(m.text.split("\n\n")[0]),
-            ", ".join(m.wants) or "nothing more",
+            "the training itself" if isinstance(m, PreparedDescription) else ", ".join(m.wants) or "nothing more",
             str(m.paper.year),
         ]
         for m in sorted(every, key=lambda m: m.name)
@@ -78,7 +92,8 @@ def _overview(known: list[Method], edits: list[EditDescription]) -> str:
         "Methods",
         "A method is a named recipe: a choice of [parts](../parts/index.md) with the published coefficients. Any part can be "
         "replaced and any parameter changed on the command line, in YAML or from Python, and any crossing of parts runs. An "
-        "*edit* has no parts: it changes the weights at once, by a formula.",
+        "*edit* has no parts: it changes the weights at once, by a formula. A *prepared* method shapes the training, so that "
+        "rows can be taken out later, exactly or with a certificate.",
         table(["method", "title", "in one sentence", "needs besides the forget set", "year"], rows),
         "By default every recipe runs on the adaptive schedule, which finds its step size on the model at hand and stops when "
         "the forget set looks unseen; `schedule=paper` gives the published fixed one. See [schedules](../parts/schedules.md).",
@@ -129,6 +144,35 @@ def _edit_page(e: EditDescription) -> str:
         "\n".join(f"- {inline(c)}" for c in e.caveats),
         "## Parameters",
         parameters(EDITS.get(e.name)),
+    )
+
+
+def _prepared_page(p: PreparedDescription) -> str:
+    first, _, rest = p.text.partition("\n\n")
+    call = f"""from expunge.engine.prepared import Source
+from expunge.methods.prepared.registry import PREPARED
+
+method = PREPARED.get("{p.name}")()
+source = Source(data, build, training)  # the rows, what makes the untrained model, and how it is trained
+method.train(source, "folder")
+report = method.delete(source, "folder", ["row 7"])
+model = method.load(source, "folder")"""
+    return page(
+        f"{p.title} (`{p.name}`)",
+        inline(" ".join(first.split())),
+        code(p.formula),
+        inline(rest),
+        f"Source: {cite(p.paper)}",
+        "## What is promised",
+        inline(p.guarantee),
+        "## Use",
+        "On rows, from Python ([how](../howto/prepared.md)):\n\n" + code(call, "python"),
+        "## What it needs",
+        f"- The training itself: rows are taken out of what it has trained.\n- It reads: {', '.join(p.needs)} of the model.",
+        "## Caveats",
+        "\n".join(f"- {inline(c)}" for c in p.caveats),
+        "## Parameters",
+        parameters(PREPARED.get(p.name)),
     )
 
 
@@ -213,7 +257,7 @@ def _flat(held: object) -> list[tuple[str, object]]:
     return list(held.items()) if isinstance(held, dict) else [("name", held)]
 
 
-def _matrix(known: list[Method], edits: list[EditDescription]) -> str:
+def _matrix(known: list[Method], edits: list[Other]) -> str:
     modalities = [name for name, _ in ADAPTERS.items() if ADAPTERS.origin(name) == "expunge"]
     rows = []
     for m in known:
@@ -234,9 +278,9 @@ def _matrix(known: list[Method], edits: list[EditDescription]) -> str:
     )
 
 
-def _papers(known: list[Method], edits: list[EditDescription]) -> str:
+def _papers(known: list[Method], edits: list[Other]) -> str:
     rows = [[cite(m.paper), _link(m), f"`--method {m.name} schedule=paper`"] for m in known]
-    rows += [[cite(e.paper), _link(e), f"`--method {e.name}`"] for e in edits]
+    rows += [[cite(e.paper), _link(e), _how(e)] for e in edits]
     rows += [[text, link, f"`{how}`"] for text, link, how in _other_papers()]
     return page(
         "Papers",
@@ -247,6 +291,10 @@ def _papers(known: list[Method], edits: list[EditDescription]) -> str:
         "The full command is `expunge unlearn MODEL --forget DATA --retain DATA --method NAME --out RUN schedule=paper`.",
         f"Loss terms that no method above uses by default, to be crossed with anything: {_free_terms(known)}.",
     )
+
+
+def _how(e: Other) -> str:
+    return f"`{e.name}` from Python" if isinstance(e, PreparedDescription) else f"`--method {e.name}`"
 
 
 def _other_papers() -> list[tuple[str, str, str]]:

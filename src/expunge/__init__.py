@@ -15,6 +15,11 @@ _LAZY = {
     "unlearn_rows": "expunge.api:unlearn_rows",
     "audit_model": "expunge.api:audit_model",
     "table": "expunge.data.rows:table",
+    "worst_rows": "expunge.pipeline.worst_case:worst_rows",
+    "read_table": "expunge.data.tables:read_table",
+    "ShardedEstimator": "expunge.methods.prepared.estimators:ShardedEstimator",
+    "Supervised": "expunge.pipeline.supervised:Supervised",
+    "Training": "expunge.engine.members:Training",
     "load": "expunge.data.sources:load",
     "build_recipe": "expunge.methods.recipe:build",
     "loss_terms": "expunge.methods.evaluate:loss_terms",
@@ -30,13 +35,21 @@ if TYPE_CHECKING:
     from expunge.audit.metrics.registry import METRICS
     from expunge.data.rows import table
     from expunge.data.sources import load
+    from expunge.data.tables import read_table
+    from expunge.engine.members import Training
     from expunge.methods.evaluate import loss_on, loss_terms
+    from expunge.methods.prepared.estimators import ShardedEstimator
     from expunge.methods.recipe import build as build_recipe
     from expunge.methods.registry import METHODS
+    from expunge.pipeline.supervised import Supervised
+    from expunge.pipeline.worst_case import worst_rows
 
 __all__ = [
     "METHODS",
     "METRICS",
+    "ShardedEstimator",
+    "Supervised",
+    "Training",
     "__version__",
     "audit_model",
     "build_recipe",
@@ -44,9 +57,11 @@ __all__ = [
     "load",
     "loss_on",
     "loss_terms",
+    "read_table",
     "table",
     "unlearn",
     "unlearn_rows",
+    "worst_rows",
 ]
 
 

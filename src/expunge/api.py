@@ -118,7 +118,8 @@ def unlearn_rows(
     >>> done = expunge.unlearn_rows(model, data, subjects=["patient 7"], holdout=unseen, method="scrub")
 
     Args:
-        model: any torch module that returns one score per class, or one number, for each row; or a transformers classifier.
+        model: any torch module that returns one score per class, or one number, for each row; a transformers classifier; or a
+            scikit-learn estimator that is a network (:mod:`expunge.adapters.estimators`), which gets the new weights at the end.
         data: all rows that it was trained on, as :func:`table` makes them.
         ids, classes, where, subjects: which rows to forget, see :meth:`expunge.data.rows.Table.select`; at least one of them.
         method: name of a method (see ``expunge methods --matrix``), or ``custom``.
@@ -141,6 +142,7 @@ def unlearn_rows(
     Raises:
         InputError: something does not fit; nothing was changed.
     """
+    from expunge.adapters.estimators import is_estimator, write_back
     from expunge.engine.options import Engine
     from expunge.pipeline.rows import open_rows, plan_rows, run_rows
 
@@ -154,6 +156,8 @@ def unlearn_rows(
         allow_overlap=allow_overlap, allow_large_forget=allow_large_forget,
     )  # fmt: skip
     outcome = run_rows(made, progress=progress)
+    if is_estimator(model):
+        write_back(model, outcome.model)
     outcome.notes = made.notes + outcome.notes
     return outcome
 

@@ -130,9 +130,13 @@ def test_classifiers_of_transformers_by_the_name_of_their_input() -> None:
     adapter = ClassifierAdapter(text, ["a", "b", "c"])
     rows = [Row("long", np.arange(1, 9), 0), Row("short", np.arange(1, 4), 2)]
     together = adapter.forward(text, batch_of(adapter, rows), frozenset({"logits"})).logits
+    table = [Row("long", np.arange(1, 11), 0), Row("short", np.array([1, 2, 3, *[-1] * 7]), 2)]
+    assert batch_of(adapter, table[1:]).tensors["input_ids"].shape == (1, 3)
+    filled = adapter.forward(text, batch_of(adapter, table), frozenset({"logits"})).logits
     for i, row in enumerate(rows):  # padding changes nothing
         alone = adapter.forward(text, batch_of(adapter, [row]), frozenset({"logits"})).logits
         torch.testing.assert_close(together[i], alone[0])
+    torch.testing.assert_close(filled[1], together[1])
     image = transformers.ViTForImageClassification(
         transformers.ViTConfig(
             image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,

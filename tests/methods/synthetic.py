@@ -58,6 +58,8 @@ def outputs(items: Sequence[One], logits: Tensor | None, states: Tensor | None) 
     values: dict[str, Tensor] = {}
     if logits is not None:
         values["logits"] = logits
+        values["numbers"] = logits[:, 0]
+        values |= {f"maps:{name}": logits.square() for name in LAYERS}
         values["losses"] = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     if states is not None:
         values |= {f"features:{name}": states for name in LAYERS}

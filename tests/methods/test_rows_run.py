@@ -34,7 +34,10 @@ FORGETTING = (
     "satimp", "scrub", "simnpo", "undial", "wga",
 )  # fmt: skip
 
-SMALL = {"dmm": {"preparation": {"models": 16, "training": {"steps": 5, "batch": 50, "lr": 1e-3}}}}
+SMALL = {
+    "dmm": {"preparation": {"models": 16, "training": {"steps": 5, "batch": 50, "lr": 1e-3}}},
+    "concept-poison": {"preparation": {"rows": "all"}},  # concepts are labelled in a file
+}
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

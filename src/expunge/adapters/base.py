@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,7 +102,8 @@ class Outputs:
         batch_ids: ids of the examples covered (B).
         targets, owner, position: as in :class:`Batch`, with ``owner`` counted from this view's first example.
         counts: targets per example.
-        values: ``losses`` float32 ``[N]``; ``logits`` float32 ``[N, V]``; ``features:<layer>`` ``[M, D]``.
+        values: ``losses`` float32 ``[N]``; ``logits`` float32 ``[N, V]``; ``numbers`` ``[N]``; ``features:<layer>`` ``[M, D]``;
+            ``maps:<layer>`` ``[N, P]``.
         token_owner, token_supervised, token_counts: as in :class:`Batch`, for features.
     """
 
@@ -141,6 +143,15 @@ class Outputs:
     def features(self, layer: str) -> Tensor:
         """Hidden states after ``layer`` at every real input token, ``[M, D]``."""
         return self.values[f"features:{layer}"]
+
+    @property
+    def numbers(self) -> Tensor:
+        """The number predicted for each target, ``[N]``."""
+        return self.values["numbers"]
+
+    def maps(self, layer: str) -> Tensor:
+        """Squared activations after ``layer``, the mean over channels at each of P places (of a vector: as is), ``[N, P]``."""
+        return self.values[f"maps:{layer}"]
 
     def per_example(self, per_target: Tensor) -> Tensor:
         """Sum a per-target tensor ``[N]`` by example, ``[B]``; examples without targets get 0."""
@@ -187,6 +198,7 @@ class Adapter(abc.ABC):
 
     modality: ClassVar[str]
     offers: ClassVar[frozenset[Offer]]
+    draws_anew: ClassVar[bool] = False  #: whether :meth:`drawing` changes an example's losses: none may be stored then
     model: nn.Module
 
     @property
@@ -207,6 +219,14 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Put examples into one batch (right padding)."""
+
+    def drawing(self, seed: int, step: int) -> AbstractContextManager[None]:
+        """While open, batches are collated for a training step.
+
+        What a modality draws at random (noise) then depends on seed, step and example; outside, on the example alone, so that
+        what is measured can be measured again. Most modalities draw nothing.
+        """
+        return nullcontext()
 
     @abc.abstractmethod
     def forward(self, model: nn.Module, batch: Batch, want: frozenset[str]) -> Outputs:

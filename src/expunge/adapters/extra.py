@@ -10,16 +10,16 @@ from typing import Any
 from expunge.core.errors import MissingExtra
 
 
-def need(module: str, feature: str) -> Any:
+def need(module: str, feature: str, extra: str = "llm") -> Any:
     """An optional library, by its name.
 
     Raises:
-        MissingExtra: it is not installed; ``feature`` says what needs it.
+        MissingExtra: it is not installed; ``feature`` says what needs it, ``extra`` what to install.
     """
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise MissingExtra(feature, "llm") from None
+        raise MissingExtra(feature, extra) from None
 
 
 @contextlib.contextmanager

@@ -36,8 +36,9 @@ S = TypeVar("S", bound="SupervisedAdapter")
 class SupervisedAdapter(Adapter):
     """What classifiers and regressors share: rows in, one output row each.
 
-    A plain module is called with one tensor ``[B, ...]``; a transformers model by the name of its main input, and token ids of
-    unequal length are padded. Batch normalisation uses its running statistics, unless training is told otherwise.
+    A plain module is called with one tensor ``[B, ...]``; a transformers model by the name of its main input; token ids of
+    unequal length are padded, and negative ones stand for padding.
+    Batch normalisation uses its running statistics, unless training is told otherwise.
 
     Args:
         model: returns ``[B, C]`` (or an object with ``logits``).
@@ -102,17 +103,22 @@ class SupervisedAdapter(Adapter):
             stacked = torch.from_numpy(np.stack(rows))
             if self._input != "input_ids":
                 return {self._input or "inputs": stacked}
-            return {"input_ids": stacked.long(), "attention_mask": torch.ones_like(stacked, dtype=torch.long)}
+            return self._tokens(stacked.long())
         if self._input != "input_ids" or any(r.ndim != 1 for r in rows):
             shapes = sorted({r.shape for r in rows})[:2]
             raise InputError(f"The rows have different shapes, such as {shapes[0]} and {shapes[1]}.", "Give all one shape.")
-        width = max(len(r) for r in rows)
-        ids = torch.full((len(rows), width), int(getattr(self.model.config, "pad_token_id", None) or 0))
-        mask = torch.zeros_like(ids)
+        ids = torch.full((len(rows), max(len(r) for r in rows)), -1)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.from_numpy(row)
-            mask[i, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        return self._tokens(ids)
+
+    def _tokens(self, ids: Tensor) -> dict[str, Tensor]:
+        """Token ids ``[B, longest]`` with padding, and where there is none; columns that are all padding are cut."""
+        mask = ids >= 0
+        width = max(1, int(mask.any(0).sum()))
+        ids, mask = ids[:, :width], mask[:, :width]
+        pad = int(getattr(self.model.config, "pad_token_id", None) or 0)
+        return {"input_ids": ids.masked_fill(~mask, pad), "attention_mask": mask.long()}
 
     # ---- the model ---------------------------------------------------------------------------------------------------
 
@@ -146,13 +152,15 @@ class SupervisedAdapter(Adapter):
             InputError: the model's outputs do not fit the labels.
         """
         values: dict[str, Tensor] = {}
-        asked = [w.partition(":")[2] for w in sorted(want) if w.startswith("features:")]
+        asked = [w for w in sorted(want) if w.partition(":")[0] in ("features", "maps")]
         with self._captured(model, asked, values):
             scores = self.scores(model, dict(batch.tensors))
         self.check_scores(scores, batch.n_examples)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if "logits" in want:
             values["logits"] = scores
+        if "numbers" in want:
+            values["numbers"] = scores[:, 0]
         if "losses" in want:
             values["losses"] = self.row_losses(scores, batch.targets)
         return Outputs.of(batch, values)
@@ -183,25 +191,32 @@ class SupervisedAdapter(Adapter):
         return list(self._layers)
 
     @contextmanager
-    def _captured(self, model: nn.Module, layers: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
+    def _captured(self, model: nn.Module, wanted: Sequence[str], found: dict[str, Tensor]) -> Iterator[None]:
         inner: Any = _bare(model)
 
         def keep(name: str, value: Any) -> None:
             state: Tensor = value if isinstance(value, Tensor) else value[0]
-            found[f"features:{name}"] = state.flatten(1)
+            found[name] = state.flatten(1) if name.startswith("features:") else self._map(state)
 
         handles = []
-        for layer in layers:
+        for want in wanted:
+            layer = want.partition(":")[2]
             module = inner.get_submodule(layer)
             if layer == self._layers[-1]:
-                handles.append(module.register_forward_pre_hook(lambda _m, inputs, name=layer: keep(name, inputs[0])))
+                handles.append(module.register_forward_pre_hook(lambda _m, inputs, name=want: keep(name, inputs[0])))
             else:
-                handles.append(module.register_forward_hook(lambda _m, _i, out, name=layer: keep(name, out)))
+                handles.append(module.register_forward_hook(lambda _m, _i, out, name=want: keep(name, out)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _map(self, state: Tensor) -> Tensor:
+        """Squares ``[B, P]`` of a vector, or their mean over channels: the first dimension of a row, the last of a sequence."""
+        if state.ndim == 2:
+            return state.square()
+        return state.square().mean(-1 if self._input and state.ndim == 3 else 1).flatten(1)
 
     # ---- identity and storage ----------------------------------------------------------------------------------------
 
@@ -257,7 +272,9 @@ class ClassifierAdapter(SupervisedAdapter):
     """
 
     modality: ClassVar[str] = "classification"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.CLASSES, Offer.ROWS})
+    offers: ClassVar[frozenset[Offer]] = frozenset(
+        {Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.MAPS, Offer.CLASSES, Offer.ROWS}
+    )
 
     def __init__(
         self, model: nn.Module, classes: Sequence[str], *, layers: Sequence[str] | None = None, dropout: bool = False
@@ -317,7 +334,7 @@ class RegressionAdapter(SupervisedAdapter):
     """
 
     modality: ClassVar[str] = "regression"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.FEATURES, Offer.ROWS})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.NUMBERS, Offer.FEATURES, Offer.MAPS, Offer.ROWS})
 
     def __init__(
         self,

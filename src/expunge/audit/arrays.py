@@ -51,6 +51,7 @@ class Arrays:
         extraction: extraction strength or exact memorisation in [0, 1] (n).
         membership: by attack, scores of the forget examples (n) and of the holdout examples (h), higher = less member-like.
         holdout_clusters: of the holdout examples (h).
+        looks_seen: probability that each forget row was trained on, from its margin under many models (n).
         utility: by name, per-example utilities, higher is better (probability of retain answers, ROUGE, ...).
         model_utility: an aggregate utility, checked without an interval.
         degenerate: by set of prompts, 1 for each generation that is degenerate, else 0.
@@ -66,6 +67,7 @@ class Arrays:
     extraction: Floats | None = None
     membership: Mapping[str, tuple[Floats, Floats]] = field(default_factory=dict)
     holdout_clusters: Sequence[str] = ()
+    looks_seen: Floats | None = None
     utility: Mapping[str, Sample] = field(default_factory=dict)
     model_utility: float | None = None
     degenerate: Mapping[str, Sample] = field(default_factory=dict)

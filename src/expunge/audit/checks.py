@@ -18,6 +18,7 @@ from expunge.core.results import Check
 
 Outcome = Literal["equivalent", "knows more", "knows less", "undecided", "not run"]
 
+_FEW_KNOWN = 10  # fewer answers that only the target knows say nothing: two retrained models differ on as many
 _FEW_ANSWERS = 4  # a subject with fewer answers can be mostly right by guessing
 _KNOWN = 0.25  # by so much the target's probability of an answer must exceed the retrained models' to count as its knowledge
 _REMEMBERED_NOISE = 0.02  # assumed training noise of a share of answers, where chance successes are rare
@@ -138,7 +139,7 @@ class _Known:
 def _remembered(name: str, what: str, losses: Losses, limits: Thresholds) -> Quantity:
     known = _Known(losses)
     sentence = f"Share of answers remembered{what and ' ' + what}"
-    if known.counts.sum() < 2:
+    if known.counts.sum() < _FEW_KNOWN:
         empty = Contrast(0.0, 0.0, math.nan, 1.0, 0.0, 1.0, len(losses.retrained), 0, 0)
         return Quantity(name, sentence, empty, math.nan, 1, math.nan, math.inf)
     own = known.by(losses.subject)[known.counts].astype(np.float64)
@@ -160,6 +161,11 @@ def _secondary(case: Case) -> Iterator[Quantity]:
     extracted = [a.extraction for a in every if a.extraction is not None]
     if len(extracted) == len(every):
         yield from _means("extraction", "Mean extraction strength", extracted, case, far=None, toward=1)
+    seen = [a.looks_seen for a in every if a.looks_seen is not None]
+    if len(seen) == len(every):
+        yield from _means(
+            "looks seen", "Mean probability that a row was trained on (LiRA)", seen, case, far=case.limits.far_margin, toward=1
+        )
     groups = (case.subject.holdout_clusters, case.subject.clusters)
     for name in case.subject.membership:
         if all(name in a.membership for a in every):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -13,13 +14,15 @@ from expunge.adapters.base import Adapter, Example, Generation
 from expunge.audit.document import Role
 from expunge.audit.generations import generate
 from expunge.audit.gradients import gradient_norms
+from expunge.audit.outputs import References, RowOutputs, row_outputs
 from expunge.audit.probes import Kind, Probes, items, probes, take_clusters
 from expunge.audit.scores import Floats, Progress, TokenScores, score
 from expunge.audit.store import ScoreStore
+from expunge.core.access import Offer
 from expunge.core.errors import InputError, unknown
 from expunge.core.results import Direction
 from expunge.core.statistics import Interval, bootstrap
-from expunge.data.records import Record, RecordSet
+from expunge.data.records import Item, Record, RecordSet
 
 T = TypeVar("T")
 Goal = Literal["forget", "retain", "holdout", "utility"]
@@ -83,19 +86,25 @@ class Evidence:
         protocol: how it is gathered.
         store: the cache on disk; None keeps everything in memory.
         progress: told what is being done.
+        references: what many retrained models say about the rows; none for other modalities.
+        offers: what the adapters of the models offer.
+        ceiling: loss from which on nothing is known of an answer: that of a guess among the classes, for classifiers.
         missing: what could not be measured and why, one sentence each, in order.
     """
 
     subjects: dict[str, Subject]
-    sets: Mapping[str, RecordSet]
+    sets: Mapping[str, RecordSet[Any]]
     protocol: Protocol = field(default_factory=Protocol)
     store: ScoreStore | None = None
     progress: Progress | None = None
+    references: References | None = None
+    offers: frozenset[Offer] = frozenset()
+    ceiling: float = math.inf
     missing: dict[str, None] = field(default_factory=dict)
     _open: tuple[str, Adapter] | None = field(default=None, repr=False)
     _held: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
-    def records(self, name: str) -> RecordSet:
+    def records(self, name: str) -> RecordSet[Any]:
         """The records of a set.
 
         Raises:
@@ -209,6 +218,18 @@ class Evidence:
 
         return self.memo(("generations", subject.fingerprint, name, style), work)
 
+    def outputs(self, label: str, name: str) -> RowOutputs:
+        """Scores and last features of a model on the rows of a set, one forward pass."""
+        subject = self.subject(label)
+        at = self.protocol
+        return self.memo(
+            ("outputs", subject.fingerprint, name),
+            lambda: row_outputs(
+                self.adapter(label), self.records(name), store=self.store, fingerprint=subject.fingerprint,
+                batch_tokens=at.batch_tokens,
+            ),
+        )  # fmt: skip
+
     def gradient_norms(self, label: str, name: str, budget: int) -> Values:
         """Gradient norms of the answers of at most ``budget`` records (whole clusters, drawn with the protocol's seed)."""
         subject = self.subject(label)
@@ -235,12 +256,12 @@ class Evidence:
         return bootstrap(found.values[found.present], clusters, draws=at.draws, level=at.level, seed=at.seed)
 
 
-def is_question(record: Record) -> bool:
-    """Whether a record has a prompt to be answered (plain text has none)."""
-    return not record.is_text
+def is_question(record: Item) -> bool:
+    """Whether a record has a prompt to be answered (plain text and rows have none)."""
+    return isinstance(record, Record) and not record.is_text
 
 
-def need_sets(sets: Mapping[str, RecordSet]) -> None:
+def need_sets(sets: Mapping[str, RecordSet[Any]]) -> None:
     """Check what every audit needs.
 
     Raises:

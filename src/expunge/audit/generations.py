@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from expunge.adapters.base import Adapter, Example, Generation
-from expunge.audit.scores import Progress, evaluating
+from expunge.adapters.passes import evaluating
+from expunge.audit.scores import Progress
 from expunge.audit.store import ScoreStore, compute_signature, examples_digest
 
 

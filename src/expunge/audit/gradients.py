@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter, Example
-from expunge.audit.scores import Floats, Progress, evaluating
+from expunge.adapters.passes import evaluating
+from expunge.audit.scores import Floats, Progress
 from expunge.audit.store import ScoreStore, compute_signature, device_of, examples_digest
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from expunge.audit.attacks.quantise import quantised
 from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, recovered, relearn
 from expunge.audit.document import Curve, Series
 from expunge.audit.evidence import Evidence
+from expunge.audit.metrics.accuracy import Accuracy, Skill
+from expunge.audit.metrics.distances import LooksSeen
 from expunge.audit.metrics.fluency import degenerate
 from expunge.audit.metrics.memorisation import ExtractionStrength
 from expunge.audit.metrics.probability import OptionProbability, Probability
@@ -22,11 +24,12 @@ from expunge.audit.scores import Floats, score
 from expunge.audit.settings import AuditSettings
 from expunge.audit.store import compute_signature, examples_digest
 from expunge.audit.verdict import Arrays, Sample, judge
+from expunge.core.access import Offer
 from expunge.core.results import Direction, Judgement, Number
 from expunge.core.statistics import bootstrap
 
 #: Attacks whose scores a verdict compares: those that need nothing but the model itself and score every record.
-COMPARED = ("loss", "min-k", "min-k-plus-plus", "zlib")
+COMPARED = ("loss", "min-k", "min-k-plus-plus", "zlib", "lira")
 
 
 @dataclass
@@ -86,29 +89,56 @@ def judge_models(
 
 
 def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: bool, model_utility: float | None) -> Arrays:
-    """The per-example measurements of one model that a verdict compares."""
+    """The per-example measurements of one model that a verdict compares.
+
+    Of a classifier losses count up to that of a guess among its classes: a class that is no likelier than a guess is not known,
+    and how much less likely it is says more of the length of training than of knowledge. Without this a class that a retrained
+    model finds e^-10 likely and another model e^-4 would seem to be known.
+    """
     records = evidence.records("forget")
     ratio = TruthRatio()
     membership = {}
     if "holdout" in evidence.sets:
-        for name in COMPARED:
-            attack = MEMBERSHIP.get(name)()
-            membership[name] = (attack.values(evidence, label, "forget").values, attack.values(evidence, label, "holdout").values)
+        for attack in (MEMBERSHIP.get(name)() for name in COMPARED):
+            if not attack.offers <= evidence.offers or attack.lacks(evidence, label):
+                continue
+            forget, unseen = (attack.values(evidence, label, name).values for name in ("forget", "holdout"))
+            membership[attack.name] = (forget, unseen)
     return Arrays(
         label=label,
         ids=[r.id for r in records],
         clusters=evidence.clusters("forget"),
-        nll=evidence.scores(label, "forget").nll(),
+        nll=np.minimum(evidence.scores(label, "forget").nll(), evidence.ceiling),
         log_truth_ratio=None if ratio.lacks(evidence, "forget") else ratio.log_ratios(evidence, label, "forget").values,
-        extraction=ExtractionStrength().values(evidence, label, "forget").values,
+        extraction=_values(ExtractionStrength(), evidence, label),
+        looks_seen=_looks_seen(evidence, label),
         membership=membership,
         holdout_clusters=evidence.clusters("holdout") if membership else (),
         utility=_utilities(evidence, label, generated),
         model_utility=model_utility,
         degenerate=_degenerate(evidence, label) if generated else {},
-        relearn=attacked.relearn.get(label, ()),
-        quantised=attacked.quantised.get(label, {}),
+        relearn=[_capped(p, evidence.ceiling) for p in attacked.relearn.get(label, ())],
+        quantised={b: np.minimum(v, evidence.ceiling) for b, v in attacked.quantised.get(label, {}).items()},
     )
+
+
+def _capped(point: RelearnPoint, ceiling: float) -> RelearnPoint:
+    return replace(
+        point, losses_trained=np.minimum(point.losses_trained, ceiling), losses_heldout=np.minimum(point.losses_heldout, ceiling)
+    )
+
+
+def _values(metric: RecordMetric, evidence: Evidence, label: str) -> Floats | None:
+    """Values on the forget set, where the modality and the data allow the metric."""
+    if not metric.offers <= evidence.offers or metric.lacks(evidence, "forget"):
+        return None
+    return metric.values(evidence, label, "forget").values
+
+
+def _looks_seen(evidence: Evidence, label: str) -> Floats | None:
+    """How much each forget row looks trained on; 0 where its class is no likelier than a guess."""
+    found = _values(LooksSeen(), evidence, label)
+    return None if found is None else np.where(evidence.scores(label, "forget").nll() < evidence.ceiling, found, 0.0)
 
 
 def attack_numbers(evidence: Evidence, attacked: Attacked, label: str) -> dict[str, Number]:
@@ -163,16 +193,22 @@ def _utilities(evidence: Evidence, label: str, generated: bool) -> dict[str, Sam
         goal = evidence.goal(name)
         if goal not in ("retain", "utility"):
             continue
-        options: RecordMetric = OptionProbability()
-        first = options if goal == "utility" and not options.lacks(evidence, name) else Probability()
-        rouge = RougeRecall()
-        measured = [first, rouge] if generated and not rouge.lacks(evidence, name) else [first]
-        for metric in measured:
+        for metric in _useful(evidence, name, goal, generated):
             found = metric.values(evidence, label, name)
             clusters = [c for c, p in zip(evidence.clusters(name), found.present, strict=True) if p]
             if clusters:
                 out[f"{name}.{metric.name}"] = Sample(found.values[found.present], clusters)
     return out
+
+
+def _useful(evidence: Evidence, name: str, goal: str, generated: bool) -> list[RecordMetric]:
+    """What tells how useful a model is on a set."""
+    if Offer.ROWS in evidence.offers:
+        rows: RecordMetric = Accuracy() if Offer.LOGITS in evidence.offers else Skill()
+        return [] if rows.lacks(evidence, name) else [rows]
+    options, rouge = OptionProbability(), RougeRecall()
+    first: RecordMetric = options if goal == "utility" and not options.lacks(evidence, name) else Probability()
+    return [first, rouge] if generated and not rouge.lacks(evidence, name) else [first]
 
 
 def _degenerate(evidence: Evidence, label: str) -> dict[str, Sample]:

@@ -22,7 +22,7 @@ def roc_curves(evidence: Evidence, metric: Membership, labels: Sequence[str]) ->
     if "holdout" not in evidence.sets:
         return []
     curves = []
-    for attack in metric.chosen():
+    for attack in metric.chosen(evidence):
         series = []
         for label in labels:
             if attack.lacks(evidence, label):

@@ -10,17 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from expunge.adapters.base import Adapter, Example
-from expunge.data.records import Record
+from expunge.data.records import Item, Record
 
 Kind = Literal["answer", "paraphrase", "perturbed"]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One text to score: an answer given to a record's prompt; ``suffix`` marks its example id."""
+    """One answer to score: the record's own (None) or another text; ``suffix`` marks its example id."""
 
     record: int
-    answer: str
+    answer: str | None = None
     suffix: str = ""
 
 
@@ -35,7 +35,7 @@ class Probes(Sequence[Example]):
     """
 
     adapter: Adapter
-    records: Sequence[Record]
+    records: Sequence[Item]
     items: tuple[Probe, ...]
 
     @property
@@ -51,9 +51,7 @@ class Probes(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         item = self.items[index]
-        record = self.records[item.record]
-        answer = None if item.answer == record.answer else item.answer
-        return self.adapter.encode(record, answer=answer, suffix=item.suffix)
+        return self.adapter.encode(self.records[item.record], answer=item.answer, suffix=item.suffix)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -62,16 +60,22 @@ class Probes(Sequence[Example]):
         return (self[i] for i in range(len(self)))
 
 
-def items(records: Sequence[Record], kind: Kind) -> tuple[Probe, ...]:
-    """The texts of one kind: one per record (answer), at most one (paraphrase), any number (perturbed)."""
+def items(records: Sequence[Item], kind: Kind) -> tuple[Probe, ...]:
+    """The answers of one kind: one per record (answer); of texts at most one (paraphrase), any number (perturbed)."""
     if kind == "answer":
-        return tuple(Probe(i, r.answer) for i, r in enumerate(records))
+        return tuple(Probe(i) for i in range(len(records)))
+    texts = [(i, r) for i, r in enumerate(records) if isinstance(r, Record)]
     if kind == "paraphrase":
-        return tuple(Probe(i, r.paraphrase, "#para") for i, r in enumerate(records) if r.paraphrase)
-    return tuple(Probe(i, wrong, f"#wrong{k}") for i, r in enumerate(records) for k, wrong in enumerate(r.perturbed))
+        return tuple(Probe(i, _unlike(r, r.paraphrase), "#para") for i, r in texts if r.paraphrase)
+    return tuple(Probe(i, _unlike(r, wrong), f"#wrong{k}") for i, r in texts for k, wrong in enumerate(r.perturbed))
 
 
-def probes(adapter: Adapter, records: Sequence[Record], kind: Kind) -> Probes:
+def _unlike(record: Record, text: str) -> str | None:
+    """The text, or None where it is the record's own answer."""
+    return None if text == record.answer else text
+
+
+def probes(adapter: Adapter, records: Sequence[Item], kind: Kind) -> Probes:
     """The examples of one kind for ``records``, lazily encoded."""
     return Probes(adapter, records, items(records, kind))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from expunge.audit.judging import Attacked, attack_copy, attack_numbers, judge_m
 from expunge.audit.metrics.membership import Membership
 from expunge.audit.metrics.registry import Metric, Need
 from expunge.audit.metrics.rouge import lacks_questions
+from expunge.audit.outputs import References
 from expunge.audit.pictures import loss_distribution, roc_curves, samples
 from expunge.audit.probes import Kind, take_clusters
 from expunge.audit.scores import Progress
 from expunge.audit.settings import AuditSettings
 from expunge.audit.store import ScoreStore, compute_signature
+from expunge.core.access import Offer
 from expunge.core.errors import InputError
 from expunge.core.results import Number
 from expunge.data.records import RecordSet
@@ -30,6 +33,8 @@ _COMPARABLE = ("precision", "device", "attention", "torch", "schema")
 
 ALWAYS_NOT_SHOWN = (
     "Intervals are over examples (whole clusters resampled): they say nothing about other training seeds of the same method.",
+)
+NOT_SHOWN_TEXT = (
     "Prompt attacks (jailbreaks, role play, other languages, solved questions of the same subject) were not run.",
     "Only greedy answers were read: what sampling many times would bring up was not measured.",
     "Hidden states were not probed: knowledge that no answer shows would not be seen.",
@@ -66,9 +71,10 @@ class AuditedModel:
 
 def audit(
     models: Sequence[AuditedModel],
-    sets: Mapping[str, RecordSet],
+    sets: Mapping[str, RecordSet[Any]],
     settings: AuditSettings | None = None,
     *,
+    references: References | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
     title: str = "Audit",
@@ -82,6 +88,7 @@ def audit(
         models: with unique labels. Without a retrained model nothing can be called forgotten.
         sets: ``forget`` (needed), ``retain``, ``holdout`` (never trained on), and further named utility sets.
         settings: what is measured; none: everything.
+        references: margins of the rows under many further models; the strongest evidence on single rows reads them.
         cache: folder of the scores; none keeps them in memory.
         progress: told what is being done, how far, of how much.
         title: of the document.
@@ -92,12 +99,18 @@ def audit(
     """
     started = time.perf_counter()
     settings = settings or AuditSettings()
-    metrics = settings.chosen()
     _check(models, sets)
     used = {name: limited(records, settings) for name, records in sets.items()}
     store = ScoreStore(cache) if cache is not None else None
-    evidence = Evidence({}, used, settings.evidence_protocol(), store, progress)
+    _check_references(references, used)
+    evidence = Evidence({}, used, settings.evidence_protocol(), store, progress, references)
     ordered = sorted(models, key=lambda m: _ORDER[m.role])
+    _register(evidence, ordered[0], settings)
+    first = evidence.adapter(ordered[0].label)
+    evidence.offers = first.offers
+    evidence.ceiling = math.log(first.n_classes) if first.n_classes else math.inf
+    modality, metrics = first.modality, settings.chosen(first.offers)
+    del first
     attacked = Attacked()
     signature = _gather(evidence, ordered, metrics, settings, attacked)
     entries = {m.label: _entry(evidence, m, metrics, attacked) for m in ordered}
@@ -112,19 +125,20 @@ def audit(
     return AuditDocument(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         title=title,
+        modality=modality,
         data={name: _describe(sets[name], used[name]) for name in sets},
         models=[entries[n].model_copy(update={"judgement": judgements.get(n)}) for n in labels],
         curves=curves,
         distributions=distributions,
         samples=shown,
-        not_shown=[*evidence.missing, *_general(models, used, settings), *ALWAYS_NOT_SHOWN],
+        not_shown=[*evidence.missing, *_general(models, used, settings), *ALWAYS_NOT_SHOWN, *_not_shown(evidence)],
         protocol=_protocol(settings, metrics),
         signature=signature,
         cost={"seconds": time.perf_counter() - started},
     )
 
 
-def limited(records: RecordSet, settings: AuditSettings) -> RecordSet:
+def limited(records: RecordSet[Any], settings: AuditSettings) -> RecordSet[Any]:
     """A set within the budget: whole clusters, drawn with the seed."""
     if settings.budget is None or len(records) <= settings.budget:
         return records
@@ -132,7 +146,7 @@ def limited(records: RecordSet, settings: AuditSettings) -> RecordSet:
     return RecordSet(records.name, tuple(records[int(i)] for i in chosen), records.source)
 
 
-def _check(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet]) -> None:
+def _check(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet[Any]]) -> None:
     need_sets(sets)
     if not models:
         raise InputError("There is no model to audit.")
@@ -141,6 +155,16 @@ def _check(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet]) -> Non
         if model.label in seen:
             raise InputError(f"Two audited models are called {model.label!r}.", "Give each its own label.")
         seen.add(model.label)
+
+
+def _check_references(references: References | None, sets: Mapping[str, RecordSet[Any]]) -> None:
+    for held in () if references is None else (references.retrained, references.originals):
+        for name, records in sets.items():
+            if name not in held or held[name].shape[1] != len(records):
+                raise InputError(
+                    f"The reference models were not measured on the {len(records)} rows of the set {name!r}.",
+                    "Measure them on the very sets that are audited, within the same budget.",
+                )
 
 
 def _gather(
@@ -200,7 +224,7 @@ def _entry(evidence: Evidence, model: AuditedModel, metrics: Sequence[Metric], a
     )  # fmt: skip
 
 
-def _describe(given: RecordSet, used: RecordSet) -> dict[str, Any]:
+def _describe(given: RecordSet[Any], used: RecordSet[Any]) -> dict[str, Any]:
     return {
         "name": given.name,
         "source": given.source,
@@ -218,7 +242,22 @@ def _protocol(settings: AuditSettings, metrics: Sequence[Metric]) -> dict[str, A
     }
 
 
-def _general(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet], settings: AuditSettings) -> list[str]:
+def _not_shown(evidence: Evidence) -> tuple[str, ...]:
+    """What no audit of the modality shows, and what reference models would."""
+    if Offer.TEXT in evidence.offers:
+        return NOT_SHOWN_TEXT
+    if Offer.ROWS not in evidence.offers:
+        return ()
+    if evidence.references is None:
+        return ("No reference models were trained: what single rows betray (LiRA, RMIA, KLoM) was not measured.",)
+    retrained, originals = evidence.references.count
+    return (
+        f"What single rows betray was measured against {retrained} retrained and {originals} original reference models; more of "
+        "them would see smaller differences.",
+    )
+
+
+def _general(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet[Any]], settings: AuditSettings) -> list[str]:
     out = []
     if settings.relearn is None:
         out.append("Relearning was not tried: what a few steps of training would bring back is not known.")

@@ -7,17 +7,18 @@ bfloat16 losses fall on a coarse grid, and the ties distort every rank statistic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from expunge.adapters.base import Adapter, Example
+from expunge.adapters.passes import evaluating
 from expunge.audit.store import Arrays, ScoreStore, compute_signature, device_of, examples_digest
+from expunge.core.access import Offer
 from expunge.core.errors import InputError
 
 Progress = Callable[[str, int, int], None]  #: (what is being done, done so far, of how many)
@@ -67,17 +68,6 @@ def _statistics(scores: Tensor, targets: Tensor) -> dict[str, Tensor]:
     mean = (p * logp_all).sum(dim=1)
     std = (p * logp_all.sub_(mean.unsqueeze(1)).square_()).sum(dim=1).sqrt()
     return {"logp": logp, "hit": hit, "rank": rank, "mean_logp": mean, "std_logp": std}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), whatever mode the model is in; put back afterwards."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
 
 
 @dataclass(frozen=True)
@@ -247,8 +237,22 @@ def _score_block(adapter: Adapter, block: Sequence[Example], counts: npt.NDArray
         for chosen in by_length([e.units for e in block], batch_tokens):
             batch = adapter.collate([block[i] for i in chosen]).to(device)
             place = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in chosen])
+            if Offer.LOGITS not in adapter.offers:
+                losses = adapter.forward(model, batch, frozenset({"losses"})).losses
+                for name, values in _from_losses(losses).items():
+                    out[name][place] = values.cpu().numpy()
+                continue
             for first, logits in adapter.logit_blocks(model, batch):
                 rows = slice(first, first + logits.shape[0])
                 for name, values in token_statistics(logits, batch.targets[rows]).items():
                     out[name][place[rows]] = values.cpu().numpy()
     return out
+
+
+def _from_losses(losses: Tensor) -> dict[str, Tensor]:
+    """What is known of targets that no distribution over classes is predicted for: minus the loss stands for ``logp``."""
+    unknown = torch.full_like(losses, float("nan"))
+    return {
+        "logp": -losses.float(), "hit": torch.zeros_like(losses, dtype=torch.bool),
+        "rank": torch.zeros_like(losses, dtype=torch.int32), "mean_logp": unknown, "std_logp": unknown,
+    }  # fmt: skip

@@ -10,7 +10,8 @@ from expunge.audit.arrays import Thresholds
 from expunge.audit.attacks.relearn import RelearnSettings
 from expunge.audit.evidence import Protocol
 from expunge.audit.metrics.registry import METRICS, Metric
-from expunge.core.errors import unknown
+from expunge.core.access import Offer
+from expunge.core.errors import InputError, unknown
 from expunge.core.settings import Settings
 
 QUICK_ATTACKS = ("loss", "zlib", "min-k", "min-k-plus-plus", "reference")
@@ -63,15 +64,25 @@ class AuditSettings(Settings):
         options = {n: {"attacks": QUICK_ATTACKS} for n in ("membership", "privleak") if n in asked}
         return cls(**{"relearn": None, "quantise": (), "options": options, **changes})
 
-    def chosen(self) -> list[Metric]:
+    def chosen(self, offers: frozenset[Offer] | None = None) -> list[Metric]:
         """The metrics with their settings, in the order asked for.
 
+        Args:
+            offers: what the modality offers; metrics that need more are left out where none were named. None: of any modality.
+
         Raises:
-            InputError: settings are given for a metric that was not asked for.
+            InputError: settings are given for a metric that was not asked for, or a metric was named that needs more.
         """
-        names = self.metrics or tuple(METRICS.names())
+        for name in self.metrics:
+            missing = sorted(METRICS.get(name).offers - offers) if offers is not None else []
+            if missing:
+                raise InputError(
+                    f"The metric {name!r} needs {', '.join(missing)}, which these models do not offer.",
+                    "See `expunge metrics`, or name no metrics: then all that fit are computed.",
+                )
+        names = self.metrics or tuple(n for n in METRICS.names() if offers is None or METRICS.get(n).offers <= offers)
         for name in self.options:
-            if name not in names:
+            if name not in (self.metrics or METRICS.names()):
                 raise unknown("metric of this audit", name, names)
         return [METRICS.get(n)(**self.options.get(n, {})) for n in names]
 

@@ -24,6 +24,10 @@ the answers known by heart and the rest pushed far away have the mean NLL of a r
 acquit): truth ratio, extraction, membership attacks, and ``left behind``, subjects of at least four answers of which most are
 remembered, where no retrained model remembers any.
 
+For rows there is a third primary quantity where reference models were trained: ``looks seen``, how much likelier a row's margin
+is under models that saw the row than under models that did not (LiRA). Of rows drawn at random a network may be as sure without
+having seen them; the mean NLL then tells nothing, and only this does. One of both must tell the target from retrained models.
+
 Margins are shares of the gap between target and retrained models on the same quantity, so that they mean the same for every
 model size. On the knowing side the margin grows to the prediction band of one further retrained model where several seeds
 show that training noise is that large, up to a cap. On the far side it is wider, since NLL has no upper end and grows there
@@ -45,8 +49,9 @@ from expunge.core.results import Check, Judgement, Verdict
 
 __all__ = ["PRIMARY", "Arrays", "Sample", "Thresholds", "judge"]
 
-PRIMARY = ("likelihood", "remembered")
-_FAR = ("likelihood", "truth ratio", "membership")  #: quantities whose far side convicts of over-unlearning
+PRIMARY = ("likelihood", "remembered", "looks seen")
+_FAR = ("likelihood", "truth ratio", "membership", "looks seen")  #: quantities whose far side convicts of over-unlearning
+_TELLING = ("likelihood", "looks seen")  #: one of these must tell target and retrained models apart
 _FALLING = (
     "likelihood",
     "truth ratio",
@@ -100,9 +105,9 @@ def _decide(
     if worse:
         also = f" It also still knows: {more[0].text}" if more else ""
         return Verdict.DAMAGED, f"Utility is lost: {_worst(worse).text}{also}"
-    silent = [c for c in outputs if c.name == "likelihood" and c.outcome == "not run"]
-    if silent:
-        return Verdict.UNDECIDED, silent[0].text
+    means = [c for c in outputs if c.name in _TELLING]
+    if all(c.outcome == "not run" for c in means):
+        return Verdict.UNDECIDED, means[-1].text
     if more:
         return Verdict.NOT_FORGOTTEN, f"It still knows what retrained models do not: {_worst(more).text}"
     back = [c for c in attacks if c.outcome == "knows more"]
@@ -124,14 +129,25 @@ def _acquit(
     if all(c.outcome == "not run" for c in utility):
         return Verdict.UNDECIDED, "Its outputs are like those of retrained models, but utility was not measured."
     run = [c for c in attacks if c.outcome != "not run"]
-    if not run and limits.require_attacks:
+    if not run and limits.require_attacks and not _by_rows(outputs, attacks):
         return Verdict.UNDECIDED, "Its outputs are like those of retrained models, but no attack on its weights was run."
     thin = [c.name for c in (*open_checks, *(c for c in utility if c.outcome == "undecided"))]
     open_text = f" Not settled: {', '.join(thin)}." if thin else ""
     held = " and ".join(c.name for c in run)
     weakest = max((c for c in (*outputs, *attacks) if c.outcome == "equivalent" and c.margin), key=_nearness)
     text = f"It cannot be told from retrained models at the stated margins{f', nor under {held}' if held else ''}."
+    if not held:
+        text += " (Under the attacks on weights that were tried even the target cannot be told from them.)"
     return Verdict.FORGOTTEN, f"{text} Weakest link: {weakest.text}{open_text}"
+
+
+def _by_rows(outputs: Sequence[Check], attacks: Sequence[Check]) -> bool:
+    """Whether single rows acquit where attacks were tried and say nothing.
+
+    Training on some of the rows that were drawn at random teaches nothing about the others; relearning is no test there.
+    """
+    seen = any(c.name == "looks seen" and c.outcome == "equivalent" for c in outputs)
+    return seen and any("tells nothing" in c.text for c in attacks)
 
 
 def _worst(found: Sequence[Check]) -> Check:

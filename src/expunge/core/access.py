@@ -14,6 +14,8 @@ class Offer(enum.StrEnum):
     GENERATE = "generate"  #: free generation from a prompt
     TEXT = "text"  #: prompts and answers are text: alternative answers can be written
     CLASSES = "classes"  #: answers are classes: another class can be taught
+    NUMBERS = "numbers"  #: answers are numbers: predictions that have a distance, and another number can be taught
+    MAPS = "maps"  #: where in a layer the activations of a row are large
     ROWS = "rows"  #: one target per example, by a plain function of tensors: gradients of each row at once
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 from expunge.core.errors import InputError
 
-_PARTIAL = ".partial"  #: suffix of the scratch folders of unfinished writes; never part of a folder's content
+PARTIAL = ".partial"  #: suffix of the scratch folders of unfinished writes; they are never part of a folder's content
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent))
     lock = _lock(scratch)
     try:
         temporary = scratch / path.name
@@ -93,9 +94,28 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder that exists; the hold ends with the block, or with the process however it dies.
+
+    Nobody is kept out where the system has no locks (Windows).
+
+    Raises:
+        InputError: another process is in it.
+    """
+    handle = _lock(folder)
+    if handle is None and "fcntl" in sys.modules:
+        raise InputError(f"Another process works in {str(folder)!r}.", "Wait until it has ended.")
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def _sweep(path: Path) -> None:
     """Remove what killed writers of ``path`` left: scratch folders that nobody holds and that are not brand new."""
-    for stale in path.parent.glob(f".{_escape(path.name)}.*{_PARTIAL}"):
+    for stale in path.parent.glob(f".{_escape(path.name)}.*{PARTIAL}"):
         with suppress(OSError):  # another process may be sweeping too
             if time.time() - stale.stat().st_mtime < 60:  # its writer may not hold it yet
                 continue
@@ -163,12 +183,12 @@ def digest_folder(path: Path) -> str:
 
 
 def _unfinished(path: Path) -> bool:
-    return any(part.startswith(".") and part.endswith(_PARTIAL) for part in path.parts)
+    return any(part.startswith(".") and part.endswith(PARTIAL) for part in path.parts)
 
 
 def empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what killed writers left unfinished."""
-    return all(p.name.startswith(".") and p.name.endswith(_PARTIAL) for p in folder.iterdir())
+    return all(p.name.startswith(".") and p.name.endswith(PARTIAL) for p in folder.iterdir())
 
 
 def check_writable(folder: Path) -> None:

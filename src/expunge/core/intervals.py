@@ -5,10 +5,11 @@ Re-exported by :mod:`expunge.core.statistics`, which is what the rest of Expunge
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,7 @@ from expunge.core.results import Direction, Number
 Floats = NDArray[np.float64]
 Clusters = Sequence[str] | NDArray[np.str_]
 
+_KEPT = 1 << 24  #: numbers of resamples that are kept, at two bytes each
 _BLOCK = 1 << 22  # numbers held at a time by a bootstrap: 32 MiB of weights, whatever the number of clusters
 
 
@@ -107,7 +109,8 @@ def bootstrap(
         return Interval(value, None, None, level, n, n_clusters)
     rng = np.random.default_rng(seed)
     if statistic is mean:
-        replicas = _resampled_means(arrays, codes, n_clusters, draws, rng)[:, 0]
+        kept = _kept(n_clusters, draws, seed)
+        replicas = _resampled_means(arrays, codes, n_clusters, draws, rng if kept is None else kept)[:, 0]
     else:
         order = np.argsort(codes, kind="stable")
         members = np.split(order, np.cumsum(np.bincount(codes, minlength=n_clusters))[:-1])
@@ -257,9 +260,12 @@ def cluster_codes(clusters: Clusters, *arrays: Floats) -> tuple[NDArray[np.intp]
 
 
 def _resampled_means(
-    arrays: tuple[Floats, ...], codes: NDArray[np.intp], count: int, draws: int, rng: np.random.Generator
+    arrays: tuple[Floats, ...], codes: NDArray[np.intp], count: int, draws: int, source: np.random.Generator | NDArray[np.uint16]
 ) -> Floats:
-    """Means of each array under ``draws`` resamples of clusters, ``[draws, k]``: only cluster sums and sizes are touched."""
+    """Means of each array under ``draws`` resamples of clusters, ``[draws, k]``: only cluster sums and sizes are touched.
+
+    The resamples come from a generator, or are given: how often each cluster is drawn, ``[draws, count]``.
+    """
     sizes = np.bincount(codes, minlength=count).astype(np.float64)
     columns = [sizes, *(np.bincount(codes, weights=a, minlength=count) for a in arrays)]
     sums = np.stack(columns, axis=1)
@@ -267,10 +273,26 @@ def _resampled_means(
     out = np.empty((draws, len(arrays)))
     for start in range(0, draws, block):
         stop = min(draws, start + block)
-        weights = rng.multinomial(count, np.full(count, 1.0 / count), size=stop - start).astype(np.float64)
-        drawn = weights @ sums
+        counts = source[start:stop] if isinstance(source, np.ndarray) else _drawn(source, count, stop - start)
+        drawn = counts.astype(np.float64) @ sums
         out[start:stop] = drawn[:, 1:] / drawn[:, :1]
     return out
+
+
+def _drawn(rng: np.random.Generator, count: int, draws: int) -> NDArray[np.integer[Any]]:
+    """How often each of ``count`` clusters is drawn, ``[draws, count]``."""
+    found: NDArray[np.integer[Any]] = rng.multinomial(count, np.full(count, 1.0 / count), size=draws)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _kept(count: int, draws: int, seed: int) -> NDArray[np.uint16] | None:
+    """The resamples of a seed, which every metric on a set of so many clusters shares; None where they would be large to keep."""
+    if count * draws > _KEPT or count > np.iinfo(np.uint16).max:
+        return None
+    rng, block = np.random.default_rng(seed), max(1, _BLOCK // count)
+    parts = [_drawn(rng, count, min(block, draws - start)) for start in range(0, draws, block)]
+    return np.concatenate(parts).astype(np.uint16)
 
 
 def _percentiles(replicas: Floats, count: int, level: float) -> tuple[float, float]:

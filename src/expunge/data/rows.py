@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -128,6 +128,15 @@ class Table:
         kept = np.ones(len(self), dtype=bool)
         kept[indices] = False
         return np.flatnonzero(kept)
+
+    def subset(self, indices: Indices) -> Table:
+        """The table of the rows at ``indices``, in that order, with all classes."""
+        chosen = indices.tolist()
+        return replace(
+            self, ids=tuple(self.ids[i] for i in chosen), inputs=self.inputs[indices], targets=self.targets[indices],
+            subjects=tuple(self.subjects[i] for i in chosen) if self.subjects else (),
+            columns={name: values[indices] for name, values in self.columns.items()},
+        )  # fmt: skip
 
     def emptied(self, indices: Indices) -> list[str]:
         """Names of the classes of which nothing is left without the rows at ``indices``: a report must say so."""
@@ -259,7 +268,12 @@ def _numbers(y: npt.NDArray[Any], precision: str) -> npt.NDArray[Any]:
         raise InputError(f"The targets have the shape {list(y.shape)}.", "Give one number for each row.")
     if not np.isfinite(y).all():
         raise InputError(f"The target of row {int(np.flatnonzero(~np.isfinite(y))[0]) + 1} is not finite.", "Fill it in.")
-    return y.astype(precision)
+    with np.errstate(over="ignore"):  # what overflows is named below
+        made = y.astype(precision)
+    if not np.isfinite(made).all():
+        row = int(np.flatnonzero(~np.isfinite(made))[0])
+        raise InputError(f"The target {y[row]:g} of row {row + 1} is too large for {precision}.", "Ask for float64.")
+    return made
 
 
 def _among(values: npt.NDArray[Any], wanted: Sequence[str], what: str) -> npt.NDArray[np.bool_]:

@@ -98,17 +98,18 @@ class Watch:
 
     def look(self) -> None:
         """Measure both sides (every process a share)."""
-        self.forget_loss = self._mean(self.forget)
+        self.forget_loss = self._mean(self.forget, self.goal.ceiling if self.goal is not None else None)
         self.retain_loss = self._mean(self.retain)
 
-    def _mean(self, examples: Sequence[Example]) -> float | None:
+    def _mean(self, examples: Sequence[Example], ceiling: float | None = None) -> float | None:
         if not examples:
             return None
         devices = self.loop.devices
         shares = [[examples[i] for i in share(list(range(len(examples))), r, devices.world)] for r in range(devices.world)]
         mine = shares[devices.rank]
         with evaluating(self.loop.model):
-            total = math.fsum(mean_losses(self.loop.adapter, self.loop.model, mine, self.max_tokens, devices.device))
+            losses = mean_losses(self.loop.adapter, self.loop.model, mine, self.max_tokens, devices.device)
+            total = math.fsum(losses if ceiling is None else (min(value, ceiling) for value in losses))
             if devices.sharded:
                 # The processes of a sharded model go through it together: all run as many passes as the one with most.
                 passes = [sum(1 for _ in fitting(held, self.max_tokens)) for held in shares]
@@ -249,7 +250,7 @@ class Watch:
         """Why training ended, for people, with the remedy where the goal was missed."""
         side = f"forget loss {_n(self.forget_loss)}, retain loss {_n(self.retain_loss)}"
         if reason == "goal" and self.goal is not None:
-            what = "unseen text" if self.goal.source == "holdout" else "retain text with swapped answers (no holdout was given)"
+            what = "unseen data" if self.goal.source == "holdout" else "retain text with swapped answers (no holdout was given)"
             return (
                 f"Goal reached after {steps} steps: the forget set looks to the model like {what} "
                 f"({side}; goal {self.goal.loss:.3f})."

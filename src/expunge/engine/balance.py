@@ -1,4 +1,4 @@
-"""The coefficients of forgetting and keeping: fixed, or a dual variable that holds a constraint."""
+"""The coefficients of forgetting and keeping: fixed, by count, or a dual variable that holds a constraint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,22 @@ class FixedBalance(Balance):
 
     name: ClassVar[str] = "fixed"
 
-    def coefficients(self, state: dict[str, float]) -> tuple[float, float]:
+    def coefficients(self, state: dict[str, float], share: float = 0.5) -> tuple[float, float]:
         """(1, 1)."""
         return 1.0, 1.0
+
+    def update(self, state: dict[str, float], epoch: float, forget: float, retain: float) -> None:
+        """Nothing to note."""
+
+
+class ByCount(Balance):
+    """Each side weighs as its share of the step's examples, so that every example weighs the same, as in a mixed batch."""
+
+    name: ClassVar[str] = "by-count"
+
+    def coefficients(self, state: dict[str, float], share: float = 0.5) -> tuple[float, float]:
+        """(share, 1 - share)."""
+        return share, 1.0 - share
 
     def update(self, state: dict[str, float], epoch: float, forget: float, retain: float) -> None:
         """Nothing to note."""
@@ -41,7 +54,7 @@ class PrimalDual(Balance):
     eps: float = Field(0.3, gt=0, description="largest allowed value of the retain term, in its own unit (nats for nll)")
     warmup: float = Field(5.0, ge=0, description="epochs over the forget set before the dual variable moves")
 
-    def coefficients(self, state: dict[str, float]) -> tuple[float, float]:
+    def coefficients(self, state: dict[str, float], share: float = 0.5) -> tuple[float, float]:
         """(1, lambda)."""
         return 1.0, state.setdefault("lambda", self.initial)
 
@@ -51,5 +64,5 @@ class PrimalDual(Balance):
             state["lambda"] = max(0.0, state.get("lambda", self.initial) + self.step * (retain - self.eps))
 
 
-for kind in (FixedBalance, PrimalDual):
+for kind in (FixedBalance, ByCount, PrimalDual):
     BALANCES.add(kind.name, kind)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from expunge.core.errors import InputError
-from expunge.engine.ensemble import Ensemble, Progress, Workers, train_ensemble
+from expunge.engine.ensemble import Ensemble, Progress, train_ensemble
 from expunge.engine.functional import count_rows, each
 from expunge.engine.members import Members, Spec
+from expunge.engine.tasks import Workers
 
 
 @dataclass(frozen=True)

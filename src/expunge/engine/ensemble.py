@@ -7,19 +7,18 @@ another run that asks for the same members finds them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import vmap
 
-from expunge.core.errors import ExpungeError, InputError, MissingExtra
+from expunge.core.errors import InputError
 from expunge.core.files import atomic_path, digest_json
 from expunge.engine.functional import (
     Function,
@@ -33,8 +32,8 @@ from expunge.engine.functional import (
     open_attention,
 )
 from expunge.engine.members import Members, Spec, check, train_members
+from expunge.engine.tasks import Workers, spread
 
-Workers = Literal["local", "ray"]
 Progress = Callable[[int, int], None]  #: (member steps done, member steps in all)
 
 _FORMAT = 1  #: of the files of chunks and of what their keys are made of
@@ -243,34 +242,13 @@ def _here(spec: Spec, members: Members, parts: Sequence[slice], meter: _Meter) -
 def _with_ray(
     spec: Spec, members: Members, parts: Sequence[slice], meter: _Meter, address: str | None
 ) -> Iterator[tuple[slice, Tensors]]:
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtra("Training members on Ray workers", "ray") from None
-    if not parts:
+    if not parts:  # no cluster need be started
         return
-    ours = not ray.is_initialized()
-    if ours:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    try:
-        # One processor and so one thread per task: Ray tells the arithmetic libraries.
-        task = ray.remote(num_cpus=1)(_task)
-        common = ray.put(spec)
-        waiting = {task.remote(common, members.part(part.start, part.stop)): part for part in parts}
-        while waiting:
-            (done, *_), _ = ray.wait(list(waiting), num_returns=1)
-            part = waiting.pop(done)
-            try:
-                found = ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, ExpungeError):  # its own sentence, not the worker's traceback
-                    raise error.cause from None
-                raise
-            meter.finished(part)
-            yield part, {name: torch.from_numpy(value.copy()) for name, value in found.items()}
-    finally:
-        if ours:
-            ray.shutdown()
+    jobs = (((part.start, part.stop), members.part(part.start, part.stop)) for part in parts)
+    for (first, last), found in spread(_task, spec, jobs, workers="ray", address=address):
+        part = slice(first, last)
+        meter.finished(part)
+        yield part, {name: torch.from_numpy(value.copy()) for name, value in found.items()}
 
 
 def _task(spec: Spec, members: Members) -> dict[str, Any]:

@@ -157,6 +157,8 @@ def digest_tensors(tensors: Iterator[Tensor]) -> str:
     state = hashlib.sha256()
     for tensor in tensors:
         state.update(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if not tensor.numel():
+            continue
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, flat.numel(), _BLOCK):
             state.update(flat[start : start + _BLOCK].numpy().tobytes())

@@ -19,6 +19,9 @@ class Goal(Settings):
     source: Literal["holdout", "shuffled"] = Field(
         description="estimated on held-out records, or on retain records with swapped answers"
     )
+    ceiling: float | None = Field(
+        None, gt=0, description="loss from which on nothing is known of an example: larger ones count as this; none: no limit"
+    )
     examples: int = Field(ge=1, description="how many records the estimate rests on")
 
 

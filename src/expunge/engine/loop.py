@@ -218,7 +218,7 @@ class _Loop:
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
                 for name in ("attention_dropout", "dropout"):
-                    if isinstance(getattr(module, name, None), float):
+                    if isinstance(vars(module).get(name), float):
                         setattr(module, name, 0.0)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -272,7 +272,8 @@ class _Loop:
     def _turn(self, step: int, lr: float, forget: bool, only: frozenset[int]) -> dict[str, float]:
         plan = {Stream(s): ix for s, ix in self.plan.plan(step).items() if forget or s != Stream.FORGET}
         counts = self.objective.counts(plan)
-        coefficients = self.recipe.balance.coefficients(self.balance_state)
+        share = len(plan.get(Stream.FORGET, ())) / max(1, sum(map(len, plan.values())))
+        coefficients = self.recipe.balance.coefficients(self.balance_state, share)
         micros = self._micros(plan)
         sums = Sums()
         both = (not self.recipe.forget or Stream.FORGET in plan) and (not self.recipe.retain or Stream.RETAIN in plan)
@@ -280,7 +281,8 @@ class _Loop:
         sides: list[list[Tensor]] = [[], []]
         for at, micro in enumerate(micros):
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split), self.devices.autocast():
-                views = self.objective.views(self.model, micro, self.devices.device)
+                with self.adapter.drawing(self.engine.seed, step):
+                    views = self.objective.views(self.model, micro, self.devices.device)
                 losses = self.objective.losses(views, micro, counts, coefficients, sums, only=only)
             with self.devices.accumulate(self.model, last=at == len(micros) - 1, manual=split):
                 if split:

@@ -42,6 +42,7 @@ from expunge.engine.functional import (
 )
 
 Observe = Callable[[int], None]  #: called with the number of steps done
+Watch = Callable[[int, Tensor, Tensors], None]  #: (steps done, rows of the last one, stacked parameters as they are now)
 
 
 class Training(Settings):
@@ -121,7 +122,7 @@ class Members:
         return Members(self.weights[first:last].clone(), tuple(self.seeds[first:last]), start)
 
 
-def train_members(spec: Spec, members: Members, observe: Observe | None = None) -> Tensors:
+def train_members(spec: Spec, members: Members, observe: Observe | None = None, watch: Watch | None = None) -> Tensors:
     """Train the members, all at once.
 
     The result depends on nothing but the first two arguments (and the arithmetic of the machine): the global random generators
@@ -135,6 +136,7 @@ def train_members(spec: Spec, members: Members, observe: Observe | None = None) 
         spec: what they have in common.
         members: what distinguishes them.
         observe: called after each step.
+        watch: called after each step too, to look at the parameters: on the device, and not to be changed or kept.
 
     Returns:
         Stacked parameters and buffers, ``[models, ...]`` by name, in main memory.
@@ -144,11 +146,18 @@ def train_members(spec: Spec, members: Members, observe: Observe | None = None) 
         Destroyed: the weights of a member became NaN or infinite.
     """
     check(spec, members)
+
+    def after(step: int, rows: Tensor, now: Tensors) -> None:
+        if watch is not None:
+            watch(step, rows, now)
+        if observe is not None:
+            observe(step)
+
     devices = [torch.device(spec.device)] if spec.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices), freed_memory_kept():
         model, parameters, buffers = _begin(spec, members)
         torch.manual_seed(_seed("dropout", spec.training.seed, *members.seeds))
-        _descend(spec, members, Function(model, spec.forward), (parameters, buffers), observe)
+        _descend(spec, members, Function(model, spec.forward), (parameters, buffers), after)
     state = {name: value.detach().cpu() for name, value in {**parameters, **buffers}.items()}
     for seed, fine in zip(members.seeds, _finite(state, len(members)).tolist(), strict=True):
         if not fine:
@@ -236,13 +245,13 @@ def _begin(spec: Spec, members: Members) -> tuple[nn.Module, Tensors, Tensors]:
     return models[0].to(spec.device).train(), stacked, {name: held[name] for name in held if name not in stacked}
 
 
-def _descend(spec: Spec, members: Members, function: Function, state: tuple[Tensors, Tensors], observe: Observe | None) -> None:
+def _descend(spec: Spec, members: Members, function: Function, state: tuple[Tensors, Tensors], after: Watch) -> None:
     (parameters, buffers), training = state, spec.training
     own = training.stream == "own"
     forward = vmap(function.at, in_dims=(0, 0 if own else None), randomness="different")
     tensors = list(parameters.values())
     optimizer = _optimizer(training, tensors)
-    for step, index in enumerate(_batches(training, members)):
+    for step, index in enumerate(batches(training, members)):
         inputs = each(spec.inputs, lambda rows, index=index: rows[index].to(spec.device))  # type: ignore[misc]
         targets = spec.targets[index].to(spec.device)
         weights = members.weights.gather(1, index) if own else members.weights[:, index]
@@ -260,13 +269,12 @@ def _descend(spec: Spec, members: Members, function: Function, state: tuple[Tens
         if training.clip is not None:
             _clip(tensors, training.clip)
         for group in optimizer.param_groups:
-            group["lr"] = training.lr * _course(training, step)
+            group["lr"] = training.lr * course(training, step)
         optimizer.step()
-        if observe is not None:
-            observe(step + 1)
+        after(step + 1, index, parameters)
 
 
-def _batches(training: Training, members: Members) -> Iterator[Tensor]:
+def batches(training: Training, members: Members) -> Iterator[Tensor]:
     """Row numbers of each step: ``[batch]`` for all, or ``[models, batch]`` with streams of their own."""
     size, steps = training.batch, training.steps
     if training.stream == "shared":
@@ -281,6 +289,19 @@ def _batches(training: Training, members: Members) -> Iterator[Tensor]:
     ]
     for step in range(steps):
         yield torch.stack([rows[plan.plan(step)["rows"]] for rows, plan in zip(supports, plans, strict=True)])
+
+
+def visits(training: Training, rows: int) -> int:
+    """How many rows a member's training reads, each as often as it is read: the cost that no machine changes.
+
+    Args:
+        training: steps, batch and stream.
+        rows: how many rows there are to read, at least 1.
+    """
+    if training.stream == "own":
+        return training.steps * training.batch
+    passes, rest = divmod(training.steps, -(-rows // training.batch))
+    return passes * rows + min(rest * training.batch, rows)
 
 
 def _optimizer(training: Training, tensors: list[Tensor]) -> torch.optim.Optimizer:
@@ -301,7 +322,7 @@ def _clip(tensors: list[Tensor], limit: float) -> None:
         gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))
 
 
-def _course(training: Training, step: int) -> float:
+def course(training: Training, step: int) -> float:
     """Factor of the step size at a step counted from 0; linear and cosine would reach 0 one step after the last."""
     done = step / training.steps
     if training.decay == "linear":

@@ -135,8 +135,8 @@ class Balance(Settings, abc.ABC):
     name: ClassVar[str]
 
     @abc.abstractmethod
-    def coefficients(self, state: dict[str, float]) -> tuple[float, float]:
-        """Multipliers of all forget terms and of all retain terms in this step."""
+    def coefficients(self, state: dict[str, float], share: float = 0.5) -> tuple[float, float]:
+        """Multipliers of all forget terms and of all retain terms in this step; ``share`` of its examples are to be forgotten."""
 
     @abc.abstractmethod
     def update(self, state: dict[str, float], epoch: float, forget: float, retain: float) -> None:

@@ -28,8 +28,8 @@ from expunge.engine.preparation import ReferenceSource
 Kind = Literal["none", "cached", "adapter-off", "copy"]
 
 
-def choose(recipe: Recipe, needs: frozenset[Need]) -> Kind:
-    """The kind of reference that serves ``recipe``.
+def choose(recipe: Recipe, needs: frozenset[Need], *, storable: bool = True) -> Kind:
+    """The kind of reference that serves ``recipe``; ``storable`` says whether an example has the same losses in every step.
 
     Raises:
         InputError: the kind asked for cannot serve.
@@ -44,11 +44,15 @@ def choose(recipe: Recipe, needs: frozenset[Need]) -> Kind:
             f"reference=cached holds log-probabilities only, but {recipe.name!r} reads {', '.join(kinds)} of the reference.",
             "Use reference=copy, or parameters=lora with reference=adapter-off.",
         )
+    if recipe.reference == "cached" and not storable:
+        raise InputError(
+            "reference=cached holds one loss for each example, but these are drawn anew in every step.", "Use reference=copy."
+        )
     if recipe.reference == "adapter-off" and not lora:
         raise InputError("reference=adapter-off needs parameters=lora.", "Add parameters=lora or use reference=copy.")
     if recipe.reference != "auto":
         return cast(Kind, recipe.reference)
-    if wanted == {"losses"}:
+    if wanted == {"losses"} and storable:
         return "cached"
     return "adapter-off" if lora else "copy"
 
@@ -74,7 +78,7 @@ def frozen_models(
     """
     needs = recipe.needs(adapter.layers())
     found: dict[Of, ReferenceSource] = {}
-    kind = choose(recipe, needs)
+    kind = choose(recipe, needs, storable=not adapter.draws_anew)
     if kind == "copy":
         found[Of.REFERENCE] = CopyReference(adapter, device)
     elif kind == "adapter-off":

@@ -100,7 +100,12 @@ def other_classes(rows: Sequence[Row], classes: int, how: str, seed: int = 0) ->
         raise unknown("kind of other classes", how, CLASS_KINDS)
     if how == "any":
         return [_number(row.id, seed) % classes for row in rows]
-    return [(int(row.target) + 1 + _number(row.id, seed) % (classes - 1)) % classes for row in rows]
+    return [other_class(row.id, int(row.target), classes, seed) for row in rows]
+
+
+def other_class(name: str, own: int, classes: int, seed: int) -> int:
+    """A class other than a row's ``own``, uniformly, by the row's id ``name`` and the seed alone."""
+    return (own + 1 + _number(name, seed) % (classes - 1)) % classes
 
 
 def _given(record: Record, seed: int) -> str:

@@ -12,8 +12,10 @@ from expunge.core.errors import unknown
 from expunge.core.settings import Parameter, Settings, describe_value
 from expunge.engine.edit import Edit
 from expunge.engine.parts import Paper, Recipe
+from expunge.engine.prepared import Prepared
 from expunge.methods.alternatives import CLASS_KINDS
 from expunge.methods.edits.registry import EDITS
+from expunge.methods.prepared.registry import PREPARED
 from expunge.methods.recipe import PART_SLOTS
 from expunge.methods.registry import METHODS, PLACEHOLDER_LAYERS, Method, Want, wants
 
@@ -71,12 +73,32 @@ class EditDescription:
     origin: str
 
 
-def known() -> dict[str, Method | type[Edit]]:
-    """All methods by name: recipes and edits."""
-    return dict(sorted([*METHODS.items(), *EDITS.items()]))
+@dataclass(frozen=True)
+class PreparedDescription:
+    """Everything that is declared about a prepared method; the names are those of :class:`Description`."""
+
+    name: str
+    title: str
+    text: str
+    formula: str
+    guarantee: str
+    paper: Paper
+    caveats: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    needs: tuple[Offer, ...]
+    wants: tuple[Want, ...]
+    origin: str
 
 
-def find(name: str) -> Method | type[Edit]:
+Known = Method | type[Edit] | type[Prepared]
+
+
+def known() -> dict[str, Known]:
+    """All methods by name: recipes, edits and prepared ones."""
+    return dict(sorted([*METHODS.items(), *EDITS.items(), *PREPARED.items()]))
+
+
+def find(name: str) -> Known:
     """The method called ``name``.
 
     Raises:
@@ -99,6 +121,19 @@ def describe_edit(name: str) -> EditDescription:
     return EditDescription(
         name, kind.title, inspect.cleandoc(kind.__doc__ or ""), kind.formula, kind.paper, kind.caveats, tuple(kind.declared()),
         tuple(sorted(kind.offers)), wants, EDITS.origin(name),
+    )  # fmt: skip
+
+
+def describe_prepared(name: str) -> PreparedDescription:
+    """All that is declared about the prepared method called ``name``.
+
+    Raises:
+        InputError: there is no such method.
+    """
+    kind = PREPARED.get(name)
+    return PreparedDescription(
+        name, kind.title, inspect.cleandoc(kind.__doc__ or ""), kind.formula, kind.guarantee, kind.paper, kind.caveats,
+        tuple(kind.declared()), tuple(sorted(kind.offers)), (), PREPARED.origin(name),
     )  # fmt: skip
 
 
@@ -148,7 +183,7 @@ def offers_needed(recipe: Recipe, alternatives: str = "refusals") -> tuple[Offer
     return tuple(sorted(found))
 
 
-def serves(method: str | Method | type[Edit], offers: Collection[Offer]) -> tuple[bool, tuple[Offer, ...]]:
+def serves(method: str | Known, offers: Collection[Offer]) -> tuple[bool, tuple[Offer, ...]]:
     """Whether a method runs on an adapter that offers ``offers``, and what is missing for it."""
     found = find(method) if isinstance(method, str) else method
     needed = offers_needed(found.build(), found.alternatives) if isinstance(found, Method) else tuple(sorted(found.offers))

@@ -176,7 +176,8 @@ def combine(recipe: Recipe, views: Views, examples: Mapping[Stream, Sequence[Exa
     """Mean of every term and the weighted total, from views that hold all that the terms read."""
     out: dict[str, Tensor] = {}
     parts: list[Tensor] = []
-    coefficients = recipe.balance.coefficients({})
+    sizes = [len(examples.get(stream, ())) for stream in (Stream.FORGET, Stream.RETAIN)]
+    coefficients = recipe.balance.coefficients({}, sizes[0] / max(1, sum(sizes)))
     for side, terms, coefficient in zip(("forget", "retain"), (recipe.forget, recipe.retain), coefficients, strict=True):
         for term in terms:
             mean = term.values(views).sum() / max(1, term.count(examples[term.stream]))

@@ -171,6 +171,11 @@ def _check_kind(run: Run) -> None:
             f"{str(folder)!r} belongs to a sequence of requests, which is audited when it is done, as a whole.",
             f"Repeat its command with --resume --retrain 3: expunge unlearn MODEL --requests FILE ... --out {whole.parent}.",
         )
+    if kind == "prepared":
+        raise InputError(
+            f"{str(folder)!r} is a run of a prepared method: its promise holds by construction, without a verdict.",
+            f"What each deletion did and cost is in {folder / 'deletions.json'}; its guarantee is stated there.",
+        )
     if kind != "unlearn":
         raise InputError(
             f"{str(folder)!r} is a run of kind {kind!r}, not of `expunge unlearn`.", "Give the folder that its --out named."

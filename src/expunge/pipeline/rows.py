@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 from expunge.adapters.base import Example
+from expunge.adapters.estimators import estimator_classes, estimator_network, is_estimator
 from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter, SupervisedAdapter
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
@@ -21,12 +27,16 @@ from expunge.engine.loop import Outcome, Progress, train
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
 from expunge.engine.parts import Recipe
+from expunge.engine.reference import reset_weights
 from expunge.engine.schedule import Adaptive
 from expunge.methods.alternatives import alternatives, kind_for
 from expunge.methods.catalogue import serves
 from expunge.methods.edits.registry import EDITS
+from expunge.methods.prepared.registry import refuse_prepared
 from expunge.methods.recipe import build
 
+_GUESSED = 0.9  #: share of the loss of a guess at which a class counts as forgotten: a mean over rows never quite gets there
+_NEIGHBOURS, _NEIGHBOURS_AMONG = 10, 5000
 _GOAL_ROWS = 128  #: unseen rows that the goal is estimated on, at most
 
 
@@ -56,12 +66,20 @@ class RowPlan:
 def open_rows(
     model: Any, data: Table, *, loss: Literal["l1", "mse"], layers: Sequence[str] | None, dropout: bool
 ) -> SupervisedAdapter:
-    """The adapter for a model and the task of its table, tried on one row.
+    """The adapter for a model (a scikit-learn estimator becomes a network) and the task of its table, tried on one row.
 
     Raises:
         InputError: the model's output does not match the labels.
     """
     adapter: SupervisedAdapter
+    if is_estimator(model):
+        own = estimator_classes(model)
+        if own != data.classes:
+            raise InputError(
+                f"The {type(model).__name__} knows the classes {_listed(own)}; the rows {_listed(data.classes)}.",
+                "Read the rows with the estimator's classes, in its order.",
+            )
+        model = estimator_network(model)
     if data.task == "classification":
         adapter = ClassifierAdapter(model, data.classes, layers=layers, dropout=dropout)
     else:
@@ -102,6 +120,7 @@ def plan_rows(
     Raises:
         InputError: the method does not fit the model, the sets do not fit each other, or nothing says when to stop.
     """
+    refuse_prepared(method)
     forget, retain = data.rows(chosen, "forget"), data.rows(data.others(chosen), "retain")
     if len(forget) > len(retain) and not allow_large_forget:
         raise InputError(
@@ -125,6 +144,8 @@ def plan_rows(
     examples = {Stream.FORGET: [adapter.encode(r) for r in forget], Stream.RETAIN: [adapter.encode(r) for r in retain]}
     if isinstance(made, Edit):
         return RowPlan(adapter, made, examples, None, engine, notes)
+    if made.start == "initial":
+        _untrained(adapter, engine.seed)  # so that a model that cannot be set back is refused here
     if Of.ORACLE in made.models(adapter.layers()) and oracle is None:
         raise InputError(
             f"The method {method!r} reads an oracle: a model trained without the rows to forget.",
@@ -140,18 +161,56 @@ def plan_rows(
     return RowPlan(adapter, made, examples, goal, engine, notes, oracle)
 
 
-def run_rows(made: RowPlan, *, progress: Progress | None = None) -> Outcome:
-    """Change the model that the plan holds."""
+def run_rows(
+    made: RowPlan,
+    *,
+    folder: Path | None = None,
+    cache: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Change the model that the plan holds.
+
+    Args:
+        made: the checked plan.
+        folder: where checkpoints and the log go; None keeps none.
+        cache: where losses of the target are kept for other runs.
+        resume: go on from the last checkpoint.
+        progress: of the work.
+    """
     if isinstance(made.method, Edit):
         return apply_edit(made.adapter, made.method, made.examples, made.engine, progress=progress)
+    if made.method.start == "initial":
+        made.adapter.model.load_state_dict(_untrained(made.adapter, made.engine.seed).state_dict())
     models = {} if made.oracle is None else {Of.ORACLE: made.oracle}
-    return train(made.adapter, made.method, made.examples, made.engine, goal=made.goal, models=models, progress=progress)
+    return train(
+        made.adapter, made.method, made.examples, made.engine, goal=made.goal, models=models, folder=folder, cache=cache,
+        resume=resume, progress=progress,
+    )  # fmt: skip
+
+
+def _untrained(adapter: SupervisedAdapter, seed: int) -> nn.Module:
+    """A network of the same shape with fresh weights.
+
+    Raises:
+        InputError: a part of the model cannot be set back to random weights.
+    """
+    fresh = adapter.copy()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reset_weights(fresh.model)
+    model: nn.Module = fresh.model
+    return model
 
 
 def _goal(
     adapter: SupervisedAdapter, recipe: Recipe, data: Table, chosen: Indices, *, holdout: Table | None, engine: Engine
 ) -> Goal | None:
-    """The loss of unseen rows; for whole classes at least that of a guess, because no unseen row tells how they would look."""
+    """The loss of unseen rows, and more for rows whose labels are odd among the retained ones (see :func:`oddity`).
+
+    Of a classifier losses count up to that of a guess, as in the verdict: what some rows have lost beyond it must not make up for
+    others that are still known.
+    """
     schedule = recipe.schedule
     if not (isinstance(schedule, Adaptive) or schedule.lr is None) or not recipe.forget:
         return None
@@ -162,14 +221,73 @@ def _goal(
         )
     if holdout.task != data.task or holdout.classes != data.classes:
         raise InputError("The holdout rows are of another task, or of other classes.", "Name the same classes in both.")
-    order = np.random.default_rng([engine.seed, 8]).permutation(len(holdout))[:_GOAL_ROWS]
-    rows = [adapter.encode(r) for r in holdout.rows(order)]
-    loss = float(np.mean(mean_losses(adapter, adapter.model, rows, engine.max_tokens)))
-    if data.task == "classification" and set(data.targets[chosen].tolist()) <= {
-        data.classes.index(name) for name in data.emptied(chosen)
-    }:
-        loss = max(loss, math.log(len(data.classes)))
-    return Goal(loss=max(1e-6, loss), source="holdout", examples=len(rows))
+    seen = holdout.subset(np.random.default_rng([engine.seed, 8]).permutation(len(holdout))[:_GOAL_ROWS])
+    losses = np.array(
+        mean_losses(adapter, adapter.model, [adapter.encode(r) for r in seen.rows()], engine.max_tokens), dtype=np.float64
+    )
+    if data.task != "classification":
+        return Goal(loss=max(1e-6, float(losses.mean())), source="holdout", examples=len(seen))
+    guess = math.log(len(data.classes))
+    odd = oddity(data, chosen, seen, seed=engine.seed)
+    loss = min(float(np.minimum(losses, guess).mean()) + odd, _GUESSED * guess)
+    return Goal(loss=max(1e-6, loss), source="holdout", examples=len(seen), ceiling=guess)
+
+
+def oddity(data: Table, chosen: Indices, unseen: Table, *, seed: int = 0) -> float:
+    """By how much more the labels of the forget rows surprise those who go by the retained rows than those of unseen rows do.
+
+    Unseen rows drawn at random tell how a forget row would look that is one of them. They do not tell it of rows that were learnt
+    with a wrong label, or of a class of which nothing is retained. So the label of each row is guessed from its nearest retained
+    rows (no model is asked, least of all a retrained one), and the mean losses of these guesses are compared, less one standard
+    error.
+
+    Args:
+        data: all rows that the model was trained on; classification.
+        chosen: the forget rows.
+        unseen: rows that it was never trained on.
+        seed: of the rows that are looked at, where there are many.
+
+    Returns:
+        A difference of losses in nats, [0, log C].
+    """
+    rng = np.random.default_rng([seed, 14])
+    kept = _some_rows(data.others(chosen), _NEIGHBOURS_AMONG, rng)
+    asked = _some_rows(chosen, _GOAL_ROWS, rng)
+    guess = math.log(len(data.classes))
+    words = np.unique(data.inputs[kept]) if data.inputs.dtype.kind in "iu" and data.inputs.ndim == 2 else None
+    model = KNeighborsClassifier(n_neighbors=min(_NEIGHBOURS, len(kept)))
+    model.fit(_flat(data.inputs[kept], words), data.targets[kept])
+
+    def losses(inputs: npt.NDArray[Any], targets: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        share = np.zeros((len(targets), len(data.classes)))
+        share[:, model.classes_] = model.predict_proba(_flat(inputs, words))
+        own = share[np.arange(len(targets)), targets]
+        # One guess among all classes is added to the neighbours, so that nothing is impossible.
+        smoothed = (own * _NEIGHBOURS + 1 / len(data.classes)) / (_NEIGHBOURS + 1)
+        found: npt.NDArray[np.float64] = np.minimum(-np.log(smoothed), guess)
+        return found
+
+    own, others = losses(data.inputs[asked], data.targets[asked]), losses(unseen.inputs, unseen.targets)
+    error = math.sqrt(own.var() / len(own) + others.var() / len(others))
+    return max(0.0, float(own.mean() - others.mean()) - error)
+
+
+def _some_rows(indices: Indices, limit: int, rng: np.random.Generator) -> Indices:
+    return indices if len(indices) <= limit else np.sort(rng.choice(indices, limit, replace=False))
+
+
+def _flat(inputs: npt.NDArray[Any], words: npt.NDArray[Any] | None) -> npt.NDArray[np.float32]:
+    """Rows as vectors; token ids as which of the known ones occur."""
+    if words is None:
+        return inputs.reshape(len(inputs), -1).astype(np.float32)
+    codes = np.minimum(np.searchsorted(words, inputs), len(words) - 1)
+    out = np.zeros((len(inputs), len(words)), dtype=np.float32)
+    np.put_along_axis(out, codes, (words[codes] == inputs).astype(np.float32), axis=1)
+    return out
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "") if classes else "none"
 
 
 def _equal_rows(data: Table, chosen: Indices) -> int:

@@ -31,6 +31,7 @@ from expunge.engine.schedule import Adaptive
 from expunge.methods.alternatives import alternatives, kind_for
 from expunge.methods.catalogue import find
 from expunge.methods.edits.registry import EDITS
+from expunge.methods.prepared.registry import refuse_prepared
 from expunge.methods.recipe import build as build_recipe
 from expunge.methods.registry import Method
 from expunge.pipeline.config import Allowances, UnlearnConfig
@@ -203,6 +204,7 @@ def check_method(config: UnlearnConfig) -> None:
     Raises:
         InputError: an unknown name, a value out of range, or a side that the method needs and was not given.
     """
+    refuse_prepared(config.method)
     if config.method != "custom" and not isinstance(find(config.method), Method):
         edit = EDITS.get(config.method)(**nest(dict(config.parts)))
         missing = sorted(edit.offers - LanguageAdapter.offers)

@@ -23,7 +23,7 @@ _steps: Any = None  #: in a worker: steps done and steps in all, two numbers per
 class Job:
     """A run to be done: the configuration of its kind, and its folder."""
 
-    kind: Literal["train", "unlearn"]
+    kind: Literal["train", "unlearn", "rows"]
     config: dict[str, Any]
     out: str
 
@@ -73,13 +73,15 @@ def _in_worker(job: Job, index: int) -> None:
 
 
 def _work(job: Job, progress: Progress | None) -> None:
-    from expunge.pipeline import train, unlearn
+    from expunge.pipeline import row_runs, train, unlearn
     from expunge.pipeline.config import TrainConfig, UnlearnConfig
 
     out = Path(job.out)
     resume = (out / "manifest.json").is_file()
     if job.kind == "train":
         train.execute(train.plan(TrainConfig(**job.config)), out, resume=resume, progress=progress)
+    elif job.kind == "rows":
+        row_runs.execute(row_runs.plan(row_runs.RowsConfig(**job.config)), out, resume=resume, progress=progress)
     else:
         config = UnlearnConfig(**job.config)
         unlearn.execute(unlearn.from_config(config), config, out, resume=resume, progress=progress)

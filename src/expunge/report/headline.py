@@ -13,12 +13,19 @@ Kind = Literal["forget", "utility", "privacy", "relearn"]
 
 #: the first that most models have is shown; names that are not listed come after, in alphabetical order
 PREFERRED: dict[Kind, tuple[str, ...]] = {
-    "forget": ("probability", "verbatim-memorisation", "rouge-l-recall", "knowledge-memorisation", "exact-memorisation", "loss"),
-    "utility": ("model-utility", "retain.probability", "retain.rouge-l-recall", "retain.knowledge-memorisation"),
-    "privacy": ("privleak.min-k", "privleak.loss", "membership.min-k", "membership.loss"),
+    "forget": (
+        "accuracy", "absolute-error", "probability", "verbatim-memorisation", "rouge-l-recall", "knowledge-memorisation",
+        "exact-memorisation", "loss",
+    ),
+    "utility": (
+        "model-utility", "test.accuracy", "test.skill", "retain.accuracy", "retain.skill", "retain.probability",
+        "retain.rouge-l-recall", "retain.knowledge-memorisation",
+    ),
+    "privacy": ("privleak.min-k", "forget.looks-seen", "privleak.loss", "membership.min-k", "membership.loss"),
     "relearn": (),
-}
+}  # fmt: skip
 PRIVACY = ("privleak", "membership")
+SEEN = "forget.looks-seen"  #: evidence on single rows, where there are reference models
 ACTIVE = ("relearn", "quantise")
 
 
@@ -30,11 +37,11 @@ def family(key: str) -> str:
 def is_kind(kind: Kind, key: str, number: Number) -> bool:
     """Whether the number called ``key`` can stand for ``kind``."""
     if kind == "forget":
-        return family(key) == "forget" and number.direction in (Direction.FORGET_DOWN, Direction.REFERENCE)
+        return family(key) == "forget" and key != SEEN and number.direction in (Direction.FORGET_DOWN, Direction.REFERENCE)
     if kind == "utility":
         return number.direction in (Direction.UTILITY_UP, Direction.UTILITY_DOWN) and family(key) not in ("forget", *ACTIVE)
     if kind == "privacy":
-        return family(key) in PRIVACY
+        return family(key) in PRIVACY or key == SEEN
     return family(key) == "relearn"
 
 

@@ -24,6 +24,7 @@ from expunge.audit.gradients import gradient_norm
 from expunge.audit.metrics.papers import CARLINI, GRADIENT, LOSS, MIN_K, MIN_K_PLUS_PLUS
 from expunge.audit.metrics.probability import loss
 from expunge.audit.scores import End, Floats
+from expunge.core.access import Offer
 from expunge.core.errors import InputError
 from expunge.core.registry import Registry, origin_of
 from expunge.core.settings import Settings
@@ -102,6 +103,7 @@ class MembershipAttack(Settings, abc.ABC):
     formula: ClassVar[str]
     paper: ClassVar[Paper]
     evaluate: ClassVar[Callable[..., Any]]  #: the pure function
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES})  #: what it needs of a modality
 
     @abc.abstractmethod
     def score(self, evidence: Evidence, label: str, name: str) -> Values:
@@ -160,6 +162,7 @@ class ZlibAttack(_Scored):
     formula: ClassVar[str] = "NLL / len(zlib(text))"
     paper: ClassVar[Paper] = CARLINI
     evaluate = staticmethod(zlib)
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT})
 
     def score(self, evidence: Evidence, label: str, name: str) -> Values:
         """Loss over compressed size of the answer."""
@@ -177,6 +180,7 @@ class MinK(_Scored):
     formula: ClassVar[str] = "-(mean of the lowest max(1, floor(k T)) of l_t)"
     paper: ClassVar[Paper] = MIN_K
     evaluate = staticmethod(min_k)
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT})
 
     k: float = Field(0.4, gt=0, le=1, description="share of tokens, the least probable ones")
     end: End = Field("exclude", description="whether the appended end token counts")
@@ -195,6 +199,7 @@ class MinKPlusPlus(_Scored):
     formula: ClassVar[str] = "-(mean of the lowest max(1, floor(k T)) of (l_t - mu_t) / sigma_t)"
     paper: ClassVar[Paper] = MIN_K_PLUS_PLUS
     evaluate = staticmethod(min_k_plus_plus)
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOGITS})
 
     k: float = Field(0.4, gt=0, le=1, description="share of tokens, the lowest ones")
     end: End = Field("exclude", description="whether the appended end token counts")

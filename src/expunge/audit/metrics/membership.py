@@ -14,13 +14,14 @@ from expunge.audit.evidence import Evidence
 from expunge.audit.metrics.papers import LOSS, MUSE
 from expunge.audit.metrics.registry import Metric, Need, Range, metric
 from expunge.audit.scores import Floats
+from expunge.core.access import Offer
 from expunge.core.errors import InputError
 from expunge.core.ranking import tpr_at_fpr
 from expunge.core.results import Direction, Number
 from expunge.core.statistics import auc, auc_delong, cluster_standard_error, wilson
 from expunge.engine.parts import Paper
 
-ALL = ("loss", "zlib", "min-k", "min-k-plus-plus", "reference", "gradient-norm")
+ALL = ("loss", "zlib", "min-k", "min-k-plus-plus", "reference", "gradient-norm", "lira", "rmia")
 STRANGE = 0.25  #: an AUC below this, where the retrained model's is not, means over-unlearning
 FEW_OUTSIDE = 1000  #: non-members needed before a rate of 1 % false positives means anything
 
@@ -86,14 +87,14 @@ class _Attacked(Metric):
             MEMBERSHIP.get(name)
         return value
 
-    def chosen(self) -> list[MembershipAttack]:
-        """The attacks."""
-        return _attacks(self.attacks, self.k, self.gradient_examples)
+    def chosen(self, evidence: Evidence) -> list[MembershipAttack]:
+        """The attacks that fit the modality of the audit."""
+        return [a for a in _attacks(self.attacks, self.k, self.gradient_examples) if a.offers <= evidence.offers]
 
     def visit(self, evidence: Evidence, label: str) -> None:
         """Gradients are taken while the model is in memory."""
         if "holdout" in evidence.sets:
-            for attack in self.chosen():
+            for attack in self.chosen(evidence):
                 if attack.name == GradientAttack.name:
                     for name in ("holdout", "forget"):
                         attack.values(evidence, label, name)
@@ -104,7 +105,7 @@ class _Attacked(Metric):
             evidence.miss(f"{self.title} was not measured: it needs a holdout set that the models were never trained on.")
             return []
         out = []
-        for attack in self.chosen():
+        for attack in self.chosen(evidence):
             lack = attack.lacks(evidence, label)
             if lack:
                 evidence.miss(f"The membership attack {attack.title} was not run on {label!r}: {lack}.")
@@ -141,6 +142,7 @@ class Membership(_Attacked):
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER, Need.HOLDOUT, Need.GRADIENT)
     paper: ClassVar[Paper] = LOSS
     evaluate = staticmethod(auc)
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES})
 
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
         """``membership.<attack>`` and ``membership.<attack>.tpr-at-1``."""
@@ -195,6 +197,7 @@ class PrivLeak(_Attacked):
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER, Need.HOLDOUT, Need.RETRAINED)
     paper: ClassVar[Paper] = MUSE
     evaluate = staticmethod(privleak)
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES})
 
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
         """``privleak.<attack>`` for every attack."""

@@ -53,3 +53,47 @@ RWKU = Paper(
     "RWKU: Benchmarking Real-World Knowledge Unlearning for Large Language Models", "Jin, Cao, Wang et al.", 2024,
     "https://arxiv.org/abs/2406.10890",
 )  # fmt: skip
+SPARSE = Paper("Model Sparsity Can Simplify Machine Unlearning", "Jia, Liu, Ram et al.", 2023, "https://arxiv.org/abs/2304.04934")
+BLINDSPOT = Paper(
+    "Deep Regression Unlearning", "Tarun, Chundawat, Mandal and Kankanhalli", 2022, "https://arxiv.org/abs/2210.08196"
+)
+LIRA = Paper(
+    "Membership Inference Attacks From First Principles", "Carlini, Chien, Nasr et al.", 2021, "https://arxiv.org/abs/2112.03570"
+)
+RMIA = Paper(
+    "Low-Cost High-Power Membership Inference Attacks", "Zarifzadeh, Liu and Shokri", 2023, "https://arxiv.org/abs/2312.03262"
+)
+KLOM = Paper(
+    "Attribute-to-Delete: Machine Unlearning via Datamodel Matching", "Georgiev, Rinberg, Park et al.", 2024,
+    "https://arxiv.org/abs/2410.23232",
+)  # fmt: skip
+IAM = Paper(
+    "Towards Lifecycle Unlearning Commitment Management: Measuring Sample-level Unlearning Completeness",
+    "Wang, Li, Xiang, Cao and Wang",
+    2025,
+    "https://arxiv.org/abs/2506.06112",
+)
+RUM = Paper(
+    "What makes unlearning hard and what to do about it",
+    "Zhao, Kurmanji, Bărbulescu et al.",
+    2024,
+    "https://arxiv.org/abs/2406.01257",
+)
+DUCK = Paper(
+    "DUCK: Distance-based Unlearning via Centroid Kinematics",
+    "Cotogni, Bonato, Sabetta et al.",
+    2023,
+    "https://arxiv.org/abs/2312.02052",
+)
+BAD_TEACHER = Paper(
+    "Can Bad Teaching Induce Forgetting? Unlearning in Deep Networks using an Incompetent Teacher",
+    "Chundawat, Tarun, Mandal and Kankanhalli", 2022, "https://arxiv.org/abs/2205.08096",
+)  # fmt: skip
+REALLY = Paper(
+    "Are We Truly Forgetting? A Critical Re-examination of Machine Unlearning Evaluation Protocols", "Kim, Cha and Kim", 2025,
+    "https://arxiv.org/abs/2503.06991",
+)  # fmt: skip
+LAF = Paper(
+    "Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models", "Shen, Zhang, Zhao et al.", 2024,
+    "https://arxiv.org/abs/2404.00506",
+)  # fmt: skip

@@ -13,6 +13,7 @@ from expunge.audit.evidence import Evidence, Values
 from expunge.audit.metrics.papers import TOFU
 from expunge.audit.metrics.registry import Need, Range, RecordMetric, metric
 from expunge.audit.scores import End, Floats
+from expunge.core.access import Offer
 from expunge.core.errors import InputError
 from expunge.core.results import Direction
 from expunge.engine.parts import Paper
@@ -87,6 +88,7 @@ class Loss(RecordMetric):
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER,)
     paper: ClassVar[Paper] = TOFU
     evaluate = staticmethod(loss)
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES})
 
     end: End = Field("include", description="whether the appended end token counts")
 
@@ -119,6 +121,7 @@ class Probability(RecordMetric):
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER,)
     paper: ClassVar[Paper] = TOFU
     evaluate = staticmethod(probability)
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOGITS})
 
     end: End = Field("include", description="whether the appended end token counts")
 

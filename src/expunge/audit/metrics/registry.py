@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from expunge.audit.evidence import Evidence, Values
+from expunge.core.access import Offer
 from expunge.core.registry import Registry, origin_of
 from expunge.core.results import Direction, Number
 from expunge.core.settings import Settings
@@ -46,6 +47,7 @@ class Metric(Settings, abc.ABC):
     needs: ClassVar[tuple[Need, ...]]
     paper: ClassVar[Paper]
     evaluate: ClassVar[Callable[..., Any]]  #: the pure function, see :func:`evaluate_metric`
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT})  #: what it needs of a modality; the others leave it out
 
     def visit(self, evidence: Evidence, label: str) -> None:
         """Gather, while the model is in memory, what goes beyond the scores and answers that :attr:`needs` names."""

@@ -21,6 +21,7 @@ _HELP = """Measure an unlearned model against models that never saw the forget s
       expunge audit runs/npo --retrain 5 --base meta-llama/Llama-3.2-1B --utility facts=world.jsonl
       expunge audit runs/npo --retrain 3 --dry-run
       expunge audit runs/npo --retrain 3 budget=200 relearn=none
+      expunge audit runs/salun --retrain 3 --references 16        (classifiers and regressors)
 
     \b
     With no retrained model the verdict is "no gold standard": nothing can then be called forgotten. Two or more show how
@@ -44,6 +45,10 @@ def audit(
     base: Annotated[
         str | None, typer.Option(help="Untrained base, if the target is no run of expunge train.", metavar="MODEL")
     ] = None,
+    references: Annotated[
+        int, typer.Option(help="Rows: so many further models with and without them, for LiRA, RMIA and KLoM.", metavar="N")
+    ] = 0,
+    workers: Annotated[str, typer.Option(help="Rows: where models are trained, local or ray.")] = "local",
     utility: Annotated[
         list[str] | None, typer.Option(help="A further set that must stay known; repeatable.", metavar="NAME=DATA")
     ] = None,
@@ -52,7 +57,9 @@ def audit(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Audit one run."""
+    from expunge.cli.rows import audit_rows
     from expunge.pipeline.audit import AuditConfig, audit_run, plan
+    from expunge.pipeline.row_audit import is_rows
     from expunge.report.terminal import print_summary, summary_json
 
     output = Output(json)
@@ -62,13 +69,20 @@ def audit(
         "retrained": retrained or (), "retrain": retrain, "base": base, "settings": parse_overrides(parts or []),
         "utility": dict(_pair(word) for word in utility or []),
     }  # fmt: skip
-    made = plan(run, AuditConfig(**given))
-    output.note(f"audit: {made.cost.text()}")
-    if dry_run:
-        output.result({"cost": made.cost.json(), "sets": {name: len(records) for name, records in made.sets.items()}})
-        return 0
-    with output.progress("audit") as progress:
-        document = audit_run(made, progress=progress, say=output.note)
+    if is_rows(run):
+        document = audit_rows(run, {**given, "references": references, "workers": workers}, dry_run=dry_run, output=output)
+        if document is None:
+            return 0
+    else:
+        if references or workers != "local":
+            raise InputError("--references and --workers are for classifiers and regressors.", "Leave them out.")
+        made = plan(run, AuditConfig(**given))
+        output.note(f"audit: {made.cost.text()}")
+        if dry_run:
+            output.result({"cost": made.cost.json(), "sets": {name: len(records) for name, records in made.sets.items()}})
+            return 0
+        with output.progress("audit") as progress:
+            document = audit_run(made, progress=progress, say=output.note)
     output.result(summary_json([document]))
     if not json:
         print_summary([document])

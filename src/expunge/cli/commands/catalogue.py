@@ -43,11 +43,12 @@ def methods(
     """List or show methods."""
     from expunge.adapters.registry import ADAPTERS
     from expunge.methods.catalogue import describe, find, known, serves
+    from expunge.methods.prepared.registry import PREPARED
     from expunge.methods.registry import METHODS, Method
 
     output = Output(json)
     if name is not None and not isinstance(find(name), Method):
-        return _edit(name, output)
+        return _prepared(name, output) if name in PREPARED else _edit(name, output)
     if name is not None:
         found = describe(name)
         output.result(_plain(dataclasses.asdict(found)))
@@ -89,6 +90,20 @@ def _edit(name: str, output: Output) -> int:
     output.say(f"{found.name}: {found.title}\n\n{found.text}\n\n{found.formula}\n")
     needs = [*found.wants, *(f"{n} of the model" for n in found.needs)]
     output.say("Needs: forget data" + "".join(f", {n}" for n in needs) + ". It edits the weights at once; nothing is trained.")
+    output.say(f"Paper: {found.paper.title}, {found.paper.authors} {found.paper.year}, {found.paper.url}\n")
+    output.say(_parameters(found.parameters))
+    for caveat in found.caveats:
+        output.say(f"Note: {caveat}")
+    return 0
+
+
+def _prepared(name: str, output: Output) -> int:
+    from expunge.methods.catalogue import describe_prepared
+
+    found = describe_prepared(name)
+    output.result(_plain(dataclasses.asdict(found)))
+    output.say(f"{found.name}: {found.title}\n\n{found.text}\n\n{found.formula}\n\n{found.guarantee}\n")
+    output.say(f"Needs: the training itself, {', '.join(found.needs)} of the model.")
     output.say(f"Paper: {found.paper.title}, {found.paper.authors} {found.paper.year}, {found.paper.url}\n")
     output.say(_parameters(found.parameters))
     for caveat in found.caveats:

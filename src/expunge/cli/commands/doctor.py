@@ -19,7 +19,14 @@ _HELP = """Say what is installed, which accelerators there are, and where the ca
       expunge doctor
     """
 
-_OPTIONAL = {"transformers": "llm", "peft": "llm", "datasets": "llm", "rouge_score": "llm", "matplotlib": "report"}
+_OPTIONAL = {
+    "transformers": "llm",
+    "peft": "llm",
+    "datasets": "llm",
+    "rouge_score": "llm",
+    "diffusers": "diffusion",
+    "matplotlib": "report",
+}
 
 
 def register(app: typer.Typer) -> None:

@@ -20,6 +20,11 @@ _HELP = """Train a model on records: the target of later unlearning, with its re
       expunge train gpt2 --data mine.jsonl --out runs/target parameters=lora
 
     \b
+    Classifiers and regressors that rows can be deleted from exactly; the function returns expunge.Supervised:
+      expunge train digits.py:problem --method sisa --out runs/sisa shards=5 slices=4
+      expunge unlearn runs/sisa --id 17
+
+    \b
     Without schedule.lr a short range test finds the step size.
     """
 
@@ -38,12 +43,16 @@ def train(
     config: Annotated[
         Path | None, typer.Option(help="YAML file with the same settings; options win over it.", metavar="FILE")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Rows: a method that prepares for deletions, such as sisa or s3t.", metavar="NAME")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initial weights and of the order of examples.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the cost, stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Train and leave a run folder."""
+    from expunge.cli.rows import is_rows, train_prepared
     from expunge.core.files import check_room
     from expunge.pipeline import train as stage
     from expunge.pipeline.config import TrainConfig, from_file, merge
@@ -61,6 +70,12 @@ def train(
     merged = merge(from_file(config) if config else {}, given)
     if out is None:
         raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/target.")
+    if is_rows({**merged, "data": None}, {}):
+        if seed is not None:
+            raise InputError("--seed is for language models.", "Write seed=VALUE: it is a setting of the method.")
+        return train_prepared(merged, method, out, resume=resume, dry_run=dry_run, output=output)
+    if method is not None:
+        raise InputError("--method is for models of rows.", "Name the function that brings one: file.py:function.")
     if not merged.get("data"):
         raise InputError("No data to train on were given.", "Add --data DATA.")
     check_out(out, resume)

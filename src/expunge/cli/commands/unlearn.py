@@ -28,6 +28,19 @@ _HELP = """Make a model forget a set of records.
       expunge unlearn MODEL --requests requests.jsonl --retain all.jsonl --retrain 3 --out runs/many
 
     \b
+    Classifiers and regressors: MODEL is a function of yours that returns expunge.Supervised (model, rows, how it was
+    trained), as package.module:function or file.py:function. What to forget is chosen from its rows:
+      expunge unlearn digits.py:problem --class 3 --method salun --out runs/salun
+      expunge unlearn clinic.risk:model --subject "patient 7" --out runs/p7
+      expunge unlearn digits.py:problem --id 17 --id 99 --method ssd --out runs/ssd
+      expunge unlearn clinic.risk:model --where "age < 18 and city == 'Graz'" --method finetune --out runs/minors
+    A transformers classifier of images or texts takes its rows from files (reading.KEY=VALUE says which column is what):
+      expunge unlearn my/vit --data photos --holdout unseen --class cat --method scrub --out runs/cat
+      expunge unlearn my/bert --data train.csv reading.text=review reading.target=stars --id 17 --out runs/review
+    A run of `expunge train ENTRY --method sisa` gives rows up in place:
+      expunge unlearn runs/sisa --id 17
+
+    \b
     PARTS are key=value pairs: parameters of the method (beta=0.2) or parts of it (retain=kl, parameters=lora,
     gradient=project, schedule.epochs=20, engine.seed=3). `expunge methods NAME` lists them. With --requests, audit.KEY=VALUE
     are settings of the audits.
@@ -47,6 +60,20 @@ def unlearn(
     forget: Annotated[str | None, typer.Option(help="What to forget.", metavar="DATA")] = None,
     retain: Annotated[str | None, typer.Option(help="What to keep.", metavar="DATA")] = None,
     holdout: Annotated[str | None, typer.Option(help="Records that the model was never trained on.", metavar="DATA")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows that a transformers classifier was trained on: a table, or images.", metavar="DATA")
+    ] = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option("--id", help="Rows: id of one to forget; repeatable; @FILE: one on each line.", metavar="ID"),
+    ] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="Rows: a class to forget as a whole; may be repeated.", metavar="NAME")
+    ] = None,
+    where: Annotated[str | None, typer.Option(help="Rows: a condition on the columns.", metavar="CONDITION")] = None,
+    subjects: Annotated[
+        list[str] | None, typer.Option("--subject", help="Rows: forget all of this subject; may be repeated.", metavar="NAME")
+    ] = None,
     requests: Annotated[
         Path | None, typer.Option(help="Several requests in order, one JSON object a line.", metavar="FILE")
     ] = None,
@@ -78,6 +105,7 @@ def unlearn(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Run one request, or several in order."""
+    from expunge.cli.rows import is_rows, unlearn_rows
     from expunge.pipeline.config import from_file, merge
 
     output = Output(json)
@@ -96,6 +124,11 @@ def unlearn(
         "parts": overrides or None, "engine": engine or None, "text": text or None,
     }  # fmt: skip
     merged = merge({"parts": {}}, from_file(config) if config else {}, given)
+    choice = {"ids": ids, "classes": classes, "where": where, "subjects": subjects}
+    if data is not None:
+        merged["data"] = data
+    if is_rows(merged, choice):
+        return unlearn_rows(merged, choice, out, resume=resume, dry_run=dry_run, output=output)
     if out is None:
         raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")
     if requests is None and retrain:

@@ -1,4 +1,4 @@
-"""Terms on hidden states: steering to a random direction (RMU) and staying at the reference's states."""
+"""Terms on hidden states: steering to a random direction (RMU), staying at the reference's, looking where a proxy looks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from expunge.adapters.base import Example, Outputs
 from expunge.core.access import Of, Stream
@@ -109,3 +110,47 @@ class FeatureMatch(Features):
         """Squared distance of each token's state to that of the reference, ``[M]``."""
         goal = self.states(views, Of.REFERENCE).detach()
         return self.distance(views.current(self.reads), self.states(views, Of.CURRENT), goal)
+
+
+@term
+class AttentionMaps(Term):
+    """Forget rows are looked at as a network looks at them that has never seen them (Tarun et al. 2023, arXiv 2210.08196).
+
+    ``sum over layers of mean_p (A_p - A_p(incompetent))^2`` with the attention map ``A``: squared activations, averaged over
+    channels, as one vector per row, of length 1. Of a layer that puts out a vector (of a perceptron) the squares themselves.
+    """
+
+    name: ClassVar[str] = "attention-maps"
+
+    layers: tuple[int, ...] | None = Field(
+        None, description="blocks, counted from 0, negative from the end; none: all but the last, which makes the output"
+    )
+
+    @property
+    def stream(self) -> Stream:
+        """Forget examples."""
+        return Stream.FORGET
+
+    def blocks(self, layers: Sequence[str]) -> list[str]:
+        """Names of the blocks."""
+        if self.layers is None:
+            return list(layers[:-1] or layers)
+        return [layers[block_index(i, layers)] for i in self.layers]
+
+    def needs(self, layers: Sequence[str]) -> frozenset[Need]:
+        """Maps of both networks."""
+        sources = (Of.CURRENT, Of.INCOMPETENT)
+        return frozenset((Stream.FORGET, of, f"maps:{name}") for name in self.blocks(layers) for of in sources)
+
+    def values(self, views: Views) -> Tensor:
+        """Squared distance of the maps of each row, ``[N]``."""
+        parts = []
+        for name in self.blocks(views.layers):
+            ours, theirs = (_direction(views[Stream.FORGET, of].maps(name)) for of in (Of.CURRENT, Of.INCOMPETENT))
+            parts.append((ours - theirs).square().mean(1))
+        return torch.stack(parts).sum(0)
+
+
+def _direction(maps: Tensor) -> Tensor:
+    """Each row at length 1, in float32 at least."""
+    return normalize(maps.to(torch.promote_types(maps.dtype, torch.float32)), dim=1)

@@ -1,0 +1,167 @@
+"""What ``expunge unlearn`` and ``expunge audit`` do for classifiers and regressors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from expunge.cli.output import Output
+from expunge.core.errors import InputError
+
+_CHOICE = ("ids", "classes", "where", "subjects")
+_TEXT_ONLY = ("forget", "retain", "alternative_template", "drop_overlap", "text")
+
+
+def is_rows(merged: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
+    """Whether the settings are about rows: rows are chosen, rows are given, or the model is a function of the user's."""
+    from expunge.pipeline.prepared_runs import is_prepared
+
+    model = str(merged.get("model") or "")
+    _, colon, name = model.rpartition(":")
+    entry = bool(colon) and name.isidentifier() and not Path(model).exists()
+    named = any(merged.get(k) is not None for k in (*_CHOICE, "data"))
+    return entry or named or any(v is not None for v in choice.values()) or is_prepared(Path(model))
+
+
+def unlearn_rows(
+    merged: dict[str, Any], choice: Mapping[str, Any], out: Path | None, *, resume: bool, dry_run: bool, output: Output
+) -> int:
+    """Forget rows of a model, or delete them from a run of a prepared method."""
+    from expunge.pipeline import row_runs
+    from expunge.pipeline.prepared_runs import is_prepared
+    from expunge.pipeline.unlearn import check_out
+
+    given = {k: v for k, v in {**merged, **{k: v for k, v in choice.items() if v is not None}}.items() if v is not None}
+    for name in _TEXT_ONLY:
+        if given.pop(name, None):
+            raise InputError(
+                f"--{name.replace('_', '-')} is for language models; rows are chosen from the model's own data.",
+                "Choose them by --id, --class, --where or --subject.",
+            )
+    if "model" not in given:
+        raise InputError("The model is missing.", "Give package.module:function or file.py:function; see expunge unlearn --help.")
+    for name in ("ids", "classes", "subjects"):
+        if name in given:
+            given[name] = tuple(n for word in given[name] for n in _listed(str(word)))
+    if is_prepared(Path(given["model"])):
+        return _delete(given, out, dry_run=dry_run, output=output)
+    if out is None:
+        raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")
+    parts = dict(given.get("parts") or {})
+    given |= {name: parts.pop(name) for name in ("reading", "training") if name in parts}
+    given["parts"] = parts
+    settings = row_runs.RowsConfig(**given)
+    check_out(out, resume)
+    with output.progress("target") as progress:
+        made = row_runs.plan(settings, progress=progress)
+    for note in made.made.notes:
+        output.note(note)
+    kept = len(made.problem.data) - len(made.chosen)
+    output.note(f"{settings.method}: {len(made.chosen)} rows to forget, {kept} to keep; {made.cost.text()}")
+    if dry_run:
+        counts = {"forget": len(made.chosen), "retain": kept}
+        output.result(
+            {"cost": made.cost.json(), "rows": counts, "config": settings.model_dump(mode="json"), "notes": made.made.notes}
+        )
+        return 0
+    with output.progress(settings.method) as progress:
+        run = row_runs.execute(made, out, resume=resume, progress=progress)
+    result = run.manifest["stages"]["unlearn"]["result"]
+    reused = "unlearn" in run.skipped
+    output.result({"run": str(out), "model": str(out / "model"), "reused": reused, **result})
+    if reused:
+        output.say("This run had finished; nothing was left to do.")
+    output.say(result["sentence"])
+    output.say(f"Model: {out / 'model'}   Next: expunge audit {out} --retrain 3 --references 16")
+    return 0 if result["reached"] else 3
+
+
+def _delete(given: dict[str, Any], out: Path | None, *, dry_run: bool, output: Output) -> int:
+    from dataclasses import asdict
+
+    from expunge.pipeline import prepared_runs as runs
+
+    folder = Path(given.pop("model"))
+    choice = {name: given.pop(name, None) for name in _CHOICE}
+    extra = sorted(k for k, v in given.items() if v)
+    if extra or out is not None:
+        what = "--out" if out is not None else extra[0]
+        raise InputError(
+            f"{what} does not go with a run of a prepared method: rows are deleted from it in place, by its own method.",
+            f"Write: expunge unlearn {folder} --id ID.",
+        )
+    made = runs.plan_deletion(folder, choice)
+    for note in made.notes:
+        output.note(note)
+    output.note(f"{made.method.name}: {len(made.ids)} rows are taken out of {folder}")
+    if dry_run:
+        output.result({"run": str(folder), "method": made.method.name, "ids": list(made.ids), "notes": list(made.notes)})
+        return 0
+    with output.progress("deleting") as progress:
+        report = runs.delete(made, progress=progress)
+    output.result({"run": str(folder), **asdict(report), "share": report.share})
+    for sentence in runs.report_text(report):
+        output.say(sentence)
+    return 0
+
+
+def train_prepared(given: dict[str, Any], method: str | None, out: Path, *, resume: bool, dry_run: bool, output: Output) -> int:
+    """Train a model of rows by a prepared method."""
+    from expunge.methods.prepared.registry import PREPARED
+    from expunge.pipeline import prepared_runs as runs
+    from expunge.pipeline.unlearn import check_out
+
+    if method is None:
+        raise InputError(
+            "The function says itself how its model is trained; `expunge unlearn` and `expunge audit` do it when it is needed.",
+            f"Name a method that prepares for deletions: --method {', '.join(PREPARED.names())}.",
+        )
+    extra = sorted(k for k in given if k not in ("model", "parts") and given[k])
+    if extra:
+        raise InputError(f"{extra[0]!r} is for language models; the function brings its own data.", "Leave it out.")
+    check_out(out, resume)
+    config = runs.PreparedConfig(model=given["model"], method=method, parts=given.get("parts") or {})
+    made = runs.plan(config)
+    output.note(f"{method}: {len(made.problem.data)} rows")
+    if dry_run:
+        output.result({"rows": len(made.problem.data), "config": config.model_dump(mode="json")})
+        return 0
+    with output.progress("training") as progress:
+        run = runs.train(made, out, resume=resume, progress=progress)
+    result = run.manifest["stages"]["train"]["result"]
+    output.result({"run": str(out), "reused": "train" in run.skipped, **result})
+    output.say(f"Trained on {result['rows']:,} rows ({result['row_visits']:,} row visits, {result['seconds']:.1f} s).")
+    for note in result["notes"]:
+        output.say(note)
+    output.say(f"Next: expunge unlearn {out} --id ID")
+    return 0
+
+
+def audit_rows(run: Path, given: dict[str, Any], *, dry_run: bool, output: Output) -> Any:
+    """The audit document of a run on rows; None after a dry run."""
+    from expunge.pipeline.row_audit import RowAuditConfig, audit_rows_run, plan
+
+    for name in ("retrained", "base", "utility"):
+        if given.pop(name, None):
+            raise InputError(
+                f"--{name} is for language models.", "Models of rows are retrained here: --retrain 3 --references 16."
+            )
+    made = plan(run, RowAuditConfig(**given))
+    output.note(f"audit: {made.text()}")
+    if dry_run:
+        output.result({"cost": made.text(), "sets": {name: len(rows) for name, rows in made.sets.items()}})
+        return None
+    with output.progress("audit") as progress:
+        return audit_rows_run(made, progress=progress, say=output.note)
+
+
+def _listed(word: str) -> list[str]:
+    """The word itself, or the lines of the file that ``@file`` names."""
+    if not word.startswith("@"):
+        return [word]
+    path = Path(word[1:])
+    if not path.is_file():
+        raise InputError(f"There is no file {str(path)!r}.", "Write @FILE for a file with one name on each line.")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return [name for name in names if name]

@@ -1,0 +1,1 @@
+"""Prepared methods: exact or certified deletion, paid for in training."""

@@ -1,0 +1,172 @@
+"""Runs of prepared methods: ``expunge train ENTRY --method sisa --out RUN``, and deletions from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from expunge.core.errors import InputError
+from expunge.core.files import write_json
+from expunge.core.runs import Run
+from expunge.core.settings import Settings, nest
+from expunge.engine.loop import Progress
+from expunge.engine.prepared import DeletionReport, Prepared, TrainingReport
+from expunge.engine.record import Record
+from expunge.engine.source import Source
+from expunge.engine.tasks import Workers
+from expunge.methods.prepared.registry import PREPARED
+from expunge.pipeline.supervised import Supervised, load_entry
+
+KIND = "prepared"
+STORE = "prepared"  #: folder of the method within the run
+DELETIONS = "deletions.json"
+
+
+class PreparedConfig(Settings):
+    """Everything that a training by a prepared method depends on."""
+
+    name: ClassVar[str] = "prepared"
+
+    model: str = Field(description="package.module:function or file.py:function that returns expunge.Supervised")
+    method: str = Field(description="name of a prepared method, such as sisa")
+    parts: dict[str, Any] = Field(default_factory=dict, description="settings of the method")
+
+    def build(self) -> Prepared:
+        """The method with its settings.
+
+        Raises:
+            InputError: no such method or setting, or a value out of range.
+        """
+        return PREPARED.get(self.method)(**nest(dict(self.parts)))
+
+
+@dataclass
+class PreparedPlan:
+    """A training that has passed every check and has not begun."""
+
+    config: PreparedConfig
+    method: Prepared
+    problem: Supervised
+    source: Source
+
+
+def _l1(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.reshape(len(outputs)) - targets).abs()
+
+
+def source_of(problem: Supervised) -> Source:
+    """Model and rows as prepared methods take them."""
+    l1 = problem.data.task == "regression" and problem.loss == "l1"
+    return Source(problem.data, problem.build, problem.training, loss=_l1 if l1 else None)
+
+
+def plan(config: PreparedConfig) -> PreparedPlan:
+    """Load what a configuration names and check that it fits; nothing is trained or written.
+
+    Raises:
+        InputError: anything does not fit.
+    """
+    method = config.build()
+    problem = load_entry(config.model)
+    source = source_of(problem)
+    method.plan(source)
+    return PreparedPlan(config, method, problem, source)
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is a run of a prepared method."""
+    return (folder / "manifest.json").is_file() and Run.open(folder).manifest["kind"] == KIND
+
+
+def train(
+    made: PreparedPlan, out: Path, *, resume: bool = False, workers: Workers = "local", progress: Progress | None = None
+) -> Run:
+    """Train, and keep what a deletion needs in the run."""
+    run = Run.start(out, KIND, made.config.model_dump(mode="json"), resume=resume)
+    data = made.problem.data
+    run.note_inputs(data={"rows": len(data), "digest": data.rows().digest, "source": made.config.model})
+    inputs = {"data": data.rows().digest, "method": made.config.method, "settings": made.method.model_dump(mode="json")}
+    run.check_same("train", inputs)
+
+    def work() -> dict[str, Any]:
+        store = out / STORE
+        if (
+            store.exists() and Record.found(store) and Record.open(store).trained
+        ):  # killed after the last file, before the manifest
+            record = Record.open(store)
+            done = TrainingReport(len(record.remaining), 0, record.training_seconds)
+        else:
+            done = made.method.train(made.source, store, workers=workers, progress=progress)
+        return asdict(done)
+
+    run.stage("train", inputs, work, [])
+    return run
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """A request on a prepared run that has passed every check and has not begun."""
+
+    run: Run
+    method: Prepared
+    source: Source
+    ids: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def plan_deletion(folder: Path, choice: dict[str, Any]) -> Deletion:
+    """Check a request against a run; nothing is changed.
+
+    Args:
+        folder: of the run.
+        choice: ids, classes, where, subjects; see :meth:`expunge.data.rows.Table.select`.
+
+    Raises:
+        InputError: the training has not finished, or the request names no rows that are left.
+    """
+    run = Run.open(folder)
+    if run.manifest["stages"].get("train", {}).get("state") != "done":
+        raise InputError(
+            f"The training in {str(folder)!r} has not finished.", f"Go on: expunge train ... --out {folder} --resume."
+        )
+    config = PreparedConfig(**run.manifest["config"])
+    problem = load_entry(config.model)
+    if all(value is None for value in choice.values()):
+        raise InputError("Nothing says which rows to delete.", "Give --id, --class, --where or --subject.")
+    chosen = problem.data.select(**choice)
+    record = Record.open(folder / STORE)
+    pending = set(record.pending.ids) if record.pending is not None else set()
+    gone = set(record.deleted) - pending
+    named = [problem.data.ids[int(i)] for i in chosen]
+    if choice.get("ids") is None:
+        # A class or a person may hold rows that an earlier request has taken out; rows named one by one must be there.
+        named = [name for name in named if name not in gone]
+        if not named:
+            raise InputError("All rows of this choice were deleted already.", "Nothing is left to do.")
+    notes = tuple(f"Of the class {c!r} no row is left: it is forgotten as a whole." for c in problem.data.emptied(chosen))
+    return Deletion(run, config.build(), source_of(problem), tuple(named), notes)
+
+
+def delete(made: Deletion, *, workers: Workers = "local", progress: Progress | None = None) -> DeletionReport:
+    """Take the rows out, and write down what it cost; asked for again after a kill, it goes on."""
+    report = made.method.delete(made.source, made.run.folder / STORE, made.ids, workers=workers, progress=progress)
+    path = made.run.folder / DELETIONS
+    held: list[Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    write_json(path, [*held, {**asdict(report), "share": report.share, "notes": [*made.notes, *report.notes]}])
+    return report
+
+
+def report_text(report: DeletionReport) -> Sequence[str]:
+    """What a deletion did, one sentence each."""
+    part = f"{report.row_visits:,} of {report.full_row_visits:,} row visits of a full retrain ({report.share:.1%})"
+    return (
+        f"Deleted {len(report.ids)} rows; {report.remaining:,} are left. Redone: {'; '.join(report.redone) or 'nothing'}.",
+        f"Cost: {part}, {report.seconds:.1f} s; the whole training took {report.full_seconds:.1f} s.",
+        report.guarantee,
+    )

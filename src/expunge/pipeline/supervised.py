@@ -1,0 +1,233 @@
+"""A model of rows with what it was trained on, as a user's own function returns it: ``module:function``, ``file.py:function``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from expunge.adapters.estimators import estimator_network, is_estimator
+from expunge.adapters.supervised import SupervisedAdapter
+from expunge.core.errors import InputError, nearest
+from expunge.core.runs import cache_folder
+from expunge.data.rows import Indices, Table
+from expunge.engine.ensemble import Ensemble, train_ensemble
+from expunge.engine.loop import Progress
+from expunge.engine.members import Members, Spec, Training
+from expunge.engine.tasks import Workers
+from expunge.pipeline.rows import open_rows
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """A classifier or regressor, the rows it was trained on, and how it was trained.
+
+    >>> def digits():
+    ...     return expunge.Supervised(
+    ...         data=expunge.table(images, labels),
+    ...         holdout=expunge.table(unseen, unseen_labels),
+    ...         build=lambda: nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)),
+    ...         training=expunge.Training(steps=400, batch=128, lr=1e-3),
+    ...     )
+
+    All models may also be scikit-learn estimators that are networks (:mod:`expunge.adapters.estimators`).
+
+    Attributes:
+        data: all rows that it was trained on.
+        build: makes an untrained network, its weights from torch's global generator.
+        training: how the network is trained on rows; with it models are retrained, many at once. None: ``fit`` does it.
+        fit: trains an untrained network on a table, with a seed, and returns it; for trainings that ``training`` cannot say.
+        model: the trained model; none: trained by the above, once, and kept in the cache.
+        holdout: rows that it was never trained on.
+        loss: of a regression.
+        layers: names of the modules whose outputs are features; none: found.
+    """
+
+    data: Table
+    build: Callable[[], nn.Module] | None = None
+    training: Training | None = None
+    fit: Callable[[nn.Module, Table, int], nn.Module] | None = None
+    model: nn.Module | None = None
+    holdout: Table | None = None
+    loss: Literal["l1", "mse"] = "l1"
+    layers: tuple[str, ...] | None = None
+
+    def check(self) -> None:
+        """Check that there is a model, or a way to one, and that the unseen rows are of the same kind and unseen.
+
+        Raises:
+            InputError: something is missing or does not fit.
+        """
+        if self.model is None and (self.build is None or (self.training is None and self.fit is None)):
+            raise InputError(
+                "There is neither a trained model nor a way to train one.",
+                "Give model=..., or build=... with training=... or fit=...",
+            )
+        if self.training is not None and self.fit is not None:
+            raise InputError("There are two ways to train: training and fit.", "Give one of them.")
+        if self.holdout is None:
+            return
+        if self.holdout.task != self.data.task or self.holdout.classes != self.data.classes:
+            raise InputError("The holdout rows are of another task, or of other classes.", "Name the same classes in both.")
+        if self.holdout.inputs.shape[1:] != self.data.inputs.shape[1:]:
+            raise InputError(
+                f"The rows have the shape {list(self.data.inputs.shape[1:])}, those of the holdout "
+                f"{list(self.holdout.inputs.shape[1:])}.", "Prepare both alike.",
+            )  # fmt: skip
+
+    @property
+    def retrainable(self) -> bool:
+        """Whether a model can be trained without some rows."""
+        return self.build is not None and (self.training is not None or self.fit is not None)
+
+    def adapter(self, model: nn.Module, *, dropout: bool = False) -> SupervisedAdapter:
+        """The adapter around a model of this shape."""
+        return open_rows(model, self.data, loss=self.loss, layers=self.layers, dropout=dropout)
+
+    def trained(
+        self,
+        without: Indices | None,
+        seeds: list[int],
+        *,
+        workers: Workers = "local",
+        progress: Progress | None = None,
+        what: str = "",
+    ) -> list[nn.Module] | Ensemble:
+        """Models trained without some rows, one for each seed.
+
+        With ``training`` they are trained together, come as one ensemble (see :func:`member`) and are kept in the cache. Each
+        draws its rows in an order of its own: models that share one are more alike than independent trainings are.
+
+        Args:
+            without: indices of the rows that are left out; None: none.
+            seeds: one for each model.
+            workers: where they are trained; ``fit`` runs here.
+            progress: called with (done, of how many, text).
+            what: the text.
+
+        Raises:
+            InputError: nothing says how to train.
+        """
+        if not self.retrainable or self.build is None:
+            raise InputError(
+                "Nothing says how the model was trained, so none can be retrained.", "Give build=... with training=... or fit=..."
+            )
+        kept = np.arange(len(self.data)) if without is None else self.data.others(without)
+        if self.training is None:
+            return [self._fitted(kept, seed, progress, (i, len(seeds), what)) for i, seed in enumerate(seeds)]
+        weights = torch.zeros(len(self.data), dtype=torch.bool)
+        weights[torch.from_numpy(kept)] = True
+        members = Members(weights.expand(len(seeds), -1), tuple(seeds))
+        tell = None if progress is None else (lambda done, total: progress(done, total, what))
+        return train_ensemble(
+            self.spec(), members, folder=cache_folder() / "members", workers=workers, progress=tell,
+            chunk=min(32, len(seeds)),
+        )  # fmt: skip
+
+    def spec(self) -> Spec:
+        """What trains many models at once.
+
+        Raises:
+            InputError: nothing says how.
+        """
+        if self.build is None or self.training is None:
+            raise InputError("Models cannot be trained together.", "Give build=... and training=...")
+        with torch.random.fork_rng(devices=[]):
+            adapter = self.adapter(self.build())
+        tensors = dict(adapter.collate([adapter.encode(r) for r in self.data.rows()]).tensors)
+        return Spec(
+            self.build, tensors, torch.as_tensor(self.data.targets, dtype=adapter.target_type),
+            self.training.model_copy(update={"stream": "own"}), loss=adapter.row_losses, forward=adapter.scores,
+        )  # fmt: skip
+
+    def _fitted(self, kept: Indices, seed: int, progress: Progress | None, at: tuple[int, int, str]) -> nn.Module:
+        assert self.build is not None
+        assert self.fit is not None
+        if progress is not None:
+            progress(*at)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = self.fit(self.build(), self.data.subset(kept), seed)
+        return estimator_network(made, self.data.classes) if is_estimator(made) else made
+
+
+def member(problem: Supervised, held: list[nn.Module] | Ensemble, i: int) -> nn.Module:
+    """Model ``i`` of what :meth:`Supervised.trained` returned."""
+    if not isinstance(held, Ensemble):
+        return held[i]
+    assert problem.build is not None
+    with torch.random.fork_rng(devices=[]):
+        model = problem.build()
+    model.load_state_dict({k: v.clone() for k, v in held.member(i).items()})
+    return model.eval()
+
+
+def target_of(problem: Supervised, seed: int = 0, *, progress: Progress | None = None) -> nn.Module:
+    """The trained model: the given one, or one trained on all rows."""
+    if problem.model is not None:
+        return problem.model
+    return member(problem, problem.trained(None, [seed], progress=progress, what="training the target"), 0)
+
+
+def is_entry(source: str) -> bool:
+    """Whether a source names a function: ``package.module:function`` or ``folder/file.py:function``."""
+    place, colon, name = source.rpartition(":")
+    return bool(colon) and name.isidentifier() and (place.endswith(".py") or all(p.isidentifier() for p in place.split(".")))
+
+
+def load_entry(source: str) -> Supervised:
+    """Call the function that ``source`` names. It is the user's own code, and runs as such.
+
+    Raises:
+        InputError: no such module or function, it fails, or what it returns is no :class:`Supervised`.
+    """
+    place, _, name = source.rpartition(":")
+    module = _from_file(Path(place)) if place.endswith(".py") else _from_name(place)
+    function = getattr(module, name, None)
+    if not callable(function):
+        close = nearest(name, [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")])
+        raise InputError(f"{place!r} has no function {name!r}.", f"Nearest: {', '.join(close)}." if close else "")
+    made: Any = function()
+    if not isinstance(made, Supervised):
+        raise InputError(
+            f"{source!r} returned {type(made).__name__}, not expunge.Supervised.",
+            "Return expunge.Supervised(data=expunge.table(...), model=..., holdout=...).",
+        )
+    made.check()
+    return made
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InputError(f"There is no file {str(path)!r}.", "Give file.py:function or package.module:function.")
+    name = f"expunge_entry_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{str(path)!r} is no Python file.", "Give file.py:function.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that what it defines can be pickled for workers
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_name(name: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise InputError(
+            f"There is no module {name!r}.", "Run from the folder that holds it, or give its path: file.py:function."
+        ) from None
