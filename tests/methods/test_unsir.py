@@ -18,7 +18,7 @@ from expunge.engine.preparation import run_preparation
 from expunge.methods.preparations.noise import Noise
 from expunge.methods.recipe import build
 
-SCHEDULE = {"lr": 1e-2, "epochs": 5, "batch": 32, "repair_epochs": 2}
+SCHEDULE = {"epochs": 5, "batch": 32, "repair_epochs": 2}  # at the published rates
 
 
 def plain(digits, adapter) -> dict[Stream, list]:
@@ -71,17 +71,23 @@ def test_impairing_forgets_the_class_and_repairing_brings_the_rest_back(digits) 
     bare.model = held[impair]
     impaired = accuracy(bare, retain)
     assert accuracy(bare, forget) < 0.1
-    assert accuracy(adapter, forget) < 0.05
-    assert accuracy(adapter, digits.split(1)[0]) < 0.05
-    assert accuracy(adapter, retain) > max(impaired, 0.95)
-    assert accuracy(adapter, digits.split(1)[1]) > 0.92
+    assert impaired < 0.85
+    assert accuracy(adapter, forget) < 0.1
+    assert accuracy(adapter, digits.split(1)[0]) < 0.1
+    assert accuracy(adapter, retain) > max(impaired, 0.92)
+    assert accuracy(adapter, digits.split(1)[1]) > 0.9
+    kept = {"name": "noise", "lr": 1e-12}  # noise that is not learnt breaks less of the rest
+    bare = digits.target()
+    seen: list[float] = []
 
+    def look(step: int, model: nn.Module) -> None:
+        if step == impair:
+            other = digits.target()
+            other.model = model
+            seen.append(accuracy(other, retain))
 
-def test_noise_that_is_not_learnt_forgets_less(digits) -> None:
-    adapter = digits.target()
-    kept = {"name": "noise", "lr": 1e-12}
-    train(adapter, build("unsir", {"schedule": SCHEDULE, "preparation": kept}), plain(digits, adapter), QUIET)
-    assert accuracy(adapter, digits.split()[0]) > 0.3
+    train(bare, build("unsir", {"schedule": SCHEDULE, "preparation": kept}), plain(digits, bare), QUIET, observe=look)
+    assert seen[0] > impaired + 0.1
 
 
 def test_the_parts_of_the_schedule(digits, tmp_path) -> None:
@@ -90,7 +96,7 @@ def test_the_parts_of_the_schedule(digits, tmp_path) -> None:
     adapter = digits.target()
     recipe = build("unsir", {"schedule": {**SCHEDULE, "epochs": 1, "repair_epochs": 1, "repair_lr": 1e-4}})
     outcome = train(adapter, recipe, plain(digits, adapter), Engine(checkpoint_every=3), folder=tmp_path / "whole")
-    assert [row["lr"] for row in outcome.history] == [1e-2] * 4 + [1e-4] * 28
+    assert [row["lr"] for row in outcome.history] == [0.02] * 4 + [1e-4] * 28
 
     class Killed(Exception):
         pass

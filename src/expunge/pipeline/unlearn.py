@@ -217,6 +217,12 @@ def check_method(config: UnlearnConfig) -> None:
             raise InputError(f"The method {edit.name!r} reads a retain set, and none was given.", "Give --retain DATA.")
         return
     recipe = build_recipe(config.method, config.parts)
+    missing = sorted((recipe.preparation.offers if recipe.preparation else frozenset()) - LanguageAdapter.offers)
+    if missing:
+        raise InputError(
+            f"The method {config.method!r} needs {', '.join(missing)}, which a language model does not offer.",
+            "See `expunge methods --matrix` for those that run.",
+        )
     _check_sides(
         config.method, recipe, retain=config.retain is not None, holdout=config.holdout is not None, base=config.base is not None
     )
