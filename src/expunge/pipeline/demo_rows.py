@@ -25,13 +25,22 @@ from expunge.pipeline.workers import Job, run_jobs
 
 ENTRY = "expunge.pipeline.demo_rows:digits"
 TRAINED, WRONG, RANDOM = 1000, 50, 50  #: rows trained on; of these mislabelled; and to be forgotten at random
-RETRAINED, REFERENCES = 4, 12
+RETRAINED, REFERENCES = 5, 12
 
 #: A dozen methods. Fine-tuning and l1-sparse run at the rate of the original training: hot enough to leave its weights behind.
-_LIKE_TRAINING = {"name": "fixed", "lr": 1e-2, "epochs": None, "batch": 100, "warmup": 0, "decay": "constant", "clip": None}
+_LIKE_TRAINING = {
+    "name": "fixed",
+    "lr": 5e-3,
+    "epochs": None,
+    "batch": 100,
+    "warmup": 0,
+    "decay": "constant",
+    "clip": None,
+    "weight_decay": 0,
+}
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "retrain": {"schedule": {**_LIKE_TRAINING, "steps": 600}},
-    "finetune": {"schedule": {**_LIKE_TRAINING, "steps": 600}},
+    "retrain": {"schedule": {**_LIKE_TRAINING, "steps": 1000}},
+    "finetune": {"schedule": {**_LIKE_TRAINING, "steps": 1000}},
     "l1-sparse": {"schedule": {**_LIKE_TRAINING, "lr": 3e-3, "steps": 400}},
     "gradascent": {},
     "neggrad-plus": {},
@@ -74,7 +83,7 @@ def digits() -> Supervised:
         ),
         holdout=table(inputs[unseen], labels[unseen], classes=classes, ids=[str(i) for i in unseen], source="digits"),
         build=network,
-        training=Training(steps=600, batch=100, lr=1e-2),
+        training=Training(steps=1000, batch=100, lr=5e-3),
     )
 
 
