@@ -142,6 +142,7 @@ class Prepared(Settings, abc.ABC):
     guarantee: ClassVar[str]  #: what is promised about a model after a deletion, in words
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.ROWS})  #: what its modality must have
     caveats: ClassVar[tuple[str, ...]] = ()
+    builds: ClassVar[bool] = True  #: whether the source's builder makes its models
 
     def train(
         self,
@@ -319,7 +320,7 @@ class Prepared(Settings, abc.ABC):
             "method": self.name,
             "settings": self.model_dump(mode="json"),
             "training": None if training is None else training.model_dump(mode="json"),
-            "model": None if source.build is None else source.signature(),
+            "model": source.signature() if self.builds else None,
             "task": table.task,
             "classes": list(table.classes),
         }

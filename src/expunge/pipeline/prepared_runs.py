@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from expunge.adapters.estimators import is_estimator
 from expunge.core.errors import InputError
 from expunge.core.files import write_json
 from expunge.core.runs import Run
@@ -20,6 +21,7 @@ from expunge.engine.prepared import DeletionReport, Prepared, TrainingReport
 from expunge.engine.record import Record
 from expunge.engine.source import Source
 from expunge.engine.tasks import Workers
+from expunge.methods.prepared.estimator_source import EstimatorSource
 from expunge.methods.prepared.registry import PREPARED
 from expunge.pipeline.supervised import Supervised, load_entry
 
@@ -62,6 +64,8 @@ def _l1(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def source_of(problem: Supervised) -> Source:
     """Model and rows as prepared methods take them."""
+    if problem.build is not None and is_estimator(problem.build()):
+        return EstimatorSource(problem.data, problem.build)
     l1 = problem.data.task == "regression" and problem.loss == "l1"
     return Source(problem.data, problem.build, problem.training, loss=_l1 if l1 else None)
 

@@ -115,6 +115,15 @@ def test_nothing_is_begun_that_cannot_be_done(trained, tmp_path: Path) -> None:
     assert stored(folder) == (method, SGD)
 
 
+@pytest.mark.parametrize("name", [n for n in PREPARED.names() if PREPARED.get(n).builds])
+def test_what_is_missing_is_said_before_a_folder_is_made(name: str, tmp_path: Path) -> None:
+    method, given = made(name)
+    for less, said in ((Source(given.table, None, SGD), "which model"), (Source(given.table, given.build), "how the model")):
+        with pytest.raises(InputError, match=said):
+            method.train(less, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_belongs_to_its_method(trained) -> None:
     _, given, folder = trained
     mine = stored(folder)[0].name

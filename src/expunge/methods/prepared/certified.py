@@ -88,6 +88,8 @@ class CertifiedRemoval(Prepared):
         "A little noise certifies few removals and much noise costs accuracy: choose sigma by the accuracy that is left.",
     )
 
+    builds: ClassVar[bool] = False
+
     ridge: float = Field(1e-2, gt=0, description="lambda: strength of the ridge for each row")
     sigma: float = Field(1.0, ge=0, description="standard deviation of the noise in the objective; 0 certifies nothing")
     epsilon: float = Field(1.0, gt=0, description="how far apart the models may be")

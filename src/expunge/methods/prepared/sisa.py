@@ -40,7 +40,7 @@ class SISA(Prepared):
     alone. The order of the rows in a stage depends on the seeds, its shard, its number and how many rows slices 1 to r hold, and
     on no later slice. Every shard is trained by itself with ``threads`` threads, here or on a worker: trained together as one
     ensemble they would be faster and differ in the last bits. On one kind of machine the bits are equal; another processor or
-    version of the libraries may round otherwise.
+    version of the libraries may round otherwise, and so may one and the same GPU whose kernels add in an order of their own.
     """
 
     name: ClassVar[str] = "sisa"
