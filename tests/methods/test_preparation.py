@@ -152,7 +152,7 @@ def test_random_numbers_of_a_preparation_leave_those_of_training_alone(digits) -
     run_preparation(build("laf").preparation, adapter, examples, QUIET, scratch=None)
     run_preparation(build("unsir").preparation, adapter, examples, QUIET, scratch=None)
     assert torch.equal(before, torch.get_rng_state())
-    with pytest.raises(InputError, match="preparation=noise needs classes, rows, which a model for regression does not offer"):
+    with pytest.raises(InputError, match="preparation=noise needs classes, which a model for regression does not offer"):
         run_preparation(build("unsir").preparation, RegressionAdapter(nn.Linear(2, 1)), examples, QUIET, scratch=None)
     with pytest.raises(InputError, match="preparation=noise reads forget examples, but there are none"):
         run_preparation(build("unsir").preparation, adapter, {Stream.RETAIN: examples[Stream.RETAIN]}, QUIET, scratch=None)
