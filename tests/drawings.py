@@ -23,7 +23,7 @@ from expunge.methods.recipe import build
 
 TRAINING = {"name": "fixed", "lr": 5e-3, "steps": 300, "batch": 16, "warmup": 0.05, "decay": "cosine", "weight_decay": 0}
 QUIET = Engine(checkpoint_every=0)
-EACH = 40  #: pictures drawn of each class when a model is judged
+EACH = 32  #: pictures drawn of each class when a model is judged
 
 
 def network(seed: int = 0, **other):
@@ -105,7 +105,7 @@ class Drawings:
     def judged(self, adapter: DiffusionAdapter, seed: int = 1) -> np.ndarray:
         """Of each class asked for (rows), the shares of what the judge sees in the drawings (columns), ``[4, 4]``."""
         classes = np.repeat(np.arange(4), EACH)
-        seen = self.judge.predict(adapter.draw(classes, seed=seed).reshape(len(classes), -1))
+        seen = self.judge.predict(adapter.draw(classes, seed=seed, steps=25).reshape(len(classes), -1))
         shares = np.zeros((4, 4))
         np.add.at(shares, (classes, seen), 1 / EACH)
         return shares

@@ -149,14 +149,7 @@ def _edit_page(e: EditDescription) -> str:
 
 def _prepared_page(p: PreparedDescription) -> str:
     first, _, rest = p.text.partition("\n\n")
-    call = f"""from expunge.engine.prepared import Source
-from expunge.methods.prepared.registry import PREPARED
-
-method = PREPARED.get("{p.name}")()
-source = Source(data, build, training)  # the rows, what makes the untrained model, and how it is trained
-method.train(source, "folder")
-report = method.delete(source, "folder", ["row 7"])
-model = method.load(source, "folder")"""
+    commands = f"expunge train ENTRY --method {p.name} --out RUN\nexpunge unlearn RUN --id ID"
     return page(
         f"{p.title} (`{p.name}`)",
         inline(" ".join(first.split())),
@@ -166,7 +159,7 @@ model = method.load(source, "folder")"""
         "## What is promised",
         inline(p.guarantee),
         "## Use",
-        "On rows, from Python ([how](../howto/prepared.md)):\n\n" + code(call, "python"),
+        "On rows ([how, and from Python](../howto/prepared.md)):\n\n" + code(commands, "sh"),
         "## What it needs",
         f"- The training itself: rows are taken out of what it has trained.\n- It reads: {', '.join(p.needs)} of the model.",
         "## Caveats",
@@ -294,7 +287,7 @@ def _papers(known: list[Method], edits: list[Other]) -> str:
 
 
 def _how(e: Other) -> str:
-    return f"`{e.name}` from Python" if isinstance(e, PreparedDescription) else f"`--method {e.name}`"
+    return f"`expunge train ENTRY --method {e.name}`" if isinstance(e, PreparedDescription) else f"`--method {e.name}`"
 
 
 def _other_papers() -> list[tuple[str, str, str]]:

@@ -112,14 +112,15 @@ def unlearn_rows(
     progress: Progress | None = None,
     **more: Any,
 ) -> Outcome:
-    """Make a classifier or regressor forget rows of the table that it was trained on; the model is changed in place.
+    """Make a model of rows forget some of the table that it was trained on; the model is changed in place.
 
     >>> data = expunge.table(inputs, labels, subjects=patients, columns={"age": ages})
     >>> done = expunge.unlearn_rows(model, data, subjects=["patient 7"], holdout=unseen, method="scrub")
 
     Args:
         model: any torch module that returns one score per class, or one number, for each row; a transformers classifier; or a
-            scikit-learn estimator that is a network (:mod:`expunge.adapters.estimators`), which gets the new weights at the end.
+            scikit-learn estimator that is a network (:mod:`expunge.adapters.estimators`), which gets the new weights at the end;
+            or an adapter that encodes rows (a diffusion model of classes: :class:`expunge.adapters.diffusion.DiffusionAdapter`).
         data: all rows that it was trained on, as :func:`table` makes them.
         ids, classes, where, subjects: which rows to forget, see :meth:`expunge.data.rows.Table.select`; at least one of them.
         method: name of a method (see ``expunge methods --matrix``), or ``custom``.
@@ -142,6 +143,7 @@ def unlearn_rows(
     Raises:
         InputError: something does not fit; nothing was changed.
     """
+    from expunge.adapters.base import Adapter
     from expunge.adapters.estimators import is_estimator, write_back
     from expunge.engine.options import Engine
     from expunge.pipeline.rows import open_rows, plan_rows, run_rows
@@ -149,10 +151,15 @@ def unlearn_rows(
     given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
     chosen = data.select(ids=ids, classes=classes, where=where, subjects=subjects)
-    adapter = open_rows(model, data, loss=loss, layers=layers, dropout=engine.dropout)
-    held = None if oracle is None else open_rows(oracle, data, loss=loss, layers=layers, dropout=engine.dropout)
+
+    def opened(held: Any) -> Adapter:
+        if isinstance(held, Adapter):
+            return held
+        return open_rows(held, data, loss=loss, layers=layers, dropout=engine.dropout)
+
+    adapter, knowing = opened(model), None if oracle is None else opened(oracle)
     made = plan_rows(
-        adapter, data, chosen, method, parts=given, engine=engine, holdout=holdout, oracle=held, how=alternatives,
+        adapter, data, chosen, method, parts=given, engine=engine, holdout=holdout, oracle=knowing, how=alternatives,
         allow_overlap=allow_overlap, allow_large_forget=allow_large_forget,
     )  # fmt: skip
     outcome = run_rows(made, progress=progress)

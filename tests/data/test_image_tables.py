@@ -116,6 +116,15 @@ def test_pictures_of_datasets_and_of_parquet(photos: Path, tmp_path: Path) -> No
     again = read_table(tmp_path / "d.parquet", image="image", target="label", classes=CLASSES)
     assert np.array_equal(again.inputs, made.inputs)
     assert np.array_equal(again.targets, made.targets)
+    np.savez(tmp_path / "pixels.npz", x=PIXELS, gray=PIXELS[..., 0], y=values["label"], reals=PIXELS / 255)
+    assert np.array_equal(read_table(tmp_path / "pixels.npz", image="x", target="y").inputs, made.inputs)
+    gray = read_table(tmp_path / "pixels.npz", image="gray", target="y", grayscale=True).inputs
+    np.testing.assert_allclose(gray[:, 0], PIXELS[..., 0] / 255, atol=1e-7)
+    with pytest.raises(InputError, match=r"row 1 is float64 of the shape \[5, 4, 3\]"):
+        read_table(tmp_path / "pixels.npz", image="reals", target="y")
+    for value in (3, [1, 2]):
+        with pytest.raises(InputError, match="item 1 is of type"):
+            read_table([{"image": value, "label": 0}], image="image", target="label")
     raw = [{"image": encoded(p), "label": 0} for p in PIXELS]
     assert read_table(raw, image="image", target="label").ids == tuple("012345")
 
@@ -186,6 +195,7 @@ def test_bad_options_of_a_folder_are_refused(photos: Path, options, said: str) -
         ("", "no image in line 3"),
         ("cat/1.png", "a second time in line 3"),
         ("cat/notes.txt", "line 3|cannot be read"),
+        ("x" * 5000, "no image 'xxx"),
     ],
 )
 def test_paths_of_a_table_are_checked(photos: Path, name: str, said: str) -> None:

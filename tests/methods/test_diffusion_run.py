@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.drawings import QUIET, fresh
 
+import expunge
 from expunge.adapters.diffusion import DiffusionAdapter
 from expunge.core.access import Stream
 from expunge.core.errors import InputError
@@ -21,7 +22,7 @@ from expunge.methods.edits.registry import EDITS
 from expunge.methods.recipe import build
 
 SERVED = [n for n in known() if serves(n, DiffusionAdapter.offers)[0]]
-FIXED = {"name": "fixed", "lr": 1e-3, "steps": 40, "batch": 16, "warmup": 0, "decay": "constant", "weight_decay": 0}
+FIXED = {"name": "fixed", "lr": 1e-3, "steps": 30, "batch": 16, "warmup": 0, "decay": "constant", "weight_decay": 0}
 CLASS_ONLY = {"parameters": {"name": "named", "patterns": ["class_embedding*"]}}
 
 
@@ -67,21 +68,20 @@ def test_every_method_that_the_table_names_runs(drawings, name) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "bound"),
+    ("name", "more"),
     [
-        ("random-label", {"schedule": FIXED}, 0.9),
-        ("salun", {"schedule": FIXED}, 0.9),
-        ("gradascent", {"schedule": {**FIXED, "lr": 0.2, "steps": 60}, **CLASS_ONLY}, 0.9),
-        ("npo", {"schedule": {**FIXED, "lr": 3e-3, "steps": 60}}, 0.75),
+        ("random-label", {"schedule": FIXED}),
+        ("salun", {"schedule": FIXED}),
+        ("gradascent", {"schedule": {**FIXED, "lr": 0.2, "steps": 60}, **CLASS_ONLY}),
     ],
 )
-def test_the_shape_is_drawn_no_more_and_the_others_are(drawings, name, more, bound) -> None:
+def test_the_shape_is_drawn_no_more_and_the_others_are(drawings, name, more) -> None:
     adapter = drawings.target()
     drawn, _ = drawings.forgotten_and_kept(adapter)
     train(adapter, build(name, more), drawings.examples(adapter, name), QUIET)
     left, kept = drawings.forgotten_and_kept(adapter)
     assert left < drawn - 0.6
-    assert kept > bound
+    assert kept > 0.9
 
 
 @pytest.mark.parametrize(("taught", "more"), [("forget", {"lr": 0.2, "steps": 60}), ("retain", {})])
@@ -108,6 +108,23 @@ def test_ascent_raises_the_loss_of_the_shape_and_descent_lowers_it(drawings) -> 
 
 def mean(adapter, examples) -> float:
     return float(np.mean(mean_losses(adapter, adapter.model, examples, 8192)))
+
+
+def test_a_class_is_forgotten_by_the_one_call_for_rows(drawings) -> None:
+    adapter = drawings.target()
+    before = state(adapter)
+    with pytest.raises(InputError, match="fixed schedule"):
+        expunge.unlearn_rows(adapter, drawings.table, classes=["cross"], method="random-label")
+    with pytest.raises(InputError, match="needs logits"):
+        expunge.unlearn_rows(adapter, drawings.table, classes=["cross"], method="scrub")
+    assert all(torch.equal(v, before[k]) for k, v in state(adapter).items())
+    more = {"schedule": {**FIXED, "steps": 8}}
+    done = expunge.unlearn_rows(adapter, drawings.table, classes=["cross"], method="random-label", parts=more)
+    assert done.reached
+    assert done.notes == ["Of the class 'cross' no row is left: it is forgotten as a whole."]
+    other = drawings.target()
+    train(other, build("random-label", more), drawings.examples(other, "random-label"), QUIET)
+    assert all(torch.equal(v, state(other)[k]) for k, v in state(adapter).items())
 
 
 def test_salun_leaves_the_weights_outside_of_its_mask(drawings) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from expunge.adapters.passes import evaluating
 from expunge.core.access import Stream
 from expunge.core.errors import InputError
-from expunge.engine.objective import Objective, Sums
+from expunge.engine.gradients import fitting
+from expunge.engine.objective import Objective
 from expunge.engine.parameters import SaliencyMask
 
 
@@ -46,22 +48,20 @@ def moving_entries(
 def saliency_masks(
     objective: Objective, model: nn.Module, parameters: Sequence[nn.Parameter], *, density: float, examples: int, max_tokens: int
 ) -> list[Tensor]:
-    """One boolean mask per parameter: the ``density`` of all entries with the largest gradient of the forget loss.
+    """One boolean mask per parameter: the ``density`` of all entries with the largest gradient of the loss on the forget set.
 
-    Computed on the first ``examples`` forget examples, on every process alike. Ties at the threshold all pass.
+    The loss is that of the forget examples' own answers, whatever the recipe teaches in their place (Fan et al. 2023, arXiv
+    2310.12508, equation 3, and their code). Computed on the first ``examples`` forget examples in evaluation mode, on every
+    process alike. Ties at the threshold all pass.
     """
-    total = len(objective.examples[Stream.FORGET])
-    plan = {Stream.FORGET: list(range(min(examples, total)))}
-    counts = objective.counts(plan)
+    adapter, device = objective.adapter, parameters[0].device
     held = [torch.zeros_like(p) for p in parameters]
-    device = parameters[0].device
-    for micro in objective.micro_batches(plan, max_tokens):
-        loss, _ = objective.losses(objective.views(model, micro, device), micro, counts, (1.0, 0.0), Sums())
-        if loss is None:
-            continue
-        for total_gradient, g in zip(held, torch.autograd.grad(loss, list(parameters), allow_unused=True), strict=True):
-            if g is not None:
-                total_gradient.add_(g)
+    with evaluating(model), torch.enable_grad():
+        for part in fitting(objective.examples[Stream.FORGET][:examples], max_tokens):
+            loss = adapter.forward(model, adapter.collate(part).to(device), frozenset({"losses"})).losses.sum()
+            for total, g in zip(held, torch.autograd.grad(loss, list(parameters), allow_unused=True), strict=True):
+                if g is not None:
+                    total.add_(g)
     size = torch.cat([h.abs().flatten() for h in held])
     keep = max(1, round(density * size.numel()))
     threshold = size.kthvalue(size.numel() - keep + 1).values

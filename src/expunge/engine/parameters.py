@@ -150,9 +150,10 @@ class Lora(Parameters):
 class SaliencyMask(AllParameters):
     """The weights that matter most to the forget loss, entry by entry; all others keep their value bit for bit.
 
-    The mask is ``|d L_forget / d theta| >= gamma`` at the target model, with ``gamma`` such that ``density`` of all entries
-    pass (Fan et al. 2023, SalUn, arXiv 2310.12508). It is applied to the gradient before the optimiser sees it, and weight
-    decay is off, so masked entries do not move at all. At density 1 it is ``all`` without weight decay.
+    The mask is ``|d L / d theta| >= gamma`` at the target model, L the loss of the forget examples' own answers, with ``gamma``
+    such that ``density`` of all entries pass (Fan et al. 2023, SalUn, arXiv 2310.12508). It is applied to the gradient before
+    the optimiser sees it, and weight decay is off, so masked entries do not move at all. At density 1 it is ``all`` without
+    weight decay.
     """
 
     name: ClassVar[str] = "mask"

@@ -8,8 +8,10 @@ function again goes on where it stopped, to the same bits.
 from __future__ import annotations
 
 import abc
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,6 +124,13 @@ class Job:
         self.record.spend(now - self._spent)
         self._spent = now
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Time that is no part of the cost: a process's first look at a library."""
+        begun = time.perf_counter()
+        yield
+        self._spent += time.perf_counter() - begun
+
 
 class Prepared(Settings, abc.ABC):
     """One prepared method and its parameters; registered by :func:`expunge.methods.prepared.registry.prepared`."""
@@ -165,6 +174,8 @@ class Prepared(Settings, abc.ABC):
             record = self._record(source, folder)
             if record.trained:
                 raise InputError(f"The folder {str(folder)!r} holds a finished training.", "Choose another, or delete from it.")
+            if record.plan["rows"] != json.loads(json.dumps(plan["rows"])):
+                raise InputError("The interrupted training was of other rows.", "Give the same, or choose another folder.")
             if record.without != gone:
                 raise InputError("The interrupted training left other rows out.", "Leave out the same, or choose another folder.")
         else:

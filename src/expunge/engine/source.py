@@ -84,6 +84,10 @@ class Source:
         first, last = (round(whole.steps * share) for share in done)
         return whole.model_copy(update={"steps": last - first, "seed": seed})
 
+    def warm(self) -> None:
+        """Load what learning needs: the first optimiser that a process makes imports torch's compiler, which takes seconds."""
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
     def visits(self, part: Any, rows: int) -> int:
         """Rows read, each as often as it is, in a part of the training on so many rows."""
         return visits(part, rows) if rows else 0

@@ -11,31 +11,28 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from expunge.adapters.supervised import SupervisedAdapter
 from expunge.audit.document import AuditDocument
-from expunge.audit.run import AuditedModel
-from expunge.audit.settings import AuditSettings
-from expunge.core.files import write_text
 from expunge.core.runs import Run
 from expunge.data.rows import Indices, table
 from expunge.engine.members import Training
 from expunge.engine.options import Engine
 from expunge.pipeline.audit import DOCUMENT
 from expunge.pipeline.demo import Bars
-from expunge.pipeline.row_audit import RowAuditConfig, audited, comparison, measure
-from expunge.pipeline.row_runs import RowsConfig, sets_of
+from expunge.pipeline.row_audit import RowAuditConfig, originals
+from expunge.pipeline.row_runs import RowsConfig
 from expunge.pipeline.supervised import Supervised, target_of
 from expunge.pipeline.workers import Job, run_jobs
 
 ENTRY = "expunge.pipeline.demo_rows:digits"
 TRAINED, WRONG, RANDOM = 1000, 50, 50  #: rows trained on; of these mislabelled; and to be forgotten at random
-RETRAINED, REFERENCES = 5, 12
+RETRAINED, REFERENCES = 4, 12
 
 #: A dozen methods. Fine-tuning and l1-sparse run at the rate of the original training: hot enough to leave its weights behind.
+_LIKE_TRAINING = {"name": "fixed", "lr": 1e-2, "epochs": None, "batch": 100, "warmup": 0, "decay": "constant", "clip": None}
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "retrain": {"schedule": {"name": "fixed", "lr": 3e-3, "epochs": None, "steps": 1200, "batch": 100, "warmup": 0}},
-    "finetune": {"schedule": {"name": "fixed", "lr": 1e-2, "epochs": None, "steps": 600, "batch": 100, "warmup": 0}},
-    "l1-sparse": {"schedule": {"name": "fixed", "lr": 3e-3, "epochs": None, "steps": 400, "batch": 100, "warmup": 0}},
+    "retrain": {"schedule": {**_LIKE_TRAINING, "steps": 600}},
+    "finetune": {"schedule": {**_LIKE_TRAINING, "steps": 600}},
+    "l1-sparse": {"schedule": {**_LIKE_TRAINING, "lr": 3e-3, "steps": 400}},
     "gradascent": {},
     "neggrad-plus": {},
     "npo": {},
@@ -77,7 +74,7 @@ def digits() -> Supervised:
         ),
         holdout=table(inputs[unseen], labels[unseen], classes=classes, ids=[str(i) for i in unseen], source="digits"),
         build=network,
-        training=Training(steps=1200, batch=100, lr=3e-3),
+        training=Training(steps=600, batch=100, lr=1e-2),
     )
 
 
@@ -114,46 +111,29 @@ def run(folder: Path, *, bars: Bars, say: Callable[[str], None], methods: Mappin
     started = time.perf_counter()
     problem = digits()
     with bars("training") as bar:
-        target = problem.adapter(target_of(problem, progress=bar))
-    documents = []
-    for name, (title, choice) in requests(problem).items():
-        say(f"forgetting {title}")
-        runs = {m: _config(m, parts, choice) for m, parts in methods.items()}
-        documents.append(_request((problem, target), folder / name, title, runs, bars))
+        target_of(problem, progress=bar)
+        originals(problem, REFERENCES, progress=bar)
+    asked = requests(problem)
+    for name, (title, choice) in asked.items():
+        chosen = problem.data.select(**choice)
+        say(f"{name}: {title} ({len(chosen)} of {len(problem.data)})")
+        Run.start(folder / name, "demo", {"methods": {m: dict(p) for m, p in methods.items()}}, resume=_begun(folder / name))
+    configs = {
+        folder / name / m: RowsConfig(model=ENTRY, method=m, parts=dict(parts), engine=Engine(checkpoint_every=0), **choice)
+        for name, (_, choice) in asked.items()
+        for m, parts in methods.items()
+    }
+    say(f"unlearning by {len(methods)} methods")
+    with bars("unlearning") as bar:
+        run_jobs([Job("rows", c.model_dump(mode="json"), str(out)) for out, c in configs.items()], bar)
+    say(f"retraining without the rows, {RETRAINED + REFERENCES} models for each request, and audit")
+    with bars("audit") as bar:
+        config = RowAuditConfig(retrain=RETRAINED, references=REFERENCES).model_dump(mode="json")
+        jobs = [{"runs": list(methods), "audit": config, "title": f"Digits: {title}"} for title, _ in asked.values()]
+        run_jobs([Job("rows-audit", job, str(folder / name)) for job, name in zip(jobs, asked, strict=True)], bar)
+    documents = [AuditDocument.model_validate_json((folder / n / DOCUMENT).read_text(encoding="utf-8")) for n in asked]
     return RowDemo(documents, folder, time.perf_counter() - started)
 
 
-def _request(
-    trained: tuple[Supervised, SupervisedAdapter], place: Path, title: str, runs: Mapping[str, RowsConfig], bars: Bars
-) -> AuditDocument:
-    """One request by all methods, and its audit."""
-    problem, target = trained
-    dumps = {m: c.model_dump(mode="json") for m, c in runs.items()}
-    held = Run.start(place, "demo", {"methods": dumps}, resume=(place / "manifest.json").is_file())
-    with bars("unlearning") as bar:
-        run_jobs([Job("rows", dump, str(place / m)) for m, dump in dumps.items()], bar)
-    chosen = next(iter(runs.values())).choose(problem.data)
-    config = RowAuditConfig(retrain=RETRAINED, references=REFERENCES)
-    sets = sets_of(problem, chosen, seed=0)
-    inputs = {
-        "target": target.fingerprint(), "sets": {k: v.digest for k, v in sets.items()},
-        "config": config.model_dump(mode="json"),
-        "runs": {m: Run.open(place / m).manifest["stages"]["unlearn"]["outputs"] for m in runs},
-    }  # fmt: skip
-
-    def work() -> dict[str, Any]:
-        with bars("retraining") as bar:
-            gold, references = comparison(problem, target, chosen, sets, config, progress=bar)
-        models = [AuditedModel("target", "target", target, path=ENTRY), *gold]
-        models += [audited(Run.open(place / m), target, label=m) for m in runs]
-        with bars("audit") as bar:
-            document = measure(models, sets, AuditSettings(), references, progress=bar, title=f"Digits: {title}")
-        write_text(place / DOCUMENT, document.model_dump_json(indent=2) + "\n")
-        return {"verdicts": {m.label: m.judgement.verdict for m in document.models if m.judgement}}
-
-    held.stage("audit", inputs, work, [DOCUMENT])
-    return AuditDocument.model_validate_json((place / DOCUMENT).read_text(encoding="utf-8"))
-
-
-def _config(method: str, parts: Mapping[str, Any], choice: Mapping[str, Any]) -> RowsConfig:
-    return RowsConfig(model=ENTRY, method=method, parts=dict(parts), engine=Engine(checkpoint_every=0), **choice)
+def _begun(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()

@@ -137,6 +137,51 @@ def audited(run: Run, target: SupervisedAdapter, label: str = "") -> AuditedMode
     )  # fmt: skip
 
 
+def audit_together(
+    out: Path, runs: Sequence[Path], config: RowAuditConfig, *, title: str, progress: Progress | None = None
+) -> AuditDocument:
+    """One document about several runs on the same rows, in the run ``out``; done again only if something has changed.
+
+    Raises:
+        InputError: no run, one that has not finished, or runs that differ in target or rows.
+    """
+    if not runs:
+        raise InputError("There is no run to audit.", "Name at least one.")
+    made = [plan(folder, config) for folder in runs]
+    first = made[0]
+    target = first.problem.adapter(target_of(first.problem, progress=progress))
+    inputs = [p.run.manifest["stages"]["unlearn"]["inputs"] for p in made]
+    for p, held in zip(made, inputs, strict=True):
+        if held["target"] != target.fingerprint() or held["data"] != inputs[0]["data"]:
+            raise InputError(f"{str(p.run.folder)!r} forgets other rows, or from another model.", "Audit it by itself.")
+    outputs = {p.run.folder.name: p.run.manifest["stages"]["unlearn"]["outputs"] for p in made}
+    inputs_all = {
+        "target": inputs[0]["target"], "runs": outputs, "sets": {k: v.digest for k, v in first.sets.items()}, "title": title,
+        "config": config.model_dump(mode="json", exclude={"workers"}),
+    }  # fmt: skip
+
+    def work() -> dict[str, Any]:
+        gold, references = comparison(first.problem, target, first.chosen, first.sets, config, progress=progress)
+        models = [AuditedModel("target", "target", target, path=first.unlearning.model), *gold]
+        models += [audited(p.run, target, label=p.run.folder.name) for p in made]
+        document = measure(models, first.sets, config.settings, references, progress=progress, title=title)
+        notes = list(dict.fromkeys(n for p in made for n in p.run.manifest["stages"]["unlearn"]["result"]["notes"]))
+        document.not_shown[:0] = notes
+        write_text(out / DOCUMENT, document.model_dump_json(indent=2) + "\n")
+        return {"verdicts": {m.label: m.judgement.verdict for m in document.models if m.judgement}}
+
+    Run.open(out).stage("audit", inputs_all, work, [DOCUMENT])
+    return AuditDocument.model_validate_json((out / DOCUMENT).read_text(encoding="utf-8"))
+
+
+def originals(
+    problem: Supervised, count: int, *, workers: Workers = "local", progress: Progress | None = None
+) -> Ensemble | list[nn.Module]:
+    """Reference models trained on everything: the same for every request on a problem."""
+    seeds = list(range(_SECOND, _SECOND + count))
+    return problem.trained(None, seeds, workers=workers, progress=progress, what="reference models with all rows")
+
+
 def measure(
     models: Sequence[AuditedModel], sets: Sets, settings: AuditSettings, references: References | None, *,
     progress: Progress | None, title: str,
@@ -164,10 +209,10 @@ def comparison(
     if not config.references:
         return gold, None
     seeds = list(range(_SECOND, _SECOND + config.references))
-    margins = []
-    for without, what in ((chosen, "reference models without the forget rows"), (None, "reference models with all rows")):
-        held = problem.trained(without, seeds, workers=config.workers, progress=progress, what=what)
-        margins.append(margins_of(problem, target, held, sets))
+    what = "reference models without the forget rows"
+    without = problem.trained(chosen, seeds, workers=config.workers, progress=progress, what=what)
+    held_all = originals(problem, config.references, workers=config.workers, progress=progress)
+    margins = [margins_of(problem, target, held, sets) for held in (without, held_all)]
     digest = digest_bytes(json.dumps([target.describe(), config.references, seeds]).encode())
     return gold, References(margins[0], margins[1], digest)
 

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 from safetensors.torch import load_file
 
+from expunge.adapters.base import Adapter
 from expunge.adapters.supervised import SupervisedAdapter
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import atomic_path, check_room
@@ -164,7 +165,7 @@ def execute(made: RowRunPlan, out: Path, *, resume: bool = False, progress: Prog
     return run
 
 
-def save_rows(adapter: SupervisedAdapter, outcome: Outcome, out: Path) -> dict[str, Any]:
+def save_rows(adapter: Adapter, outcome: Outcome, out: Path) -> dict[str, Any]:
     """Write the model and how training ended. Returns what the manifest records."""
     with atomic_path(out / "model") as temporary:
         adapter.save(temporary, outcome.model)

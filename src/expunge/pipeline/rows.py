@@ -14,10 +14,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from expunge.adapters.base import Example
+from expunge.adapters.base import Adapter, Example
 from expunge.adapters.estimators import estimator_classes, estimator_network, is_estimator
 from expunge.adapters.supervised import ClassifierAdapter, RegressionAdapter, SupervisedAdapter
-from expunge.core.access import Of, Stream
+from expunge.core.access import Of, Offer, Stream
 from expunge.core.errors import InputError
 from expunge.core.settings import nest
 from expunge.data.rows import Indices, Table, alike
@@ -54,13 +54,13 @@ class RowPlan:
         oracle: a model trained without the rows to forget, for methods that read one.
     """
 
-    adapter: SupervisedAdapter
+    adapter: Adapter
     method: Recipe | Edit
     examples: dict[Stream, list[Example]]
     goal: Goal | None
     engine: Engine
     notes: list[str]
-    oracle: SupervisedAdapter | None = None
+    oracle: Adapter | None = None
 
 
 def open_rows(
@@ -89,7 +89,7 @@ def open_rows(
 
 
 def plan_rows(
-    adapter: SupervisedAdapter,
+    adapter: Adapter,
     data: Table,
     chosen: Indices,
     method: str,
@@ -97,7 +97,7 @@ def plan_rows(
     parts: Mapping[str, Any],
     engine: Engine,
     holdout: Table | None = None,
-    oracle: SupervisedAdapter | None = None,
+    oracle: Adapter | None = None,
     how: str = "auto",
     allow_overlap: bool = False,
     allow_large_forget: bool = False,
@@ -189,7 +189,7 @@ def run_rows(
     )  # fmt: skip
 
 
-def _untrained(adapter: SupervisedAdapter, seed: int) -> nn.Module:
+def _untrained(adapter: Adapter, seed: int) -> nn.Module:
     """A network of the same shape with fresh weights.
 
     Raises:
@@ -204,7 +204,7 @@ def _untrained(adapter: SupervisedAdapter, seed: int) -> nn.Module:
 
 
 def _goal(
-    adapter: SupervisedAdapter, recipe: Recipe, data: Table, chosen: Indices, *, holdout: Table | None, engine: Engine
+    adapter: Adapter, recipe: Recipe, data: Table, chosen: Indices, *, holdout: Table | None, engine: Engine
 ) -> Goal | None:
     """The loss of unseen rows, and more for rows whose labels are odd among the retained ones (see :func:`oddity`).
 
@@ -214,6 +214,11 @@ def _goal(
     schedule = recipe.schedule
     if not (isinstance(schedule, Adaptive) or schedule.lr is None) or not recipe.forget:
         return None
+    if data.task == "classification" and Offer.LOGITS not in adapter.offers:
+        raise InputError(
+            f"Nothing says what a model for {adapter.modality} loses on a row whose class it has forgotten.",
+            "Give a fixed schedule with its rate: schedule='fixed', schedule__lr=1e-3.",
+        )
     if holdout is None:
         raise InputError(
             "Nothing says how a row looks that the model has never seen.",

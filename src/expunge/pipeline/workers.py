@@ -23,7 +23,7 @@ _steps: Any = None  #: in a worker: steps done and steps in all, two numbers per
 class Job:
     """A run to be done: the configuration of its kind, and its folder."""
 
-    kind: Literal["train", "unlearn", "rows"]
+    kind: Literal["train", "unlearn", "rows", "rows-audit"]
     config: dict[str, Any]
     out: str
 
@@ -73,7 +73,7 @@ def _in_worker(job: Job, index: int) -> None:
 
 
 def _work(job: Job, progress: Progress | None) -> None:
-    from expunge.pipeline import row_runs, train, unlearn
+    from expunge.pipeline import row_audit, row_runs, train, unlearn
     from expunge.pipeline.config import TrainConfig, UnlearnConfig
 
     out = Path(job.out)
@@ -82,6 +82,10 @@ def _work(job: Job, progress: Progress | None) -> None:
         train.execute(train.plan(TrainConfig(**job.config)), out, resume=resume, progress=progress)
     elif job.kind == "rows":
         row_runs.execute(row_runs.plan(row_runs.RowsConfig(**job.config)), out, resume=resume, progress=progress)
+    elif job.kind == "rows-audit":
+        runs = [out / name for name in job.config["runs"]]
+        config = row_audit.RowAuditConfig(**job.config["audit"])
+        row_audit.audit_together(out, runs, config, title=job.config["title"], progress=progress)
     else:
-        config = UnlearnConfig(**job.config)
-        unlearn.execute(unlearn.from_config(config), config, out, resume=resume, progress=progress)
+        request = UnlearnConfig(**job.config)
+        unlearn.execute(unlearn.from_config(request), request, out, resume=resume, progress=progress)

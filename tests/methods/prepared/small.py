@@ -11,8 +11,9 @@ from torch import nn
 
 from expunge.data.rows import Table, table
 from expunge.engine.members import Training
+from expunge.engine.record import Record
 from expunge.engine.source import Source
-from expunge.methods.prepared.registry import stored
+from expunge.methods.prepared.sisa import SISA
 
 TRAINING = Training(steps=24, batch=8, lr=0.05)
 
@@ -63,8 +64,8 @@ def accuracy(model: nn.Module, held: Table) -> float:
 
 def main(folder: Path, names: list[str]) -> None:
     """Train in a process of its own that may be killed, or delete ``names``; the settings are those of the folder."""
-    method, training = stored(folder)
-    given = source(training=training)
+    plan = Record.open(folder).plan
+    method, given = SISA(**plan["settings"]), source(training=Training(**plan["training"]))
     if names:
         method.delete(given, folder, names)
     else:

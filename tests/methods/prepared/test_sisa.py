@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -137,16 +138,24 @@ def test_numbers_are_averaged(tmp_path: Path) -> None:
         SISA(shards=2, slices=2, aggregate="vote").train(given, tmp_path / "vote")
 
 
+def times(folder: Path) -> dict[str, int]:
+    """When each checkpoint was written, while another process writes and removes some."""
+    found = {}
+    for path in folder.glob("shards/*/slice-*.safetensors"):
+        with suppress(FileNotFoundError):
+            found[path.name + path.parent.name] = path.stat().st_mtime_ns
+    return found
+
+
 def killed(folder: Path, *names: str, after: int) -> bool:
-    """Run a process on a folder and kill it once ``after`` new weights files are there; whether it was killed in its work."""
-    start = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    """Run a process on a folder and kill it once ``after`` checkpoints were written anew; whether it was killed in its work."""
+    start = times(folder)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     command = [sys.executable, "-m", "tests.methods.prepared.small", str(folder), *names]
     process = subprocess.Popen(command, env=environment, cwd=ROOT)
     try:
         while process.poll() is None:
-            new = sum(start.get(p) != p.stat().st_mtime_ns for p in folder.rglob("*.safetensors") if p.exists())
-            if new >= after:
+            if sum(start.get(k) != t for k, t in times(folder).items()) >= after:
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.002)
@@ -224,6 +233,23 @@ def test_a_folder_is_not_overwritten_and_belongs_to_what_made_it(trained: Path, 
     (other / "plan.json").write_text(plan.replace('"method": "sisa"', '"method": "s3t"'))
     with pytest.raises(InputError, match="made by 's3t'"):
         METHOD.load(source(), other)
+
+
+def test_an_interrupted_training_goes_on_with_the_same_rows_alone(tmp_path: Path) -> None:
+    def stop(done: int, total: int, what: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        METHOD.train(source(), tmp_path, without=["row9"], progress=stop)
+    with pytest.raises(InputError, match="was of other rows"):
+        METHOD.train(source(blobs(61)), tmp_path, without=["row9"])
+    with pytest.raises(InputError, match="left other rows out"):
+        METHOD.train(source(), tmp_path)
+    changed = blobs()
+    changed.inputs[int(rows_of(tmp_path, 0, 0)[0][3:])] += 1
+    with pytest.raises(InputError, match="not trained on these rows"):
+        METHOD.train(source(changed), tmp_path, without=["row9"])
+    METHOD.train(source(), tmp_path, without=["row9"])
 
 
 def test_requests_that_cannot_be_met_change_nothing(trained: Path) -> None:

@@ -60,7 +60,8 @@ def read_table(
         id: column of unique names. Without one the path of an image, or the number of the row, counted from 0, is its name.
         subject: column of the independent units (persons, patients, devices); an empty cell stands for the row itself.
         features: columns that the model reads, in this order; none: all that have no other part. They must be numbers.
-        image: column of images: paths, encoded pictures, or what ``datasets`` decodes.
+        image: column of images: paths, encoded pictures, pixels as bytes ``[height, width]`` or with channels behind, or what
+            ``datasets`` decodes.
         text: column of texts.
         tokenizer: of the model; for texts.
         columns: columns that are kept for conditions only; of named features, or an image or text column, all others are.

@@ -49,8 +49,7 @@ def read_idx(path: Path, reading: Reading) -> Table:
         raise InputError(f"{path.name} holds no images.", "Give at least two.")
     how = Reading(**{**dict(reading), "grayscale": True})
     pictures = Pictures(how, len(images))
-    for number, pixels in enumerate(images):
-        pictures.add(pictures.picture(pixels), str(number))
+    pictures.add_gray(images)
     y = labels(classes.tolist(), how.classes, found.name, indices=True)
     return table(pictures.done(), y, classes=how.classes, precision=how.precision, source=path.name)
 

@@ -19,6 +19,7 @@ from expunge.data.tables.settings import Reading
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 """Files that are taken for pictures when a folder is read."""
+_BLOCK = 1024  #: pictures that are converted at once
 
 
 class Pictures:
@@ -47,7 +48,7 @@ class Pictures:
         """Decode one picture.
 
         Args:
-            source: a path, the bytes of a file, or an opened picture.
+            source: a path, the bytes of a file, an opened picture, or bytes ``[height, width]``, or with channels behind.
             name: what it is called in messages.
 
         Raises:
@@ -62,6 +63,16 @@ class Pictures:
             raise InputError(f"{self._first} has {sizes[0]} and {name} {sizes[1]} (height x width).", "Give a size: size=32.")
         self._held.add(pixels[None])
 
+    def add_gray(self, pixels: npt.NDArray[np.uint8]) -> None:
+        """Pictures of one channel as bytes ``[n, height, width]``, at once where they need not be resized."""
+        if self._reading.size not in (None, pixels.shape[1:]):
+            for number, picture in enumerate(pixels):
+                self.add(picture, str(number))
+            return
+        for start in range(0, len(pixels), _BLOCK):
+            block = pixels[start : start + _BLOCK, None].astype(self._reading.precision) / 255
+            self._held.add(self._normalised(block))
+
     def done(self) -> npt.NDArray[Any]:
         """All pictures."""
         return self._held.done()
@@ -73,10 +84,17 @@ class Pictures:
         return None if values is None else np.reshape(values, (channels, 1, 1)).astype(self._reading.precision)
 
     def picture(self, pixels: npt.NDArray[np.uint8]) -> Any:
-        """An opened picture of bytes ``[height, width]``."""
+        """An opened picture of bytes ``[height, width]``, or with channels behind."""
         return self._library.fromarray(pixels)
 
     def _decode(self, source: Any, name: str) -> npt.NDArray[Any]:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
+                found = f"{source.dtype} of the shape {list(source.shape)}"
+                raise InputError(f"The image {name} is {found}.", "Give bytes: [height, width], or with 3 or 4 channels behind.")
+            source = self.picture(source)
+        if not isinstance(source, (bytes, Path)) and not hasattr(source, "convert"):
+            raise InputError(f"The image {name} is of type {type(source).__name__}.", "Give paths, encoded images or pixels.")
         try:
             if hasattr(source, "convert"):
                 return self._pixels(source, name)
@@ -85,9 +103,8 @@ class Pictures:
                 with self._library.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
                     return self._pixels(opened, name)
         except (OSError, SyntaxError, ValueError, TypeError, AttributeError) as error:
-            if isinstance(source, Path) and not source.exists():
-                raise InputError(f"There is no image {name}.", "Correct the path, or leave the row out.") from None
-            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+            known = str(error) and type(error).__name__ != "UnidentifiedImageError"
+            reason = str(error).splitlines()[0].rstrip(".") if known else "it is in no known format"
             raise InputError(f"The image {name} cannot be read: {reason}.", "Write it again, or leave it out.") from None
         except (self._library.DecompressionBombError, self._library.DecompressionBombWarning):
             raise InputError(f"The image {name} has too many pixels.", "Make it smaller, or leave it out.") from None
@@ -107,6 +124,9 @@ class Pictures:
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         if deep and not how.grayscale:
             pixels = np.repeat(pixels, 3, axis=0)
+        return self._normalised(pixels)
+
+    def _normalised(self, pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if self._mean is not None:
             pixels = pixels - self._mean
         return pixels if self._std is None else pixels / self._std
@@ -122,10 +142,14 @@ def locate(folder: Path | None, name: str, where: str) -> Path:
         raise InputError(f"Nothing says where the image {name!r} of {where} lies.", "Give the folder that holds the images.")
     path = folder / name
     root = os.path.realpath(folder)
-    real = os.path.realpath(path)
+    try:
+        real = os.path.realpath(path)
+        there = path.is_file()
+    except (ValueError, OSError):  # no name that the file system knows
+        real, there = root, False
     if os.path.commonpath([root, real]) != root:
         raise InputError(f"The path {name!r} of {where} leaves the folder {folder}.", "Name files below it.")
-    if not path.is_file():
+    if not there:
         raise InputError(
             f"There is no image {name!r} in {folder}, which {where} names.", "Correct the path, or leave the row out."
         )

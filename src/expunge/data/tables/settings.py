@@ -24,7 +24,7 @@ class Reading(Settings):
     features: tuple[str, ...] | None = Field(
         None, description="columns that the model reads, in this order; none: all that have no other part"
     )
-    image: str | None = Field(None, description="column of images: paths, bytes, or pictures")
+    image: str | None = Field(None, description="column of images: paths, files as bytes, pixels, or pictures")
     text: str | None = Field(None, description="column of texts, which a tokenizer turns into token ids")
     columns: tuple[str, ...] | None = Field(
         None, description="columns kept for conditions but not read by the model; none: all that have no other part"

@@ -99,9 +99,9 @@ def grouped(model: nn.Module, count: int, layers: Sequence[str]) -> tuple[tuple[
         inside = [name for name in linear if name.startswith(tuple(f"{block}." for block in part))]
         chosen = tuple(name for name in inside if name.rpartition(".")[2] in layers)
         if not chosen:
-            known = sorted({name.rpartition(".")[2] for name in inside})
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in inside})) or "none"
             raise InputError(
-                f"The block {part[0]!r} has no linear layer called {' or '.join(layers)}.", f"Its layers are {', '.join(known)}."
+                f"The block {str(part[0])!r} has no linear layer called {' or '.join(layers)}.", f"Its linear layers: {known}."
             )
         out.append(chosen)
     return tuple(out)

@@ -157,6 +157,9 @@ class S3T(Prepared):
                     (record.folder / _file(part)).unlink(missing_ok=True)
             return
         todo = [part for part in keys if record.stamp(_file(part)) is None]
+        if todo and job.workers == "local":
+            with job.uncounted():
+                job.source.warm()
         total, done = sum(self._visits(job, held, part) for part in todo), 0
         for stage in range(self.slices):
             wave = [part for part in todo if len(part) == stage + 2]

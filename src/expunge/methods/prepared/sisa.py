@@ -114,10 +114,9 @@ class SISA(Prepared):
         before = {} if record.pending is None and not record.trained else self._keys(job, record.before)
         held = self._slices(job, record.deleted)
         changed = sorted(place for place in after if before.get(place) != after[place])
-        redone = [
-            f"shard {s + 1}: slices {min(r for at, r in changed if at == s) + 1} to {self.slices}"
-            for s in sorted({s for s, _ in changed})
-        ]
+        first = {s: min(r for at, r in changed if at == s) + 1 for s in sorted({s for s, _ in changed})}
+        last = f" to {self.slices}"
+        redone = [f"shard {s + 1}: {f'slices {r}{last}' if r < self.slices else f'slice {r}'}" for s, r in first.items()]
         return Work(sum(self._visits(job, held, place) for place in changed), tuple(redone))
 
     def bring(self, job: Job) -> None:
@@ -128,6 +127,9 @@ class SISA(Prepared):
         todo |= {(s, r) for s, r in keys if any((s, early) in todo for early in range(r))}
         for place in todo:
             (record.folder / _file(place)).unlink(missing_ok=True)
+        if todo and job.workers == "local":
+            with job.uncounted():
+                job.source.warm()
         total, done = sum(self._visits(job, held, place) for place in todo), 0
         for r in range(self.slices):
             wave = sorted(place for place in todo if place[1] == r)

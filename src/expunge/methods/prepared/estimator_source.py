@@ -75,6 +75,9 @@ class EstimatorSource(Source):
             raise InputError("The estimator has no partial_fit, so it cannot learn slice by slice.", "Choose slices=1.")
         return Pass(seed, stages > 1)
 
+    def warm(self) -> None:
+        """Nothing to load."""
+
     def visits(self, part: Any, rows: int) -> int:
         """Once each."""
         return rows

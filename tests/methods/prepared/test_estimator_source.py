@@ -22,7 +22,7 @@ from expunge.core.errors import InputError
 from expunge.engine.record import Record
 from expunge.methods.prepared.amnesiac import Amnesiac
 from expunge.methods.prepared.deltagrad import DeltaGrad
-from expunge.methods.prepared.estimator import EstimatorSource
+from expunge.methods.prepared.estimator_source import EstimatorSource
 from expunge.methods.prepared.s3t import S3T
 from expunge.methods.prepared.sisa import SISA
 
