@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from expunge.adapters.supervised import ClassifierAdapter
+from expunge.audit.kernel.klom import klom
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.data.rows import table
@@ -180,3 +181,30 @@ def test_a_datamodel_holds_what_it_was_fitted_on(world) -> None:
 def _covered(fitted: Datamodel, rows: list[int]) -> bool:
     inside = fitted.members[:, rows].sum(0)
     return bool(((inside > 0) & (inside < len(fitted.members))).all())
+
+
+def test_matched_models_are_as_far_from_oracles_as_other_oracles_are(world) -> None:
+    """KLoM of models matched to one oracle each is at its floor, on forget rows and on the others; of untouched ones not."""
+    spec, forget, oracles, target, rows = world
+    models = 12
+    without = torch.ones(models, ROWS)
+    without[:, forget] = 0
+    second = train_ensemble(spec, Members(without, range(500, 500 + models)))
+    originals = train_ensemble(spec, Members(torch.ones(models, ROWS), range(1000, 1000 + models)))
+    schedule = {"name": "fixed", "lr": 5e-3, "steps": 80, "batch": 10, "retain_batch": 100}
+    matched = []
+    for i in range(models):
+        adapter, oracle = target.copy(), target.copy()
+        adapter.model.load_state_dict(originals.member(i))
+        oracle.model.load_state_dict(second.member(i))
+        recipe = build("oracle-matching", {"schedule": schedule})
+        train(adapter, recipe, streams(adapter, rows, forget), Engine(checkpoint_every=0), models={Of.ORACLE: oracle})
+        matched.append(margins(logits(adapter, spec), spec.targets).numpy())
+    others = rows.others(np.array(forget))
+    of = {"matched": np.stack(matched)}
+    of |= {k: e.margins(spec.inputs, spec.targets).numpy() for k, e in (("floor", second), ("nothing", originals))}
+    reference = oracles.margins(spec.inputs, spec.targets).numpy()[:models]
+    for part in (forget, others):
+        found = {k: float(klom(m, reference)[part].mean()) for k, m in of.items()}
+        assert found["matched"] < found["floor"] + 0.25 * (found["nothing"] - found["floor"])
+        assert found["nothing"] > found["floor"] + 0.8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,14 @@ from tests.digits import QUIET, accuracy, encoded
 from torch import nn
 
 import expunge
-from expunge.core.access import Of
+from expunge.adapters.supervised import RegressionAdapter
+from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
+from expunge.engine.adversarial import classes_under_attack
 from expunge.engine.loop import train
+from expunge.engine.preparation import run_preparation
 from expunge.methods.catalogue import describe
+from expunge.methods.evaluate import loss_on, loss_terms
 from expunge.methods.recipe import build, from_spec
 from expunge.methods.registry import METHODS
 
@@ -118,3 +124,35 @@ def test_without_an_oracle_the_engine_says_so(digits) -> None:
     adapter = digits.target()
     with pytest.raises(InputError, match="given-outputs"):
         train(adapter, build("oracle-matching"), digits.examples(adapter), QUIET)
+
+
+def test_a_recipe_with_a_preparation_can_be_evaluated_without_training(digits) -> None:
+    adapter = digits.target()
+    forget, retain = digits.split()
+    got = loss_on(build("boundary-shrink", {"bound": 0.2}), adapter, None, forget)["total"]
+    found = classes_under_attack(adapter, encoded(adapter, forget), bound=0.2, max_units=8192)
+    taught = torch.tensor([found[r.id] for r in forget])
+    batch = adapter.collate(encoded(adapter, forget))
+    scores = adapter.forward(adapter.model, batch, frozenset({"logits"})).logits
+    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(scores, taught))
+    laf = loss_on("laf", adapter, digits.target(), forget, retain, seed=1)
+    assert laf["retain.laf-stay"].abs() < 1e-5  # nothing has moved yet
+    assert 1 <= laf["retain.laf-keep"] < math.e
+    matched = loss_on("oracle-matching", adapter, None, forget, retain, oracle=digits.retrained())
+    assert matched["forget.forget-match"].item() == pytest.approx(distance(adapter, digits.retrained(), forget), rel=1e-4)
+    with pytest.raises(InputError, match="'laf' reads what a preparation makes"):
+        loss_terms("laf")
+
+
+def test_random_numbers_of_a_preparation_leave_those_of_training_alone(digits) -> None:
+    """The order of rows and the random state after a preparation are those without one."""
+    adapter = digits.target()
+    before = torch.get_rng_state()
+    examples = {s: e for s, e in digits.examples(adapter).items() if s is not Stream.ALTERNATIVE}
+    run_preparation(build("laf").preparation, adapter, examples, QUIET, scratch=None)
+    run_preparation(build("unsir").preparation, adapter, examples, QUIET, scratch=None)
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(InputError, match="preparation=noise needs classes, which a model for regression does not offer"):
+        run_preparation(build("unsir").preparation, RegressionAdapter(nn.Linear(2, 1)), examples, QUIET, scratch=None)
+    with pytest.raises(InputError, match="preparation=noise reads forget examples, but there are none"):
+        run_preparation(build("unsir").preparation, adapter, {Stream.RETAIN: examples[Stream.RETAIN]}, QUIET, scratch=None)
