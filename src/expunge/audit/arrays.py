@@ -57,6 +57,7 @@ class Arrays:
         degenerate: by set of prompts, 1 for each generation that is degenerate, else 0.
         relearn: curve of :func:`~expunge.audit.attacks.relearn.relearn`.
         quantised: by bits, ``nll`` after rounding the weights (n).
+        read_out: loss of one half of the forget rows under a last layer fitted anew on the other half, with their clusters.
     """
 
     label: str
@@ -73,6 +74,7 @@ class Arrays:
     degenerate: Mapping[str, Sample] = field(default_factory=dict)
     relearn: Sequence[RelearnPoint] = ()
     quantised: Mapping[int, Floats] = field(default_factory=dict)
+    read_out: Sample | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from expunge.core.results import Check
 
 Outcome = Literal["equivalent", "knows more", "knows less", "undecided", "not run"]
 
+_SHIFT_NOISE = 0.15  # assumed for attacks by reference models: the margins of all rows of a training shift together
 _FEW_KNOWN = 10  # fewer answers that only the target knows say nothing: two retrained models differ on as many
 _FEW_ANSWERS = 4  # a subject with fewer answers can be mostly right by guessing
 _KNOWN = 0.25  # by so much the target's probability of an answer must exceed the retrained models' to count as its knowledge
@@ -84,12 +85,12 @@ def outputs(case: Case) -> list[Check]:
 
 
 def attacks(case: Case) -> list[Check]:
-    """What comes back under relearning and under rounding of the weights, beyond what comes back in retrained models."""
+    """What comes back under relearning, rounding of the weights and a new last layer, beyond what does in retrained models."""
     bits = sorted({b for a in case.everyone for b in a.quantised}, reverse=True)
     checks = [_relearning(case), *(_rounding(b, case) for b in bits)]
     if not bits:
         checks.append(Check(name="quantisation", outcome="not run", text="Rounding of the weights was not tried."))
-    return checks
+    return [*checks, *_reading(case)]
 
 
 def utility(case: Case) -> list[Check]:
@@ -170,8 +171,9 @@ def _secondary(case: Case) -> Iterator[Quantity]:
     for name in case.subject.membership:
         if all(name in a.membership for a in every):
             own, *controls, full = [(a.membership[name][1], a.membership[name][0]) for a in every]
-            found = contrast_auc(own, controls, full, groups, noise=limits.seed_noise)
-            stands = contrast_auc(full, controls, full, groups, noise=limits.seed_noise)
+            noise = _SHIFT_NOISE if name == "lira" else limits.seed_noise
+            found = contrast_auc(own, controls, full, groups, noise=noise)
+            stands = contrast_auc(full, controls, full, groups, noise=noise)
             near, far = _margins(found, limits.margin, limits.far_margin, limits)
             yield Quantity(f"membership ({name})", f"AUC of the membership attack {name}", found, stands.noise(), 1, near, far)
 
@@ -250,6 +252,20 @@ def _rounding(bits: int, case: Case) -> Check:
         text = f"Rounding to {bits} bits breaks the target too: what it knew is gone, so nothing could come back."
         return Check(name=name, outcome="not run", text=text)
     return _attack(name, _both(f"at {bits} bits", losses, case.limits), case.limits)
+
+
+def _reading(case: Case) -> list[Check]:
+    """A new last layer; only where it was tried."""
+    held, full = case.subject.read_out, case.target.read_out
+    after = [r.read_out.values for r in case.retrained if r.read_out is not None]
+    if held is None or full is None or not after:
+        return []
+    if not np.isfinite(held.values).all():
+        return [
+            Check(name="reading out", outcome="not run", text="A new last layer could not be fitted: features are not finite.")
+        ]
+    losses = Losses(held.values, after, full.values, after, held.clusters)
+    return [_attack("reading out", _both("under a last layer fitted anew", losses, case.limits), case.limits)]
 
 
 def _both(when: str, losses: Losses, limits: Thresholds) -> list[Quantity]:

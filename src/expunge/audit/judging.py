@@ -9,7 +9,8 @@ import numpy as np
 
 from expunge.audit.attacks.membership import MEMBERSHIP
 from expunge.audit.attacks.quantise import quantised
-from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, recovered, relearn
+from expunge.audit.attacks.readout import read_out
+from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, recovered, relearn, split
 from expunge.audit.document import Curve, Series
 from expunge.audit.evidence import Evidence
 from expunge.audit.metrics.accuracy import Accuracy, Skill
@@ -34,11 +35,12 @@ COMPARED = ("loss", "min-k", "min-k-plus-plus", "zlib", "lira")
 
 @dataclass
 class Attacked:
-    """What the attacks on copies found, by model, and the step size of relearning, which is the same for all."""
+    """What the attacks found, by model, and the step size of relearning, which is the same for all."""
 
     relearn: dict[str, list[RelearnPoint]] = field(default_factory=dict)
     quantised: dict[str, dict[int, Floats]] = field(default_factory=dict)
     rates: tuple[float, ...] | None = None
+    read_out: dict[str, Sample] = field(default_factory=dict)
 
 
 def attack_copy(evidence: Evidence, label: str, settings: AuditSettings, attacked: Attacked) -> None:
@@ -56,6 +58,8 @@ def attack_copy(evidence: Evidence, label: str, settings: AuditSettings, attacke
             attacked.rates = budget.resolved(evidence.adapter(label)).rates
         fixed = budget.model_copy(update={"rates": attacked.rates})
         attacked.relearn[label] = _relearn(evidence, label, fixed, settings.seed)
+    if settings.read_out and {Offer.ROWS, Offer.LOGITS, Offer.FEATURES} <= evidence.offers and "retain" in evidence.sets:
+        attacked.read_out[label] = _read_out(evidence, label, settings.seed)
     attacked.quantised[label] = {b: _quantised(evidence, label, b, settings.quantise_group) for b in settings.quantise}
 
 
@@ -118,8 +122,13 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
         model_utility=model_utility,
         degenerate=_degenerate(evidence, label) if generated else {},
         relearn=[_capped(p, evidence.ceiling) for p in attacked.relearn.get(label, ())],
+        read_out=_capped_sample(attacked.read_out.get(label), evidence.ceiling),
         quantised={b: np.minimum(v, evidence.ceiling) for b, v in attacked.quantised.get(label, {}).items()},
     )
+
+
+def _capped_sample(sample: Sample | None, ceiling: float) -> Sample | None:
+    return None if sample is None else Sample(np.minimum(sample.values, ceiling), sample.clusters)
 
 
 def _capped(point: RelearnPoint, ceiling: float) -> RelearnPoint:
@@ -150,6 +159,11 @@ def attack_numbers(evidence: Evidence, attacked: Attacked, label: str) -> dict[s
         found = bootstrap(losses, clusters, draws=at.draws, level=at.level, seed=at.seed)
         note = f"mean loss of the forget answers with weights rounded to {bits} bits"
         out[f"quantised.{bits}-bit.loss"] = found.number(Direction.REFERENCE, (0.0, None), note)
+    if label in attacked.read_out:
+        held = attacked.read_out[label]
+        found = bootstrap(held.values, held.clusters, draws=at.draws, level=at.level, seed=at.seed)
+        note = "mean loss of one half of the forget rows under a last layer fitted on the model's features, other half included"
+        out["read-out.loss"] = found.number(Direction.REFERENCE, (0.0, None), note)
     target = next(iter(evidence.labels("target")), None)
     others = [attacked.relearn[o] for o in evidence.labels("retrained", but=label) if o in attacked.relearn]
     if label not in attacked.relearn or target is None or not others:
@@ -242,6 +256,16 @@ def _relearn(evidence: Evidence, label: str, budget: RelearnSettings, seed: int)
     if evidence.store is not None:
         evidence.store.save_arrays(key, _packed(points))
     return points
+
+
+def _read_out(evidence: Evidence, label: str, seed: int) -> Sample:
+    """Loss of one half of the forget rows under a last layer fitted on the retain rows and the other half."""
+    forget, retain = evidence.outputs(label, "forget"), evidence.outputs(label, "retain")
+    adapter = evidence.adapter(label)
+    trained, measured = split([adapter.encode(r) for r in evidence.records("forget")], seed)
+    names = evidence.clusters("forget")
+    losses = read_out(forget, retain, np.array(trained), np.array(measured), classes=forget.scores.shape[1], seed=seed)
+    return Sample(losses, [names[i] for i in measured])
 
 
 def _packed(points: Sequence[RelearnPoint]) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:

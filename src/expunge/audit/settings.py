@@ -39,6 +39,9 @@ class AuditSettings(Settings):
         (8, 4), description="bits to which the weights of a copy are rounded; none: not tried"
     )
     quantise_group: int | None = Field(None, ge=1, description="inputs that share a scale when rounding; none: a whole row")
+    read_out: bool = Field(
+        True, description="of classifiers: fit a last layer anew on the model's features, and see what it says"
+    )
     thresholds: Thresholds = Field(default_factory=Thresholds, description="what a verdict takes for the same, lost and sure")
     samples_forget: int = Field(6, ge=0, description="forget prompts whose answers are shown")
     samples_retain: int = Field(3, ge=0, description="retain prompts whose answers are shown")
@@ -62,7 +65,7 @@ class AuditSettings(Settings):
         """Scores and generations only: no attack that trains, rounds or differentiates, and so no verdict "forgotten"."""
         asked = changes.get("metrics") or METRICS.names()
         options = {n: {"attacks": QUICK_ATTACKS} for n in ("membership", "privleak") if n in asked}
-        return cls(**{"relearn": None, "quantise": (), "options": options, **changes})
+        return cls(**{"relearn": None, "quantise": (), "read_out": False, "options": options, **changes})
 
     def chosen(self, offers: frozenset[Offer] | None = None) -> list[Metric]:
         """The metrics with their settings, in the order asked for.

@@ -10,7 +10,8 @@ What is asked, in plain words and in this order (the first that applies decides)
 4. **Not forgotten** - on some quantity the model differs from the retrained models towards the target, by more than the margin
    and by more than a further retrained model would by chance; or a whole subject is still known.
 5. **Suppressed** - its outputs do not give it away, but after the same short relearning of *other* subjects, or the same
-   rounding of weights, it knows more than the retrained models do after it.
+   rounding of weights, or (of classifiers) under a last layer fitted anew on its features, it knows more than the retrained
+   models do after it.
 6. **Damaged, over-unlearned** - it knows less than a model that never saw the data, by more than the far margin: a conspicuous
    hole is not what retraining leaves, and it betrays who was forgotten.
 7. **Undecided** - an interval is too wide for the margin, or utility or attacks were not measured.
@@ -57,6 +58,7 @@ _FALLING = (
     "truth ratio",
     "relearning",
     "quantisation",
+    "reading out",
 )  #: checks that acquit on a quantity that falls with knowledge
 
 

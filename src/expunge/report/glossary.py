@@ -98,6 +98,15 @@ METRICS: Mapping[str, Term] = {
         "Relearning", "After a few steps on part of the forget set: what comes back of the other part, which was not shown."
     ),
     "quantise": Term("Quantisation", "The same measurement after the weights were rounded to few bits."),
+    "read-out": Term(
+        "Reading out",
+        "A new last layer is fitted on the model's features of the retain rows and half of the forget rows: what it says of the "
+        "other half.",
+    ),
+    "knn": Term("Nearest neighbours", "Accuracy of 5 nearest neighbours in the features, on unseen rows of the forgotten kind."),
+    "unified": Term("Unified score (H-LR)", "Agreement of outputs and of features with retrained models, harmonic mean."),
+    "cka": Term("CKA with retrained models", "Similarity of the last features to those of retrained models, 0 to 1."),
+    "cka-target": Term("CKA with the target", "Similarity of the last features to the target's; 1: they have not moved."),
     "degenerate": Term("Degenerate answers", "Share of generated answers that are broken text."),
     "repetition": Term("Repetition", "Share of the words of generated answers that repeat earlier ones."),
     "ngram-entropy": Term("N-gram entropy", "Variety of the words in generated answers, in bits; short answers have little."),

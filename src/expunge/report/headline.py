@@ -26,7 +26,7 @@ PREFERRED: dict[Kind, tuple[str, ...]] = {
 }  # fmt: skip
 PRIVACY = ("privleak", "membership")
 SEEN = "forget.looks-seen"  #: evidence on single rows, where there are reference models
-ACTIVE = ("relearn", "quantise")
+ACTIVE = ("relearn", "quantise", "read-out")
 
 
 def family(key: str) -> str:
