@@ -104,6 +104,16 @@ class Evidence:
     _open: tuple[str, Adapter] | None = field(default=None, repr=False)
     _held: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        held = next((s.source for s in self.subjects.values() if isinstance(s.source, Adapter)), None)
+        if held is not None and not self.offers:
+            self.of_modality(held)
+
+    def of_modality(self, adapter: Adapter) -> None:
+        """Take note of what the models offer: they are all of one modality."""
+        self.offers = adapter.offers
+        self.ceiling = math.log(adapter.n_classes) if adapter.n_classes else math.inf
+
     def records(self, name: str) -> RecordSet[Any]:
         """The records of a set.
 

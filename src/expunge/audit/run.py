@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,8 +106,7 @@ def audit(
     ordered = sorted(models, key=lambda m: _ORDER[m.role])
     _register(evidence, ordered[0], settings)
     first = evidence.adapter(ordered[0].label)
-    evidence.offers = first.offers
-    evidence.ceiling = math.log(first.n_classes) if first.n_classes else math.inf
+    evidence.of_modality(first)
     modality, metrics = first.modality, settings.chosen(first.offers)
     del first
     attacked = Attacked()

@@ -18,19 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import vmap
 
+from expunge.adapters.passes import evaluating
 from expunge.core.errors import InputError
 from expunge.core.files import atomic_path, digest_json
-from expunge.engine.functional import (
-    Function,
-    Tensors,
-    check_rows,
-    count_rows,
-    digest_tensors,
-    each,
-    evaluating,
-    leaves,
-    open_attention,
-)
+from expunge.engine.functional import Function, Tensors, check_rows, count_rows, digest_tensors, each, leaves, open_attention
 from expunge.engine.members import Members, Spec, check, train_members
 from expunge.engine.tasks import Workers, spread
 

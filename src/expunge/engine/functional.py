@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -80,18 +80,6 @@ def open_attention() -> AbstractContextManager[None]:
     """Attention as plain products while open: fused kernels have no forward-mode derivative and, on CPU, no rule for ``vmap``."""
     held: AbstractContextManager[None] = sdpa_kernel([SDPBackend.MATH])
     return held
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def leaves(inputs: Any) -> Iterator[Tensor]:

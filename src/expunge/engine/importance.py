@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
+from expunge.adapters.passes import evaluating
 from expunge.core.errors import InputError
 from expunge.core.memory import freed_memory_kept
 from expunge.engine.functional import (
@@ -28,7 +29,6 @@ from expunge.engine.functional import (
     class_loss,
     count_rows,
     each,
-    evaluating,
     moving,
     open_attention,
     plain,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
+from expunge.adapters.passes import evaluating
 from expunge.core.errors import InputError
 from expunge.core.memory import freed_memory_kept
 from expunge.engine.functional import (
@@ -26,7 +27,6 @@ from expunge.engine.functional import (
     check_rows,
     class_loss,
     each,
-    evaluating,
     flatten,
     moving,
     open_attention,

@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import grad
 
+from expunge.adapters.passes import evaluating
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import check_room, size
 from expunge.core.memory import freed_memory_kept
-from expunge.engine.functional import Function, evaluating, flatten, moving, open_attention, unflatten
+from expunge.engine.functional import Function, flatten, moving, open_attention, unflatten
 from expunge.engine.members import Members, batches, course
 from expunge.engine.parts import Paper
 from expunge.engine.prepared import Job, Prepared, Work
