@@ -32,11 +32,10 @@ POOLED = (
 )  # fmt: skip
 #: what tells a model that still knows the rows from retrained ones, beside its accuracies: name, key
 TELLING = (
-    ("the features of the forget rows are the target's", "forget.cka-target"),
-    ("neighbours in the features still name the class", "knn"),
-    ("single rows look trained on", "forget.looks-seen"),
-    ("margins row by row (KLoM)", "klom.forget"),
-)
+    ("CKA to the target", "forget.cka-target"), ("kNN", "knn"), ("looks seen", "forget.looks-seen"),
+    ("KLoM", "klom.forget"), ("U-LiRA", "u-lira"),
+)  # fmt: skip
+SURE = 0.95  #: accuracy of U-LiRA from which a method is told from retrained models
 REASONS = {
     "goal": "goal", "budget": "budget", "converged": "budget", "schedule": "its own schedule", "utility": "utility bound",
     "edited": "one edit", "diverged": "diverged",
@@ -44,7 +43,7 @@ REASONS = {
 PACKAGES = ("python", "expunge", "torch", "numpy", "scipy", "scikit-learn")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """One row of the tables: a method, the target or the retrained models.
 
@@ -127,7 +126,7 @@ def _setting(plan: Plan, results: Sequence[Result]) -> dict[str, object]:
         "methods": len({line.label for r in results for line in lines_of(r)} - {FLOOR, "target"}),
         "seeds": ", ".join(map(str, plan.seeds)), "count": len(plan.seeds), "retrained": plan.retrained,
         "references": plan.references, "bins": max(2, plan.references // 4), "command": _command(plan),
-        "retained": plan.retained, "cpus": manifest["machine"]["cpus"],
+        "retained": plan.retained, "skipped": _skipped(plan), "cpus": manifest["machine"]["cpus"],
         "versions": ", ".join(f"{n} {manifest['versions'][n]}" for n in PACKAGES if n in manifest["versions"]),
     }  # fmt: skip
 
@@ -198,21 +197,31 @@ def _findings(results: Sequence[Result]) -> Iterator[str]:
     for result in results:
         lines = {line.label: line for line in lines_of(result)}
         floor, target = lines[FLOOR], lines["target"]
-        bound = floor.mean("average-gap") + floor.half("average-gap")
+        bound, gap = floor.mean("average-gap") + floor.half("average-gap"), target.mean("average-gap")
         methods = [line for line in lines.values() if line.label not in (FLOOR, "target")]
-        good = [line for line in methods if line.mean("average-gap") <= bound]
-        yield f"**{result.request.source.title}, {result.request.name.rpartition('/')[2]}.** "
-        yield f"The target's average gap is {target.mean('average-gap'):.3f}, the floor's interval ends at {bound:.3f}."
+        within = [line for line in methods if line.mean("average-gap") <= bound]
+        close = [line for line in methods if line not in within and line.mean("average-gap") <= gap / 10]
         telling = [(name, key) for name, key in TELLING if left(target, floor, target, key) is not None]
         blind = [name for name, key in TELLING if (name, key) not in telling]
-        yield f"Within it: {_listed(_name(line.label) for line in good)}."
-        for line in good:
-            shares = {name: left(line, floor, target, key) for name, key in telling}
-            kept = [f"{name} ({100 * s:.0f} %)" for name, s in shares.items() if s is not None and s > 0.5]
-            yield f"- `{line.label}`: {'; '.join(kept) if kept else 'none of the measures finds more than half of it left'}"
-        if blind:
-            yield f"- does not tell the target from retrained models here: {'; '.join(blind)}"
+        yield f"### {result.request.source.title}, {result.request.name.rpartition('/')[2]}"
         yield ""
+        yield f"Average gap of the target {gap:.3f}; the floor's interval ends at {bound:.3f}. Within it: {_labels(within)}."
+        if close:
+            yield f"Beyond it, but with nine tenths of the target's gap closed: {_labels(close)}."
+        if blind:
+            yield f"Not told apart here are target and retrained models by: {', '.join(blind)}."
+        told = [line for line in methods if line.mean("u-lira") >= SURE]
+        yield f"U-LiRA tells {len(told)} of {len(methods)} methods from retrained models ({SURE} or more)."
+        yield ""
+        for line in (*within, *close):
+            shares = [(name, left(line, floor, target, key)) for name, key in telling]
+            kept = [f"{name} {100 * s:.0f} %" for name, s in shares if s is not None and s > 0.5]
+            yield f"- `{line.label}`: {', '.join(kept) if kept else 'no measure finds more than half of the target left'}"
+        yield ""
+
+
+def _labels(lines: Iterable[Line]) -> str:
+    return _listed(line.label for line in lines)
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -249,6 +258,11 @@ def _times(results: Sequence[Result]) -> Iterator[str]:
     yield _row(["all", duration(float(total)), *[""] * (len(results[0].seconds) - 1)])
 
 
+def _skipped(plan: Plan) -> str:
+    """What was left out, as a sentence."""
+    return f" Left out, since time was short: {_listed(plan.skip)}." if plan.skip else ""
+
+
 def _command(plan: Plan) -> str:
     """The command that does the same; the folders of the data are the reader's own."""
     words = ["OMP_NUM_THREADS=1 python -m experiments.rows_small"]
@@ -257,4 +271,6 @@ def _command(plan: Plan) -> str:
     words.append(f"--rows {' '.join(str(n) for n in plan.rows.values())} --references {plan.references}")
     words.append(f"--seeds {' '.join(map(str, plan.seeds))}")
     words.append(f"--methods {' '.join(plan.methods)}")
+    if plan.skip:
+        words.append(f"--skip {' '.join(plan.skip)}")
     return " \\\n  ".join(words)

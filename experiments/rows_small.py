@@ -77,6 +77,7 @@ class Plan:
         references: further models trained with and without the forget rows, of each so many.
         methods: names, in the order in which they are run.
         requests: "class", "random".
+        skip: what is left out, such as ``cifar10/random/bad-teacher``.
         known: data sets that may be named.
     """
 
@@ -90,6 +91,7 @@ class Plan:
     references: int = 5
     methods: tuple[str, ...] = METHODS
     requests: tuple[str, ...] = REQUESTS
+    skip: tuple[str, ...] = ()
     known: Mapping[str, Source] = field(default_factory=lambda: SOURCES)
 
     def audit(self) -> RowAuditConfig:
@@ -100,9 +102,10 @@ class Plan:
         )  # fmt: skip
         return RowAuditConfig(retrain=self.retrained, references=self.references, settings=settings)
 
-    def asked(self, request: str) -> tuple[str, ...]:
-        """The methods of a request."""
-        return tuple(m for m in self.methods if request == "class" or m not in CLASS_ONLY)
+    def asked(self, name: str) -> tuple[str, ...]:
+        """The methods of a request such as ``mnist/class``."""
+        whole = name.endswith("/class")
+        return tuple(m for m in self.methods if (whole or m not in CLASS_ONLY) and f"{name}/{m}" not in self.skip)
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def _requests(plan: Plan, name: str) -> list[Request]:
         chosen = RowsConfig(model=name, **choice).choose(held.data)
         sets = _sets(held, unseen, chosen, plan.retained)
         made.append(Request(f"{name}/{kind}", source, held, targets, chosen, choice, sets, place / kind))
-        for method in plan.asked(kind):
+        for method in plan.asked(made[-1].name):
             for seed in plan.seeds:
                 _unlearn(plan, made[-1], method, seed)
     return made
@@ -240,10 +243,10 @@ def _finish(plan: Plan, request: Request) -> Result:
     config = plan.audit()
     failed = {
         m: next(path for path in sorted((request.place / m).glob("*.failed"))).read_text(encoding="utf-8")
-        for m in plan.asked(request.name.rpartition("/")[2])
+        for m in plan.asked(request.name)
         if list((request.place / m).glob("*.failed"))
     }
-    methods = [m for m in plan.asked(request.name.rpartition("/")[2]) if m not in failed]
+    methods = [m for m in plan.asked(request.name) if m not in failed]
     runs = {(m, s): Run.open(request.place / m / f"seed-{s}") for m in methods for s in plan.seeds}
     audits = request.place / "audit"
     held = Run.start(audits, "rows-small", {"name": request.name}, resume=(audits / "manifest.json").is_file())
@@ -359,6 +362,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[Plan, Path | None]:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(default.seeds), help="seeds of targets and methods")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="methods")
     parser.add_argument("--requests", nargs="+", default=list(REQUESTS), choices=REQUESTS, help="requests")
+    parser.add_argument("--skip", nargs="*", default=[], help="what is left out, such as cifar10/random/bad-teacher")
     parser.add_argument("--references", type=int, default=default.references, help="reference models of each kind")
     parser.add_argument("--rows", nargs=2, type=int, default=list(default.rows.values()), help="training rows of each data set")
     given = parser.parse_args(words)
@@ -367,7 +371,7 @@ def parse(words: Sequence[str] | None = None) -> tuple[Plan, Path | None]:
         parser.error("give --mnist FOLDER, --cifar10 FOLDER or both")
     return Plan(
         given.out, sources, rows=dict(zip(default.rows, given.rows, strict=True)), seeds=tuple(given.seeds),
-        references=given.references, methods=tuple(given.methods), requests=tuple(given.requests),
+        references=given.references, methods=tuple(given.methods), requests=tuple(given.requests), skip=tuple(given.skip),
     ), given.page  # fmt: skip
 
 

@@ -167,7 +167,10 @@ def test_the_networks_and_the_plan(tmp_path: Path) -> None:
     assert set(METHODS) <= set(known())
     assert len(METHODS) >= 12
     assert set(SHARES) | set(CLASS_ONLY) < set(METHODS)
-    assert not set(plan.asked("random")) & set(CLASS_ONLY)
+    assert plan.asked("mnist/class") == METHODS
+    assert not set(plan.asked("mnist/random")) & set(CLASS_ONLY)
+    plan, _ = parse(["--mnist", "here", "--skip", "mnist/random/ssd"])
+    assert set(plan.asked("mnist/class")) - set(plan.asked("mnist/random")) == {"ssd", *CLASS_ONLY}
     with pytest.raises(InputError, match="holds neither"):
         problem(SOURCES["cifar10"], tmp_path, tmp_path, 10, 10)
 
