@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ TRAIN = {
 _SERVER = """
 import json, os, sys
 import expunge.cli.main, expunge.pipeline.audit, expunge.pipeline.sequence, expunge.report.terminal, expunge.adapters.loading
+import expunge.pipeline.row_audit, expunge.pipeline.prepared_runs, sklearn.datasets
 import transformers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import transformers.models.auto.modeling_auto
@@ -56,6 +58,7 @@ for line in sys.stdin:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -132,6 +135,23 @@ class Server:
         """One command, in a process of its own."""
         if os.environ.get("EXPUNGE_TEST_COLD"):
             return cold(*words, cwd=cwd, **env)
+        self._begin(words, cwd, env)
+        return self._end()
+
+    def kill_when(self, ready: Callable[[], bool], *words: object, cwd: Path, timeout: float = 60, **env: str) -> Done:
+        """One command, killed as soon as ``ready()`` holds; fails if it ends before."""
+        child = self._begin(words, cwd, env)
+        until = time.monotonic() + timeout
+        while not ready() and time.monotonic() < until:
+            time.sleep(0.002)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        done = self._end()
+        assert done.code == -signal.SIGKILL, done
+        assert time.monotonic() < until, "it never came so far"
+        return done
+
+    def _begin(self, words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> int:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         out, err = self.scratch / "out", self.scratch / "err"
@@ -140,7 +160,12 @@ class Server:
         }  # fmt: skip
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def _end(self) -> Done:
+        assert self.process.stdout is not None
         code = int(self.process.stdout.readline())
+        out, err = self.scratch / "out", self.scratch / "err"
         return Done(code, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
 
     def close(self) -> None:

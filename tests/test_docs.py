@@ -20,11 +20,15 @@ from packaging.requirements import Requirement
 
 import expunge
 from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.supervised import ClassifierAdapter
 from expunge.audit.settings import AuditSettings
 from expunge.core.settings import parse_overrides
+from expunge.data.tables import Reading
+from expunge.engine.members import Training
 from expunge.methods.catalogue import serves
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.recipe import build
+from expunge.pipeline.supervised import is_entry
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -137,7 +141,13 @@ def test_commands_in_documents_exist(document: str, words: list[str]) -> None:
     if words[0] == "unlearn" and given.get("--method", "npo") != "NAME":
         overrides = {k: v for k, v in parse_overrides(parts).items() if k not in ("engine", "text")}
         name = given.get("--method", "npo")
-        assert name == "custom" or serves(name, LanguageAdapter.offers)[0], f"{document}: {name} does not run on language models"
+        offers = LanguageAdapter.offers
+        if is_entry(words[1]) or "--data" in given:  # a model of rows
+            offers = ClassifierAdapter.offers
+            Reading(**overrides.pop("reading", {}))
+            if "training" in overrides:
+                Training(**overrides.pop("training"))
+        assert name == "custom" or serves(name, offers)[0], f"{document}: {name} does not run on such a model"
         EDITS.get(name)(**overrides) if name in EDITS.names() else build(name, overrides)
     if words[0] == "audit":
         AuditSettings(**parse_overrides(parts))

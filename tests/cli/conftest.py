@@ -1,5 +1,6 @@
-"""The small town and the command line for every test in this folder."""
+"""The small town, the desk and the command line for every test in this folder."""
 
 from tests.command import expunge, server, town
+from tests.entries import desk
 
-__all__ = ["expunge", "server", "town"]
+__all__ = ["desk", "expunge", "server", "town"]

@@ -12,7 +12,7 @@ import typer
 
 from expunge.cli import commands
 from expunge.cli.output import Output
-from expunge.core.errors import ExpungeError
+from expunge.core.errors import ExpungeError, OwnCodeError
 from expunge.core.version import __version__
 
 app = typer.Typer(
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         if code == 130:  # typer turns Ctrl-C into this without a word
             code = _interrupted(output, words)
     except ExpungeError as error:
+        if isinstance(error, OwnCodeError):
+            sys.stderr.write(error.trace)
         output.error(error.message, error.remedy)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):

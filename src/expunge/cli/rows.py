@@ -10,7 +10,10 @@ from expunge.cli.output import Output
 from expunge.core.errors import InputError
 
 _CHOICE = ("ids", "classes", "where", "subjects")
-_TEXT_ONLY = ("forget", "retain", "alternative_template", "drop_overlap", "text")
+_TEXT_ONLY = {
+    "forget": "--forget", "retain": "--retain", "alternative_template": "--alternative-template",
+    "drop_overlap": "--drop-overlap", "text": "--column, or text.KEY=VALUE,", "requests": "--requests",
+}  # fmt: skip
 
 
 def is_rows(merged: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
@@ -33,17 +36,18 @@ def unlearn_rows(
     from expunge.pipeline.unlearn import check_out
 
     given = {k: v for k, v in {**merged, **{k: v for k, v in choice.items() if v is not None}}.items() if v is not None}
-    for name in _TEXT_ONLY:
+    for name, option in _TEXT_ONLY.items():
         if given.pop(name, None):
             raise InputError(
-                f"--{name.replace('_', '-')} is for language models; rows are chosen from the model's own data.",
+                f"{option} is for language models; rows are chosen from the model's own data.",
                 "Choose them by --id, --class, --where or --subject.",
             )
     if "model" not in given:
         raise InputError("The model is missing.", "Give package.module:function or file.py:function; see expunge unlearn --help.")
     for name in ("ids", "classes", "subjects"):
         if name in given:
-            given[name] = tuple(n for word in given[name] for n in _listed(str(word)))
+            several = given[name] if isinstance(given[name], (list, tuple)) else [given[name]]  # a file may give one alone
+            given[name] = tuple(n for word in several for n in _listed(str(word)))
     if is_prepared(Path(given["model"])):
         return _delete(given, out, dry_run=dry_run, output=output)
     if out is None:
@@ -54,7 +58,7 @@ def unlearn_rows(
     settings = row_runs.RowsConfig(**given)
     check_out(out, resume)
     with output.progress("target") as progress:
-        made = row_runs.plan(settings, progress=progress)
+        made = row_runs.plan(settings, dry=dry_run, progress=progress)
     for note in made.made.notes:
         output.note(note)
     kept = len(made.problem.data) - len(made.chosen)

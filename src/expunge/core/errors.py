@@ -51,6 +51,19 @@ class MissingExtra(InputError):
         super().__init__(f"{feature} needs packages that are not installed.", f"Install them: pip install 'expunge[{extra}]'")
 
 
+class OwnCodeError(InputError):
+    """A function of the user's own raised an error.
+
+    Args:
+        message: which function, and what it raised.
+        trace: its traceback, from its own first line on: that is what helps to correct it.
+    """
+
+    def __init__(self, message: str, trace: str) -> None:
+        super().__init__(message, "Correct it; the lines above say where it happened.")
+        self.trace = trace
+
+
 class Destroyed(ExpungeError):
     """Training was stopped because going on would destroy the model; the last good state was kept."""
 

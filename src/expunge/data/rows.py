@@ -283,6 +283,7 @@ def _among(values: npt.NDArray[Any], wanted: Sequence[str], what: str) -> npt.ND
         close = nearest(missing[0], present)
         shown = ", ".join(map(repr, missing[:_SHOWN])) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
         verb = "is" if len(missing) == 1 else "are"
-        raise InputError(f"There {verb} no {what} {shown}.", f"Nearest: {', '.join(close)}." if close else "")
+        known = ", ".join(sorted(present)[:_SHOWN]) + (", ..." if len(present) > _SHOWN else ".")
+        raise InputError(f"There {verb} no {what} {shown}.", f"Nearest: {', '.join(close)}." if close else f"There are: {known}")
     chosen = set(wanted)
     return np.fromiter((v in chosen for v in values.tolist()), dtype=bool, count=len(values))

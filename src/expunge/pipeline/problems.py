@@ -38,9 +38,9 @@ def load_problem(
         InputError: something is missing, cannot be read, or does not fit.
     """
     if is_entry(model):
-        if data or holdout or training or base:
+        if data or holdout or training or base or (reading is not None and reading != Reading()):
             raise InputError(
-                f"{model!r} brings its own data and training.", "Leave out --data, --holdout, --base and training.*."
+                f"{model!r} brings its own data and training.", "Leave out --data, --holdout, --base, reading.* and training.*."
             )
         return load_entry(model)
     if data is None:

@@ -18,7 +18,7 @@ from expunge.audit.outputs import References, row_outputs
 from expunge.audit.run import AuditedModel, audit, limited
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError
-from expunge.core.files import digest_bytes, write_text
+from expunge.core.files import digest_bytes, digest_file, write_text
 from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.records import RecordSet
@@ -128,8 +128,16 @@ def audit_rows_run(
 
 
 def audited(run: Run, target: SupervisedAdapter, label: str = "") -> AuditedModel:
-    """The result of an unlearning run, with what making it cost."""
+    """The result of an unlearning run, with what making it cost.
+
+    Raises:
+        InputError: the weights have changed since.
+    """
     entry, config = run.manifest["stages"]["unlearn"], RowsConfig(**run.manifest["config"])
+    for name, digest in entry["outputs"].items():
+        path = run.folder / name
+        if name.startswith("model/") and (not path.is_file() or digest_file(path) != digest):
+            raise InputError(f"{str(path)!r} is not what the run has written.", "Put it back, or do the run again.")
     return AuditedModel(
         label or config.method, "unlearned", load_weights(target, run.folder / "model"), path=str(run.folder),
         method=config.method, seed=config.engine.seed, cost=_cost(entry["result"]),

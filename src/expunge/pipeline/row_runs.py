@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from expunge.adapters.base import Adapter
 from expunge.adapters.supervised import SupervisedAdapter
@@ -103,15 +105,31 @@ class RowRunPlan:
     cost: Cost
 
 
-def plan(config: RowsConfig, problem: Supervised | None = None, *, progress: Progress | None = None) -> RowRunPlan:
+def plan(
+    config: RowsConfig, problem: Supervised | None = None, *, dry: bool = False, progress: Progress | None = None
+) -> RowRunPlan:
     """Load what a configuration names and check that all fits; the target is trained if it was not.
+
+    Args:
+        config: the request.
+        problem: model and rows, if they are loaded already.
+        dry: train no target: what is told of the cost does not depend on its weights.
+        progress: of its training.
 
     Raises:
         InputError: anything does not fit; nothing was changed.
     """
     held = config.load() if problem is None else problem
     chosen = config.choose(held.data)
-    model = target_of(held, progress=progress)
+    fresh = held.untrained() if held.model is None else None
+    if isinstance(fresh, nn.Module):  # an estimator has no weights before it is fitted
+        made = _checked(config, held, chosen, fresh)  # training takes long: what is wrong with the request is found before
+        if dry:
+            return made
+    return _checked(config, held, chosen, target_of(held, progress=progress))
+
+
+def _checked(config: RowsConfig, held: Supervised, chosen: Indices, model: nn.Module) -> RowRunPlan:
     adapter = held.adapter(model, dropout=config.engine.dropout)
     goal = halves(held.holdout, config.engine.seed)[0] if held.holdout is not None else None
     made = plan_rows(
@@ -186,7 +204,7 @@ def load_weights(adapter: SupervisedAdapter, folder: Path) -> SupervisedAdapter:
     try:
         described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         state = {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"The weights in {str(folder)!r} cannot be read: {error}.", "Do the run again.") from None
     try:
         held.model.load_state_dict(state)

@@ -125,14 +125,14 @@ def plan_rows(
     if len(forget) > len(retain) and not allow_large_forget:
         raise InputError(
             f"There are {len(forget)} rows to forget and {len(retain)} to keep.",
-            "Check the choice, or give allow_large_forget=True.",
+            "Check the choice, or give allow_large_forget=True (--allow-large-forget).",
         )
     notes = [f"Of the class {name!r} no row is left: it is forgotten as a whole." for name in data.emptied(chosen)]
     same = _equal_rows(data, chosen)
     if same:
         sentence = f"{same} of the {len(forget)} rows to forget equal a row to keep (inputs and target)."
         if not allow_overlap:
-            raise InputError(sentence, "Forget all copies, or give allow_overlap=True.")
+            raise InputError(sentence, "Forget all copies, or give allow_overlap=True (--allow-overlap).")
         notes.append(sentence)
     ok, missing = (True, ()) if method == "custom" else serves(method, adapter.offers)
     if not ok:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +19,7 @@ from torch import nn
 
 from expunge.adapters.estimators import estimator_network, is_estimator
 from expunge.adapters.supervised import SupervisedAdapter
-from expunge.core.errors import InputError, nearest
+from expunge.core.errors import ExpungeError, InputError, OwnCodeError, nearest
 from expunge.core.runs import cache_folder
 from expunge.data.rows import Indices, Table
 from expunge.engine.ensemble import Ensemble, train_ensemble
@@ -133,6 +135,24 @@ class Supervised:
             chunk=min(32, len(seeds)),
         )  # fmt: skip
 
+    def untrained(self, seed: int = 0) -> nn.Module:
+        """A network (or estimator) that ``build`` makes, its weights from ``seed``.
+
+        Raises:
+            InputError: there is no ``build``, it raises an error, or it makes something else.
+        """
+        if self.build is None:
+            raise InputError("Nothing makes an untrained network.", "Give build=...")
+        with torch.random.fork_rng(devices=[]), own_code("build"):
+            torch.manual_seed(seed)
+            made: Any = self.build()
+        if not (isinstance(made, nn.Module) or is_estimator(made)):
+            raise InputError(
+                f"The function build made {type(made).__name__}, not a network.", "Return a torch.nn.Module, not its class."
+            )
+        fresh: nn.Module = made
+        return fresh
+
     def spec(self) -> Spec:
         """What trains many models at once.
 
@@ -141,8 +161,7 @@ class Supervised:
         """
         if self.build is None or self.training is None:
             raise InputError("Models cannot be trained together.", "Give build=... and training=...")
-        with torch.random.fork_rng(devices=[]):
-            adapter = self.adapter(self.build())
+        adapter = self.adapter(self.untrained())
         tensors = dict(adapter.collate([adapter.encode(r) for r in self.data.rows()]).tensors)
         return Spec(
             self.build, tensors, torch.as_tensor(self.data.targets, dtype=adapter.target_type),
@@ -156,7 +175,8 @@ class Supervised:
             progress(*at)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = self.fit(self.build(), self.data.subset(kept), seed)
+            with own_code("fit"):
+                made = self.fit(self.build(), self.data.subset(kept), seed)
         return estimator_network(made, self.data.classes) if is_estimator(made) else made
 
 
@@ -178,6 +198,34 @@ def target_of(problem: Supervised, seed: int = 0, *, progress: Progress | None =
     return member(problem, problem.trained(None, [seed], progress=progress, what="training the target"), 0)
 
 
+@contextmanager
+def own_code(what: str) -> Iterator[None]:
+    """Run code of the user's: an error that it raises is told as such, with its own traceback.
+
+    Args:
+        what: names the code.
+
+    Raises:
+        OwnCodeError: it raised an error; one that is told in a sentence already passes as it is.
+    """
+    try:
+        yield
+    except ExpungeError:
+        raise
+    except Exception as error:
+        trace = error.__traceback__
+        others = ("<frozen importlib", importlib.__file__, __file__)
+        while trace is not None and trace.tb_frame.f_code.co_filename.startswith(others):
+            trace = trace.tb_next
+        lines = traceback.format_exception(type(error), error, trace)
+        raise OwnCodeError(f"{what!r} raised {type(error).__name__}: {_sentence(error)}", "".join(lines)) from None
+
+
+def _sentence(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or ["no message"])[0]
+    return line if line.endswith((".", "!", "?")) else line + "."
+
+
 def is_entry(source: str) -> bool:
     """Whether a source names a function: ``package.module:function`` or ``folder/file.py:function``."""
     place, colon, name = source.rpartition(":")
@@ -188,15 +236,19 @@ def load_entry(source: str) -> Supervised:
     """Call the function that ``source`` names. It is the user's own code, and runs as such.
 
     Raises:
-        InputError: no such module or function, it fails, or what it returns is no :class:`Supervised`.
+        OwnCodeError: the module or the function raises an error of its own.
+        InputError: no such module or function, or what it returns is no :class:`Supervised`.
     """
     place, _, name = source.rpartition(":")
-    module = _from_file(Path(place)) if place.endswith(".py") else _from_name(place)
+    with own_code(source):
+        module = _from_file(Path(place)) if place.endswith(".py") else _from_name(place)
     function = getattr(module, name, None)
     if not callable(function):
-        close = nearest(name, [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")])
-        raise InputError(f"{place!r} has no function {name!r}.", f"Nearest: {', '.join(close)}." if close else "")
-    made: Any = function()
+        known = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
+        remedy = f"It has: {', '.join(nearest(name, known) or known)}." if known else "Write it; it returns expunge.Supervised."
+        raise InputError(f"{place!r} has no function {name!r}.", remedy)
+    with own_code(source):
+        made: Any = function()
     if not isinstance(made, Supervised):
         raise InputError(
             f"{source!r} returned {type(made).__name__}, not expunge.Supervised.",
@@ -214,6 +266,9 @@ def _from_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise InputError(f"{str(path)!r} is no Python file.", "Give file.py:function.")
     module = importlib.util.module_from_spec(spec)
+    here = str(path.resolve().parent)
+    if here not in sys.path:  # as for a script: it may import what lies beside it
+        sys.path.insert(0, here)
     sys.modules[name] = module  # so that what it defines can be pickled for workers
     spec.loader.exec_module(module)
     return module

@@ -128,6 +128,9 @@ def unlearn(
     if data is not None:
         merged["data"] = data
     if is_rows(merged, choice):
+        merged |= {"requests": str(requests)} if requests is not None else {}
+        if retrain:
+            raise InputError("--retrain belongs to --requests.", f"Retrain in the audit: expunge audit RUN --retrain {retrain}.")
         return unlearn_rows(merged, choice, out, resume=resume, dry_run=dry_run, output=output)
     if out is None:
         raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")

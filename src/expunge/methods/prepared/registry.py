@@ -44,5 +44,6 @@ def refuse_prepared(name: str) -> None:
     """
     if name in PREPARED:
         raise InputError(
-            f"{name!r} takes rows out of what it has trained itself, not out of another model.", "Train with it first."
+            f"{name!r} takes rows out of what it has trained itself, not out of another model.",
+            f"Train with it first: expunge train ENTRY --method {name} --out RUN.",
         )
