@@ -241,3 +241,29 @@ def test_odd_labels_raise_the_goal_and_common_ones_do_not() -> None:
     assert oddity(problem.data, random, unseen) < 0.15
     assert oddity(problem.data, problem.data.select(where="wrong"), unseen) > 1.5
     assert oddity(problem.data, problem.data.select(classes=["3"]), unseen) > 1.5
+
+
+def test_steering_restores_what_was_changed_before_a_layer_and_not_what_retraining_left_out(whole_class) -> None:
+    held, _ = whole_class
+
+    def turn(
+        model,
+    ) -> None:  # the first layer is changed in the direction by which the class is told: features move, the head stays
+        rows = torch.from_numpy(np.stack([r.inputs for r in held.sets["forget"]]))
+        mean = model[1](model[0](rows)).mean(0)
+        others = torch.from_numpy(np.stack([r.inputs for r in held.sets["retain"]]))
+        gap = mean - model[1](model[0](others)).mean(0)
+        model[0].bias.sub_(2.0 * gap.clamp(min=0))
+
+    settings = AuditSettings(metrics=("restoration",), relearn=None, quantise=(), read_out=False, draws=100)
+    models = [
+        AuditedModel("target", "target", held.target),
+        held.gold[0],
+        AuditedModel("turned", "unlearned", held.changed(turn)),
+    ]
+    document = audit(models, held.sets, settings)
+    key = next(k for k in document.entry("turned").numbers if k.startswith("restoration."))
+    found = {name: document.entry(name).numbers[key].value for name in ("target", "turned", "retrained seed 1")}
+    assert found["target"] > 0.9
+    assert found["turned"] > 0.6 > 0.3 > found["retrained seed 1"], found
+    assert document.entry("turned").numbers["restoration.2"].note.startswith("of the target's accuracy")

@@ -93,6 +93,12 @@ REALLY = Paper(
     "Are We Truly Forgetting? A Critical Re-examination of Machine Unlearning Evaluation Protocols", "Kim, Cha and Kim", 2025,
     "https://arxiv.org/abs/2503.06991",
 )  # fmt: skip
+RESTORED = Paper(
+    "Suppression or Deletion: A Restoration-Based Representation-Level Analysis of Machine Unlearning",
+    "Jang, Lee, Kim, Jo and Woo",
+    2026,
+    "https://arxiv.org/abs/2602.18505",
+)
 LAF = Paper(
     "Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models", "Shen, Zhang, Zhao et al.", 2024,
     "https://arxiv.org/abs/2404.00506",
