@@ -35,6 +35,8 @@ TELLING = (
     ("CKA to the target", "forget.cka-target"), ("kNN", "knn"), ("looks seen", "forget.looks-seen"),
     ("KLoM", "klom.forget"), ("U-LiRA", "u-lira"),
 )  # fmt: skip
+LEAST = {"klom.forget": 1.0, "u-lira": 0.1}  #: differences of target and retrained models that count, where there is no interval
+NEAR = 3  #: methods beyond the floor's interval that the findings name
 SURE = 0.95  #: accuracy of U-LiRA from which a method is told from retrained models
 REASONS = {
     "goal": "goal", "budget": "budget", "converged": "budget", "schedule": "its own schedule", "utility": "utility bound",
@@ -101,10 +103,12 @@ def _nan_last(value: float) -> float:
 def left(line: Line, floor: Line, target: Line, key: str) -> float | None:
     """How much of the way from the retrained models to the target a method has not gone, by a measure; 1: all of it.
 
-    None where the measure tells nothing: the intervals over seeds of target and retrained models meet, or a value is missing.
+    None where the measure tells nothing: the intervals over seeds of target and retrained models meet, the difference is below
+    :data:`LEAST` where there is no interval, or a value is missing.
     """
     whole = target.mean(key) - floor.mean(key)
-    if math.isnan(whole) or abs(whole) <= target.half(key) + floor.half(key) or math.isnan(line.mean(key)):
+    least = max(target.half(key) + floor.half(key), LEAST.get(key, 0.0))
+    if math.isnan(whole) or abs(whole) <= least or math.isnan(line.mean(key)):
         return None
     return (line.mean(key) - floor.mean(key)) / whole
 
@@ -200,20 +204,21 @@ def _findings(results: Sequence[Result]) -> Iterator[str]:
         bound, gap = floor.mean("average-gap") + floor.half("average-gap"), target.mean("average-gap")
         methods = [line for line in lines.values() if line.label not in (FLOOR, "target")]
         within = [line for line in methods if line.mean("average-gap") <= bound]
-        close = [line for line in methods if line not in within and line.mean("average-gap") <= gap / 10]
+        near = [line for line in methods if line not in within][:NEAR]
+        moved = [line for line in methods if line.mean("klom.test") > target.mean("klom.test") + 1]
         telling = [(name, key) for name, key in TELLING if left(target, floor, target, key) is not None]
         blind = [name for name, key in TELLING if (name, key) not in telling]
         yield f"### {result.request.source.title}, {result.request.name.rpartition('/')[2]}"
         yield ""
         yield f"Average gap of the target {gap:.3f}; the floor's interval ends at {bound:.3f}. Within it: {_labels(within)}."
-        if close:
-            yield f"Beyond it, but with nine tenths of the target's gap closed: {_labels(close)}."
+        yield f"Nearest beyond it: {_labels(near)}."
         if blind:
             yield f"Not told apart here are target and retrained models by: {', '.join(blind)}."
         told = [line for line in methods if line.mean("u-lira") >= SURE]
         yield f"U-LiRA tells {len(told)} of {len(methods)} methods from retrained models ({SURE} or more)."
+        yield f"KLoM on unseen rows of what is kept is more than a nat above the target's: {_labels(moved)}."
         yield ""
-        for line in (*within, *close):
+        for line in (*within, *near):
             shares = [(name, left(line, floor, target, key)) for name, key in telling]
             kept = [f"{name} {100 * s:.0f} %" for name, s in shares if s is not None and s > 0.5]
             yield f"- `{line.label}`: {', '.join(kept) if kept else 'no measure finds more than half of the target left'}"

@@ -8,7 +8,7 @@ Two requests for each data set: a tenth of the rows drawn at random, and one cla
 the method: five targets, each unlearned by every method. All are compared with the same retrained models, and with reference
 models that are never judged. Every stage is a run folder below ``--out`` (trained models are in the cache): what is done is not
 done again, and a killed stage goes on where it stopped. Nothing about a method is set here but its name and seed; those that only
-train on retained rows get a schedule at the rate of the original training (:data:`SHARES`), chosen before anything was run.
+train on retained rows get a schedule at the rate of the original training (:data:`SHARES`), set before anything was audited.
 
 Of the unseen rows some tell the methods when to stop; the others are left to the audit.
 """

@@ -108,6 +108,8 @@ def test_a_measure_that_cannot_tell_says_nothing() -> None:
     sure = Line("target", {"x": [1.1, 1.1, 1.1]}, {})
     assert left(method, floor, sure, "x") == pytest.approx(0.0, abs=1e-9)
     assert left(sure, floor, sure, "x") == 1
+    near = Line("target", {}, {"u-lira": 0.58})
+    assert left(near, Line("retrained", {}, {"u-lira": 0.52}), near, "u-lira") is None, "no interval, and hardly a difference"
 
 
 def test_the_page_names_what_ran_and_what_failed(made: tuple[Plan, list[Result]], tmp_path: Path) -> None:
