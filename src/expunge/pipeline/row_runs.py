@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter
+from expunge.adapters.extra import quiet
 from expunge.adapters.supervised import SupervisedAdapter
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import atomic_path, check_room
@@ -203,7 +205,7 @@ def load_weights(adapter: SupervisedAdapter, folder: Path) -> SupervisedAdapter:
     held = adapter.copy()
     try:
         described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        state = {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+        state = _state(held.model, folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"The weights in {str(folder)!r} cannot be read: {error}.", "Do the run again.") from None
     try:
@@ -214,6 +216,18 @@ def load_weights(adapter: SupervisedAdapter, folder: Path) -> SupervisedAdapter:
     if not fits:
         raise InputError(f"The weights in {str(folder)!r} do not fit this model.", "Give the entry that the run was made with.")
     return held
+
+
+def _state(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Weights by the model's own names; transformers may write other names than it uses, so it reads its own files itself."""
+    if not hasattr(model, "save_pretrained"):
+        return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+    with quiet():
+        loaded, found = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)  # type: ignore[attr-defined]
+    if any(found[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        return {}  # fits no model
+    state: dict[str, Tensor] = loaded.state_dict()
+    return state
 
 
 def sets_of(problem: Supervised, chosen: Indices, seed: int) -> dict[str, RecordSet[Row]]:
