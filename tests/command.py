@@ -142,11 +142,13 @@ class Server:
         """One command, killed as soon as ``ready()`` holds; fails if it ends before."""
         child = self._begin(words, cwd, env)
         until = time.monotonic() + timeout
-        while not ready() and time.monotonic() < until:
-            time.sleep(0.002)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        done = self._end()
+        try:
+            while not ready() and time.monotonic() < until:
+                time.sleep(0.002)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            done = self._end()
         assert done.code == -signal.SIGKILL, done
         assert time.monotonic() < until, "it never came so far"
         return done

@@ -20,7 +20,7 @@ from expunge.core.results import Verdict
 from expunge.data.rows import table
 from expunge.engine.members import Training
 from expunge.pipeline.row_audit import RowAuditConfig, comparison
-from expunge.pipeline.row_runs import halves, sets_of
+from expunge.pipeline.row_runs import RowsConfig, execute, halves, plan, sets_of
 from expunge.pipeline.rows import oddity
 from expunge.pipeline.supervised import Supervised, target_of
 
@@ -225,6 +225,16 @@ def test_a_regressor_is_judged() -> None:
     assert value(document, "target", "forget.looks-seen") > 0.9 > 0.2 > value(document, "retrained seed 1", "forget.looks-seen")
     assert value(document, "target", "forget.wasserstein") > value(document, "retrained seed 1", "forget.wasserstein")
     assert value(document, "retrained seed 1", "test.skill") > 0.3
+
+
+def test_a_model_that_the_caller_holds_is_left_as_it_was(tmp_path) -> None:
+    held = replace(make_problem(), training=Training(steps=20, batch=100, lr=1e-2))
+    held = replace(held, model=target_of(held))
+    before = {k: v.clone() for k, v in held.model.state_dict().items()}
+    config = RowsConfig(model="held.py:problem", classes=("3",), method="iau", parts={"lr": 0.01})
+    run = execute(plan(config, held), tmp_path / "run")
+    assert run.manifest["stages"]["unlearn"]["state"] == "done"
+    assert all(torch.equal(v, before[k]) for k, v in held.model.state_dict().items())
 
 
 def test_unseen_rows_are_divided_by_subject() -> None:

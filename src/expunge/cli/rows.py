@@ -90,7 +90,8 @@ def _delete(given: dict[str, Any], out: Path | None, *, dry_run: bool, output: O
     choice = {name: given.pop(name, None) for name in _CHOICE}
     extra = sorted(k for k, v in given.items() if v)
     if extra or out is not None:
-        what = "--out" if out is not None else extra[0]
+        named = {"parts": "KEY=VALUE", "engine": "--seed, or engine.KEY=VALUE,"}
+        what = "--out" if out is not None else named.get(extra[0], f"--{extra[0].replace('_', '-')}")
         raise InputError(
             f"{what} does not go with a run of a prepared method: rows are deleted from it in place, by its own method.",
             f"Write: expunge unlearn {folder} --id ID.",
@@ -134,7 +135,10 @@ def train_prepared(given: dict[str, Any], method: str | None, out: Path, *, resu
     with output.progress("training") as progress:
         run = runs.train(made, out, resume=resume, progress=progress)
     result = run.manifest["stages"]["train"]["result"]
-    output.result({"run": str(out), "reused": "train" in run.skipped, **result})
+    reused = "train" in run.skipped
+    output.result({"run": str(out), "reused": reused, **result})
+    if reused:
+        output.say("This run had finished; nothing was left to do.")
     output.say(f"Trained on {result['rows']:,} rows ({result['row_visits']:,} row visits, {result['seconds']:.1f} s).")
     for note in result["notes"]:
         output.say(note)

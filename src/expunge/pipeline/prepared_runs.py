@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 
@@ -143,11 +144,15 @@ def plan_deletion(folder: Path, choice: dict[str, Any]) -> Deletion:
     problem = load_entry(config.model)
     if all(value is None for value in choice.values()):
         raise InputError("Nothing says which rows to delete.", "Give --id, --class, --where or --subject.")
-    chosen = problem.data.select(**choice)
     record = Record.open(folder / STORE)
+    absent = _absent(choice, problem, record)
+    left = tuple(name for name in choice.get("ids") or () if name not in absent)
+    chosen = (
+        np.zeros(0, dtype=np.int64) if absent and not left else problem.data.select(**choice | ({"ids": left} if absent else {}))
+    )
     pending = set(record.pending.ids) if record.pending is not None else set()
     gone = set(record.deleted) - pending
-    named = [problem.data.ids[int(i)] for i in chosen]
+    named = [*absent, *(problem.data.ids[int(i)] for i in chosen)]
     if choice.get("ids") is None:
         # A class or a person may hold rows that an earlier request has taken out; rows named one by one must be there.
         named = [name for name in named if name not in gone]
@@ -155,6 +160,14 @@ def plan_deletion(folder: Path, choice: dict[str, Any]) -> Deletion:
             raise InputError("All rows of this choice were deleted already.", "Nothing is left to do.")
     notes = tuple(f"Of the class {c!r} no row is left: it is forgotten as a whole." for c in problem.data.emptied(chosen))
     return Deletion(run, config.build(), source_of(problem), tuple(named), notes)
+
+
+def _absent(choice: dict[str, Any], problem: Supervised, record: Record) -> list[str]:
+    """Ids that were trained on and are no longer in the data: who must forget a row may have taken it out there first."""
+    if any(value is not None for name, value in choice.items() if name != "ids"):
+        return []
+    there, trained = set(problem.data.ids), {str(row[0]) for row in record.plan["rows"]}
+    return [name for name in dict.fromkeys(choice.get("ids") or ()) if name in trained and name not in there]
 
 
 def delete(made: Deletion, *, workers: Workers = "local", progress: Progress | None = None) -> DeletionReport:

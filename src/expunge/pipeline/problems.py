@@ -18,6 +18,8 @@ from expunge.engine.members import Training
 from expunge.pipeline.models import resolve
 from expunge.pipeline.supervised import Supervised, is_entry, load_entry
 
+_ATTENTION = "expunge"  #: attention whose mask is made without a look at its values: see :func:`_open_masks`
+
 
 def load_problem(
     model: str, *, data: str | None = None, holdout: str | None = None, reading: Reading | None = None,
@@ -109,19 +111,39 @@ def _class(config: Any) -> Any:
     )
 
 
+def _open_masks() -> None:
+    """Register attention by torch's own kernels that always makes its mask.
+
+    The library's own looks whether any token is padding, to leave the mask out; models that are trained together cannot be asked.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def mask(*args: Any, **more: Any) -> Any:
+        return sdpa_mask(*args, **{**more, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+    AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+    AttentionMaskInterface.register(_ATTENTION, mask)
+
+
 def _load(place: str, labels: int | None = None) -> nn.Module:
     """A trained model, or with ``labels`` a base whose head is made anew where it does not fit."""
     from transformers import AutoConfig
 
     more: dict[str, Any] = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
+    _open_masks()
     with quiet():
-        model: nn.Module = _class(AutoConfig.from_pretrained(place)).from_pretrained(place, dtype=torch.float32, **more)
+        model: nn.Module = _class(AutoConfig.from_pretrained(place)).from_pretrained(
+            place, dtype=torch.float32, attn_implementation=_ATTENTION, **more
+        )
     return model.eval()
 
 
 def _fresh(place: str) -> nn.Module:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(place)
+    _open_masks()
+    config = AutoConfig.from_pretrained(place, attn_implementation=_ATTENTION)
     model: nn.Module = _class(config)(config)
     return model.eval()

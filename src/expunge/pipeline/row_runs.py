@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter
+from expunge.adapters.extra import quiet
 from expunge.adapters.supervised import SupervisedAdapter
 from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import atomic_path, check_room
@@ -126,7 +129,9 @@ def plan(
         made = _checked(config, held, chosen, fresh)  # training takes long: what is wrong with the request is found before
         if dry:
             return made
-    return _checked(config, held, chosen, target_of(held, progress=progress))
+    model = target_of(held, progress=progress)
+    # A model that the caller holds serves other requests too; one that was loaded here is changed in place.
+    return _checked(config, held, chosen, copy.deepcopy(model) if problem is not None else model)
 
 
 def _checked(config: RowsConfig, held: Supervised, chosen: Indices, model: nn.Module) -> RowRunPlan:
@@ -203,7 +208,7 @@ def load_weights(adapter: SupervisedAdapter, folder: Path) -> SupervisedAdapter:
     held = adapter.copy()
     try:
         described = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        state = {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+        state = _state(held.model, folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"The weights in {str(folder)!r} cannot be read: {error}.", "Do the run again.") from None
     try:
@@ -214,6 +219,18 @@ def load_weights(adapter: SupervisedAdapter, folder: Path) -> SupervisedAdapter:
     if not fits:
         raise InputError(f"The weights in {str(folder)!r} do not fit this model.", "Give the entry that the run was made with.")
     return held
+
+
+def _state(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Weights by the model's own names; transformers may write other names than it uses, so it reads its own files itself."""
+    if not hasattr(model, "save_pretrained"):
+        return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+    with quiet():
+        loaded, found = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)  # type: ignore[attr-defined]
+    if any(found[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        return {}  # fits no model
+    state: dict[str, Tensor] = loaded.state_dict()
+    return state
 
 
 def sets_of(problem: Supervised, chosen: Indices, seed: int) -> dict[str, RecordSet[Row]]:

@@ -187,7 +187,8 @@ def member(problem: Supervised, held: list[nn.Module] | Ensemble, i: int) -> nn.
     assert problem.build is not None
     with torch.random.fork_rng(devices=[]):
         model = problem.build()
-    model.load_state_dict({k: v.clone() for k, v in held.member(i).items()})
+    own = model.state_dict()  # without buffers that are not saved: the network has made them itself
+    model.load_state_dict({k: v.clone() for k, v in held.member(i).items() if k in own})
     return model.eval()
 
 
