@@ -197,7 +197,7 @@ def _untrained(adapter: Adapter, seed: int) -> nn.Module:
     """
     fresh = adapter.copy()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed((seed + 1) * 7919)  # not the seed itself: the target may have begun from its weights
         reset_weights(fresh.model)
     model: nn.Module = fresh.model
     return model
