@@ -172,11 +172,20 @@ def _absent(choice: dict[str, Any], problem: Supervised, record: Record) -> list
 
 def delete(made: Deletion, *, workers: Workers = "local", progress: Progress | None = None) -> DeletionReport:
     """Take the rows out, and write down what it cost; asked for again after a kill, it goes on."""
-    report = made.method.delete(made.source, made.run.folder / STORE, made.ids, workers=workers, progress=progress)
     path = made.run.folder / DELETIONS
-    held: list[Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    held = _accounted(path, Record.open(made.run.folder / STORE))
+    report = made.method.delete(made.source, made.run.folder / STORE, made.ids, workers=workers, progress=progress)
     write_json(path, [*held, {**asdict(report), "share": report.share, "notes": [*made.notes, *report.notes]}])
     return report
+
+
+def _accounted(path: Path, record: Record) -> list[Any]:
+    """The deletions that are written down, and those that ended just before a kill, as far as the method's own log knows them."""
+    held: list[Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    for request in [r for r in record.requests[1:] if r.done][len(held) :]:
+        note = "Written down later, from the log: the process was killed when this deletion had just ended."
+        held.append({**asdict(request), "notes": [note]})
+    return held
 
 
 def report_text(report: DeletionReport) -> Sequence[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from expunge.adapters.estimators import estimator_network, is_estimator
+from expunge.adapters.extra import need
 from expunge.adapters.supervised import SupervisedAdapter
 from expunge.core.errors import ExpungeError, InputError, OwnCodeError, nearest
 from expunge.core.runs import cache_folder
@@ -27,6 +28,8 @@ from expunge.engine.loop import Progress
 from expunge.engine.members import Members, Spec, Training
 from expunge.engine.tasks import Workers
 from expunge.pipeline.rows import open_rows
+
+_ENTRY = "expunge_entry_"  #: how modules from files are named
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class Supervised:
         kept = np.arange(len(self.data)) if without is None else self.data.others(without)
         if self.training is None:
             return [self._fitted(kept, seed, progress, (i, len(seeds), what)) for i, seed in enumerate(seeds)]
+        if workers == "ray":
+            _carried(self.build)
         weights = torch.zeros(len(self.data), dtype=torch.bool)
         weights[torch.from_numpy(kept)] = True
         members = Members(weights.expand(len(seeds), -1), tuple(seeds))
@@ -178,6 +183,14 @@ class Supervised:
             with own_code("fit"):
                 made = self.fit(self.build(), self.data.subset(kept), seed)
         return estimator_network(made, self.data.classes) if is_estimator(made) else made
+
+
+def _carried(function: Callable[..., Any]) -> None:
+    """Let what a file of the user's defines travel to Ray's workers, who cannot import it by its name."""
+    module = sys.modules.get(getattr(function, "__module__", "") or "")
+    if module is not None and module.__name__.startswith(_ENTRY):
+        cloudpickle = need("ray.cloudpickle", "Training on Ray workers", "ray")
+        cloudpickle.register_pickle_by_value(module)
 
 
 def member(problem: Supervised, held: list[nn.Module] | Ensemble, i: int) -> nn.Module:
@@ -262,7 +275,7 @@ def load_entry(source: str) -> Supervised:
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"There is no file {str(path)!r}.", "Give file.py:function or package.module:function.")
-    name = f"expunge_entry_{path.stem}"
+    name = f"{_ENTRY}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise InputError(f"{str(path)!r} is no Python file.", "Give file.py:function.")

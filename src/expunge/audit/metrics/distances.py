@@ -31,6 +31,7 @@ from expunge.core.access import Offer
 from expunge.core.results import Direction, Number
 from expunge.engine.parts import Paper
 
+_CKA_ROWS = 4  # rows below which linear CKA is not defined
 _FEW = 3  # reference models below which a scatter says nothing
 
 
@@ -253,8 +254,8 @@ class Representation(_Between):
         others, target = self.others(evidence, label), evidence.labels("target")
         out: dict[str, Number] = {}
         for name in evidence.sets:
-            if len(evidence.records(name)) < 4:
-                evidence.miss(f"CKA was not measured on {name}: it needs four rows.")
+            if len(evidence.records(name)) < _CKA_ROWS:
+                evidence.miss(f"CKA was not measured on {name}: it needs {_CKA_ROWS} rows.")
                 continue
             if others:
                 similar = float(np.mean([self._cka(evidence, label, o, name) for o in others]))
@@ -262,7 +263,9 @@ class Representation(_Between):
             if target and target[0] != label:
                 similar = self._cka(evidence, label, target[0], name)
                 out[f"{name}.cka-target"] = self.plain(evidence, name, similar, "1 = the features have not moved")
-        if "retain" in evidence.sets and "holdout" in evidence.sets:
+        if "holdout" in evidence.sets and len(evidence.records("holdout")) < _CKA_ROWS:
+            evidence.miss(f"{self.title} on unseen rows was not measured: it needs {_CKA_ROWS} of them.")
+        elif "retain" in evidence.sets and "holdout" in evidence.sets:
             own = self._knn(evidence, label)
             out["knn"] = self.plain(evidence, "holdout", own, "5 nearest neighbours in the features, on unseen rows")
             if others:
