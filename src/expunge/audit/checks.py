@@ -18,11 +18,12 @@ from expunge.core.results import Check
 
 Outcome = Literal["equivalent", "knows more", "knows less", "undecided", "not run"]
 
-_SHIFT_NOISE = 0.15  # assumed for attacks by reference models: the margins of all rows of a training shift together
+_SHIFT_NOISE = 0.15  # assumed for reference models and read-outs: what is measured of all rows of a training shifts together
 _FEW_KNOWN = 10  # fewer answers that only the target knows say nothing: two retrained models differ on as many
 _FEW_ANSWERS = 4  # a subject with fewer answers can be mostly right by guessing
 _KNOWN = 0.25  # by so much the target's probability of an answer must exceed the retrained models' to count as its knowledge
 _REMEMBERED_NOISE = 0.02  # assumed training noise of a share of answers, where chance successes are rare
+_ATTACKED_NOISE = 0.1  # the same under an attack: a few steps on, answers come back all at once, and models differ by when
 _UTILITY_NOISE = 0.1  # assumed training noise of utility, as a share of the accepted loss
 
 
@@ -143,13 +144,14 @@ def _remembered(name: str, what: str, losses: Losses, limits: Thresholds) -> Qua
     if known.counts.sum() < _FEW_KNOWN:
         empty = Contrast(0.0, 0.0, math.nan, 1.0, 0.0, 1.0, len(losses.retrained), 0, 0)
         return Quantity(name, sentence, empty, math.nan, 1, math.nan, math.inf)
+    noise = _ATTACKED_NOISE if what else _REMEMBERED_NOISE
     own = known.by(losses.subject)[known.counts].astype(np.float64)
     controls = [known.by(r, i)[known.counts].astype(np.float64) for i, r in enumerate(losses.retrained)]
     everything = np.ones_like(own)
     names = np.asarray(losses.clusters, dtype=str)[known.counts]
     gap = gap_of(everything, controls, toward=1)
-    found = contrast(own, controls, names, gap, toward=1, noise=_REMEMBERED_NOISE)
-    stands = contrast(everything, controls, names, gap, toward=1, noise=_REMEMBERED_NOISE)
+    found = contrast(own, controls, names, gap, toward=1, noise=noise)
+    stands = contrast(everything, controls, names, gap, toward=1, noise=noise)
     near, far = _margins(found, limits.remembered, None, limits)
     return Quantity(name, sentence, found, stands.noise(), 1, near, far)
 
@@ -265,7 +267,8 @@ def _reading(case: Case) -> list[Check]:
             Check(name="reading out", outcome="not run", text="A new last layer could not be fitted: features are not finite.")
         ]
     losses = Losses(held.values, after, full.values, after, held.clusters)
-    return [_attack("reading out", _both("under a last layer fitted anew", losses, case.limits), case.limits)]
+    limits = case.limits.model_copy(update={"seed_noise": max(case.limits.seed_noise, _SHIFT_NOISE)})
+    return [_attack("reading out", _both("under a last layer fitted anew", losses, limits), limits)]
 
 
 def _both(when: str, losses: Losses, limits: Thresholds) -> list[Quantity]:
