@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ class RowOutputs:
     features: npt.NDArray[np.float32]
     targets: npt.NDArray[np.float64]
 
-    @property
+    @cached_property
     def kernel(self) -> Quantities:
         """Loss, margin, confidence, entropies and hits of a classifier, ``[n]`` each."""
         return quantities(self.scores, self.targets)
@@ -57,12 +58,10 @@ class References:
     Attributes:
         retrained: by set, margins ``[models, n]`` under models trained without the forget rows.
         originals: the same under models trained on everything.
-        digest: of what they were made from, for the cache and the report.
     """
 
     retrained: Mapping[str, Floats]
     originals: Mapping[str, Floats]
-    digest: str = ""
 
     def __post_init__(self) -> None:
         for held in (self.retrained, self.originals):

@@ -159,20 +159,6 @@ class _Between(Metric):
 
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER, Need.RETRAINED)
 
-    def others(self, evidence: Evidence, label: str) -> list[str]:
-        """The retrained models, without the model itself."""
-        found = evidence.labels("retrained", but=label)
-        if not found:
-            evidence.miss(f"{self.title} of {label!r} was not measured: it needs another retrained model.")
-        return found
-
-    def plain(self, evidence: Evidence, name: str, value: float, note: str) -> Number:
-        """A number without an interval of its own."""
-        return Number(
-            value=value, over="none", n=len(evidence.records(name)), clusters=len(set(evidence.clusters(name))),
-            direction=self.direction, range=self.range, note=note,
-        ).checked()  # fmt: skip
-
 
 @metric
 class ActivationDistance(_Between):

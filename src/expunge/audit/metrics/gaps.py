@@ -58,14 +58,6 @@ class _OfSets(Metric):
     def measure(self, evidence: Evidence, label: str) -> Number | None:
         """The number, or None where it cannot be measured (said by :meth:`Evidence.miss`)."""
 
-    def plain(self, evidence: Evidence, value: float, note: str) -> Number:
-        """A number without an interval of its own."""
-        n = len(evidence.records("forget"))
-        return Number(
-            value=value, over="none", n=n, clusters=len(set(evidence.clusters("forget"))), direction=self.direction,
-            range=self.range, note=note,
-        ).checked()  # fmt: skip
-
 
 class _Trained(_OfSets):
     """An attacker trained on the audited model's own outputs, retain against unseen rows; a share of the forget set."""
@@ -143,20 +135,13 @@ class SoftmaxAttack(_OfSets):
         value = sorted_softmax_attack(
             *(probabilities(evidence.outputs(label, n).scores) for n in sets), seed=evidence.protocol.seed
         )
-        return self.plain(evidence, value, "compare with the retrained models")
+        return self.plain(evidence, "forget", value, "compare with the retrained models")
 
 
 class _Against(_OfSets):
     """A comparison with the mean of the other retrained models."""
 
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER, Need.RETAIN, Need.HOLDOUT, Need.RETRAINED)
-
-    def others(self, evidence: Evidence, label: str) -> list[str]:
-        """The retrained models, without the model itself."""
-        found = evidence.labels("retrained", but=label)
-        if not found:
-            evidence.miss(f"{self.title} of {label!r} was not measured: it needs another retrained model.")
-        return found
 
 
 def _five(evidence: Evidence, label: str) -> kernel.FiveMetrics:
@@ -192,7 +177,7 @@ class AverageGap(_Against):
             evidence.miss(f"{self.title} of {label!r} is undefined: its MIA-efficacy is.")
             return None
         value = kernel.average_gap(found[label], [found[o] for o in others])
-        return self.plain(evidence, value, f"to the means of {len(others)} retrained models")
+        return self.plain(evidence, "forget", value, f"to the means of {len(others)} retrained models")
 
 
 @metric
@@ -213,7 +198,7 @@ class TugOfWar(_Against):
             return None
         forget, retain, test = np.mean([accuracies(evidence, o) for o in others], axis=0).tolist()
         value = kernel.tug_of_war(accuracies(evidence, label), (forget, retain, test))
-        return self.plain(evidence, value, f"against the means of {len(others)} retrained models")
+        return self.plain(evidence, "forget", value, f"against the means of {len(others)} retrained models")
 
 
 @metric
@@ -241,7 +226,7 @@ class AdaptiveScore(_OfSets):
         kept = {r.target for r in evidence.records("retain")}
         whole = not kept & {r.target for r in evidence.records("forget")}
         value = kernel.adaptive_unlearning_score(accuracies(evidence, target)[2], test, forget, "class" if whole else "random")
-        return self.plain(evidence, value, "setting: class" if whole else "setting: random")
+        return self.plain(evidence, "forget", value, "setting: class" if whole else "setting: random")
 
 
 @metric
@@ -269,7 +254,7 @@ class ZeroRetrain(_OfSets):
             evidence.miss(f"{self.title} was not measured: a part of the model cannot be set back to random weights.")
             return None
         own = probabilities(evidence.outputs(label, "forget").scores)
-        return self.plain(evidence, kernel.zero_retrain_forgetting(own, other), "compare with the retrained models")
+        return self.plain(evidence, "forget", kernel.zero_retrain_forgetting(own, other), "compare with the retrained models")
 
     @torch.no_grad()
     def _random(self, evidence: Evidence, label: str) -> Any:

@@ -52,6 +52,20 @@ class Metric(Settings, abc.ABC):
     def visit(self, evidence: Evidence, label: str) -> None:
         """Gather, while the model is in memory, what goes beyond the scores and answers that :attr:`needs` names."""
 
+    def others(self, evidence: Evidence, label: str) -> list[str]:
+        """The retrained models without the model itself; that there is none is noted as missing."""
+        found = evidence.labels("retrained", but=label)
+        if not found:
+            evidence.miss(f"{self.title} of {label!r} was not measured: it needs another retrained model.")
+        return found
+
+    def plain(self, evidence: Evidence, name: str, value: float, note: str) -> Number:
+        """A number about a set without an interval of its own."""
+        return Number(
+            value=value, over="none", n=len(evidence.records(name)), clusters=len(set(evidence.clusters(name))),
+            direction=self.direction, range=self.range, note=note,
+        ).checked()  # fmt: skip
+
     @abc.abstractmethod
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
         """The numbers of one model, keyed as in :class:`~expunge.audit.document.ModelEntry`.
