@@ -192,8 +192,12 @@ class Pruned(AllParameters):
         gone = round(self.rate * sizes.numel())
         if gone:
             limit = sizes.kthvalue(gone).values
+            left = gone - int((sizes < limit).sum())  # of those exactly at the limit, so many go: the first
             for p in chosen:
-                p.masked_fill_(p.abs() <= limit, 0.0)
+                equal = (p.abs() == limit).flatten().nonzero().squeeze(1)[:left]
+                left -= len(equal)
+                p.masked_fill_(p.abs() < limit, 0.0)
+                p[torch.unravel_index(equal, p.shape)] = 0.0
         return model
 
     def entries(self, parameters: Sequence[Tensor]) -> list[Tensor]:
