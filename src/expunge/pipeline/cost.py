@@ -24,10 +24,10 @@ class Cost:
     disk: int
     parameters: int
 
-    def text(self) -> str:
-        """One line for people."""
+    def text(self, unit: str = "tokens") -> str:
+        """One line for people; ``unit`` is what one unit of an example's size is called (a token; a row)."""
         return (
-            f"at most {self.steps:,} steps, {self.tokens:,} tokens, about {size(self.memory)} of memory "
+            f"at most {self.steps:,} steps, {self.tokens:,} {unit}, about {size(self.memory)} of memory "
             f"and {size(self.disk)} of disk ({self.parameters:,} parameters)"
         )
 

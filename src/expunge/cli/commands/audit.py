@@ -22,6 +22,7 @@ _HELP = """Measure an unlearned model against models that never saw the forget s
       expunge audit runs/npo --retrain 3 --dry-run
       expunge audit runs/npo --retrain 3 budget=200 relearn=none
       expunge audit runs/salun --retrain 3 --references 16        (classifiers and regressors)
+      expunge audit runs/sisa --retrain 3                         (a prepared run, after deletions)
 
     \b
     With no retrained model the verdict is "no gold standard": nothing can then be called forgotten. Two or more show how
@@ -59,6 +60,7 @@ def audit(
     """Audit one run."""
     from expunge.cli.rows import audit_rows
     from expunge.pipeline.audit import AuditConfig, audit_run, plan
+    from expunge.pipeline.prepared_runs import is_prepared
     from expunge.pipeline.row_audit import is_rows
     from expunge.report.terminal import print_summary, summary_json
 
@@ -69,7 +71,7 @@ def audit(
         "retrained": retrained or (), "retrain": retrain, "base": base, "settings": parse_overrides(parts or []),
         "utility": dict(_pair(word) for word in utility or []),
     }  # fmt: skip
-    if is_rows(run):
+    if is_rows(run) or is_prepared(run):
         document = audit_rows(run, {**given, "references": references, "workers": workers}, dry_run=dry_run, output=output)
         if document is None:
             return 0
