@@ -104,6 +104,7 @@ class MembershipAttack(Settings, abc.ABC):
     paper: ClassVar[Paper]
     evaluate: ClassVar[Callable[..., Any]]  #: the pure function
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES})  #: what it needs of a modality
+    lack_is_common: ClassVar[bool] = False  #: whether what :meth:`lacks` misses, it misses for every model of the audit
 
     @abc.abstractmethod
     def score(self, evidence: Evidence, label: str, name: str) -> Values:
