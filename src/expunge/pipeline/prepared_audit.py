@@ -75,7 +75,7 @@ def plan(folder: Path, config: RowAuditConfig) -> PreparedAuditPlan:
             "Reference models are trained many at once, which a prepared method does not do.", "Leave --references out."
         )
     if run.manifest["stages"].get("train", {}).get("state") != "done":
-        raise InputError(f"The training in {str(folder)!r} has not finished.", f"Go on: expunge train ... --out {folder} --resume.")
+        raise InputError(f"The training in {str(folder)!r} has not finished.", "Go on: expunge train ... --resume.")
     record = Record.open(folder / STORE)
     if record.pending is not None:
         raise InputError("A deletion in this run was interrupted.", f"Ask for it again: expunge unlearn {folder} --id ID.")
@@ -138,21 +138,17 @@ def _models(made: PreparedAuditPlan, deletions: Sequence[dict[str, Any]], progre
         held.append(AuditedModel(f"retrained seed {i}", "retrained", adapter, seed=first + i))
     left = made.method.load(made.source, made.run.folder / STORE)
     last = deletions[-1]["guarantee"] if deletions and deletions[-1].get("guarantee") else made.method.guarantee
-    held.append(
-        AuditedModel(
-            made.method.name, "unlearned", _adapter(made.problem, left), path=str(made.run.folder), method=made.method.name,
-            seed=first, cost={"seconds": float(sum(d.get("seconds", 0.0) for d in deletions))},
-            settings={"method": made.method.model_dump(mode="json")}, stopped=last,
-        )  # fmt: skip
-    )
-    return held
+    seconds = float(sum(d.get("seconds", 0.0) for d in deletions))
+    unlearned = AuditedModel(
+        made.method.name, "unlearned", _adapter(made.problem, left), path=str(made.run.folder), method=made.method.name,
+        seed=first, cost={"seconds": seconds}, settings={"method": made.method.model_dump(mode="json")}, stopped=last,
+    )  # fmt: skip
+    return [*held, unlearned]
 
 
-def _trained(
-    made: PreparedAuditPlan, method: Prepared, without: Sequence[str], progress: Progress | None
-) -> SupervisedAdapter:
+def _trained(made: PreparedAuditPlan, method: Prepared, without: Sequence[str], progress: Progress | None) -> SupervisedAdapter:
     """A training by a method, from the cache if it was done before."""
-    training = made.source.training if not hasattr(made.source, "estimator") else None
+    training = made.source.training
     key = {
         "method": method.name, "settings": method.model_dump(mode="json"), "data": made.problem.data.rows().digest,
         "training": None if training is None else training.model_dump(mode="json"), "without": sorted(without),
