@@ -216,3 +216,42 @@ def test_rows_that_are_gone_from_the_data_may_be_deleted(expunge: Run, tmp_path:
     done = expunge("unlearn", "out", "--id", "row299", "--json")
     assert done.code == 0, done.err
     assert done.json()["remaining"] == 299
+
+
+FOREST = '''"""Digits and a forest, which has no weights."""
+
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.ensemble import RandomForestClassifier
+
+import expunge
+
+
+def forest():
+    return RandomForestClassifier(20)
+
+
+def problem():
+    inputs, labels = load_digits(return_X_y=True)
+    rows = (inputs / 16).astype(np.float32)
+    return expunge.Supervised(
+        data=expunge.table(rows[:300], labels[:300]), holdout=expunge.table(rows[300:600], labels[300:600]), build=forest,
+        fit=lambda made, table, seed: made.set_params(random_state=seed).fit(table.inputs, table.targets),
+    )
+'''
+
+
+def test_an_estimator_without_weights_is_audited_too(desk: Desk) -> None:
+    write_entry(desk.folder, FOREST, "forest.py")
+    made = desk.run("train", "forest.py:problem", "--method", "sisa", "shards=2", "slices=1", "--out", "forest")
+    assert made.code == 0, made.err
+    assert desk.run("unlearn", "forest", "--class", 3).code == 0
+    done = desk.run("audit", "forest", "--retrain", 2)
+    assert done.code == 0, done.err
+    held = json.loads((desk.folder / "forest" / "audit.json").read_text())
+    models = {m["label"]: m for m in held["models"]}
+    assert len({m["fingerprint"] for m in held["models"]}) == 4, "models without weights are told apart by what they hold"
+    assert models["target"]["judgement"]["verdict"] == "not forgotten"
+    assert models["sisa"]["judgement"]["verdict"] == "undecided", "no attack on weights was run"
+    assert models["sisa"]["numbers"]["forget.accuracy"]["value"] == 0 < models["target"]["numbers"]["forget.accuracy"]["value"]
+    assert any("the model has no weights" in line for line in held["not_shown"])

@@ -174,6 +174,6 @@ def _adapter(problem: Supervised, model: Any) -> SupervisedAdapter:
 def _possible(settings: AuditSettings, models: Sequence[AuditedModel]) -> AuditSettings:
     """Without attacks on weights, where a model has none (a forest)."""
     adapters = [m.adapter for m in models]
-    if all(any(True for _ in a.model.parameters()) for a in adapters if isinstance(a, SupervisedAdapter)):
+    if all(any(p.numel() for p in a.model.parameters()) for a in adapters if isinstance(a, SupervisedAdapter)):
         return settings
     return settings.model_copy(update={"relearn": None, "quantise": ()})

@@ -252,6 +252,11 @@ class GradientAttack(MembershipAttack):
 
     examples: int = Field(40, ge=2, description="records per set at most, whole clusters")
 
+    def lacks(self, evidence: Evidence, label: str) -> str:
+        """Weights: a forest has none."""
+        weights = Offer.ROWS not in evidence.offers or any(p.numel() for p in evidence.adapter(label).model.parameters())
+        return "" if weights else "the model has no weights"
+
     def score(self, evidence: Evidence, label: str, name: str) -> Values:
         """Gradient norm of a sample of the set's records."""
         return evidence.gradient_norms(label, name, self.examples)

@@ -95,7 +95,7 @@ class _Attacked(Metric):
         """Gradients are taken while the model is in memory."""
         if "holdout" in evidence.sets:
             for attack in self.chosen(evidence):
-                if attack.name == GradientAttack.name:
+                if attack.name == GradientAttack.name and not attack.lacks(evidence, label):
                     for name in ("holdout", "forget"):
                         attack.values(evidence, label, name)
 
