@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def states(run: Path) -> dict[str, str]:
 def written(run: Path) -> dict[str, int]:
     """When each of them was written; files in the making are left out."""
     found = {}
-    for path in run.rglob("*.safetensors"):
-        if ".partial" not in path.as_posix():
+    for folder, _, names in os.walk(run):  # which does not mind files that come and go
+        for path in (Path(folder, name) for name in names if name.endswith(".safetensors")):
             with contextlib.suppress(FileNotFoundError):
                 found[path.name + path.parent.name] = path.stat().st_mtime_ns
     return found

@@ -127,8 +127,8 @@ class EstimatorSource(Source):
 class EstimatorModule(nn.Module):
     """A fitted estimator as a module: logarithms of probabilities ``[rows, classes]``, or numbers ``[rows, 1]``.
 
-    A class that the estimator has not seen gets the smallest probability. It has no weights to move; what the estimator holds is a
-    buffer, so that two modules are told apart.
+    A class that the estimator has not seen gets the smallest probability. It has no weights to move; what the estimator holds is
+    a buffer, so that two modules are told apart.
 
     Args:
         estimator: fitted, with ``predict_proba`` where it is a classifier.
