@@ -59,6 +59,7 @@ def audit(
 ) -> int:
     """Audit one run."""
     from expunge.cli.rows import audit_rows
+    from expunge.core.runs import Run
     from expunge.pipeline.audit import AuditConfig, audit_run, plan
     from expunge.pipeline.prepared_runs import is_prepared
     from expunge.pipeline.row_audit import is_rows
@@ -76,7 +77,7 @@ def audit(
         if document is None:
             return 0
     else:
-        if references or workers != "local":
+        if Run.open(run) and (references or workers != "local"):  # that there is no run is said first
             raise InputError("--references and --workers are for classifiers and regressors.", "Leave them out.")
         made = plan(run, AuditConfig(**given))
         output.note(f"audit: {made.cost.text()}")
