@@ -131,7 +131,7 @@ def unlearn_rows(
         layers: names of the modules whose outputs are features, the last the one that makes the scores; none: found.
         alternatives: which classes take the place of the own one, for methods that teach such: ``other``, ``any``; ``auto``: as
             published.
-        allow_overlap: go on although equal rows are to be forgotten and to be kept.
+        allow_overlap: go on although equal rows are to be forgotten and to be kept, or holdout rows were trained on.
         allow_large_forget: go on although there is more to forget than to keep.
         parts: parameters and parts of the method, as in a configuration file.
         progress: called with (done, total, text).
@@ -146,7 +146,7 @@ def unlearn_rows(
     from expunge.adapters.base import Adapter
     from expunge.adapters.estimators import is_estimator, write_back
     from expunge.engine.options import Engine
-    from expunge.pipeline.rows import open_rows, plan_rows, run_rows
+    from expunge.pipeline.rows import open_rows, plan_rows, run_rows, unseen_notes
 
     given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
@@ -158,6 +158,7 @@ def unlearn_rows(
         return open_rows(held, data, loss=loss, layers=layers, dropout=engine.dropout)
 
     adapter, knowing = opened(model), None if oracle is None else opened(oracle)
+    notes = unseen_notes(data, holdout, allow_overlap=allow_overlap)
     made = plan_rows(
         adapter, data, chosen, method, parts=given, engine=engine, holdout=holdout, oracle=knowing, how=alternatives,
         allow_overlap=allow_overlap, allow_large_forget=allow_large_forget,
@@ -165,7 +166,7 @@ def unlearn_rows(
     outcome = run_rows(made, progress=progress)
     if is_estimator(model):
         write_back(model, outcome.model)
-    outcome.notes = made.notes + outcome.notes
+    outcome.notes = made.notes + notes + outcome.notes
     return outcome
 
 

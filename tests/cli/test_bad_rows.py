@@ -163,6 +163,18 @@ def test_out(ask, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "taken").iterdir()) == ["x"]
 
 
+def test_holdout_rows_that_were_trained_on(ask) -> None:
+    """As unseen rows they would say when to stop, and every attack would take them for non-members."""
+    change = (
+        'inputs[300:600], labels[300:600], subjects=[f"other{i // 10}" for i in range(300)]',
+        "inputs[200:500], labels[200:500]",
+    )
+    refused(ask(*GOOD, change=change), "100 of 300 holdout rows equal a row that was trained on", "--allow-overlap")
+    done = ask(*GOOD, "--allow-overlap", "--dry-run", change=change)
+    assert done.code == 0, done.err
+    assert "100 of 300 holdout rows" in done.err.replace("\n", " ")
+
+
 def test_nothing_says_when_to_stop(ask) -> None:
     cut = "holdout=unseen, "
     refused(ask("--class", 3, "--method", "npo", "--out", "out", change=(cut, "")), "never seen", "fixed schedule")

@@ -33,7 +33,7 @@ from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory
 from expunge.pipeline.problems import load_problem
 from expunge.pipeline.processes import drop_checkpoint
-from expunge.pipeline.rows import RowPlan, plan_rows, run_rows
+from expunge.pipeline.rows import RowPlan, plan_rows, run_rows, unseen_notes
 from expunge.pipeline.supervised import Supervised, target_of
 
 KIND = "unlearn-rows"
@@ -61,7 +61,7 @@ class RowsConfig(Settings):
     alternatives: Literal["auto", "other", "any"] = Field(
         "auto", description="classes put in the place of forgotten ones; auto: as the method publishes"
     )
-    allow_overlap: bool = Field(False, description="go on although equal rows are to be forgotten and to be kept")
+    allow_overlap: bool = Field(False, description="go on although rows of two sides are equal: forget, retain, holdout")
     allow_large_forget: bool = Field(False, description="go on although there is more to forget than to keep")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
 
@@ -136,11 +136,13 @@ def plan(
 
 def _checked(config: RowsConfig, held: Supervised, chosen: Indices, model: nn.Module) -> RowRunPlan:
     adapter = held.adapter(model, dropout=config.engine.dropout)
+    notes = unseen_notes(held.data, held.holdout, allow_overlap=config.allow_overlap)
     goal = halves(held.holdout, config.engine.seed)[0] if held.holdout is not None else None
     made = plan_rows(
         adapter, held.data, chosen, config.method, parts=config.parts, engine=config.engine, holdout=goal,
         how=config.alternatives, allow_overlap=config.allow_overlap, allow_large_forget=config.allow_large_forget,
     )  # fmt: skip
+    made.notes.extend(notes)
     return RowRunPlan(config, held, chosen, made, _cost(adapter, made))
 
 
