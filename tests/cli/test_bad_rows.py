@@ -85,6 +85,12 @@ def test_entry(expunge: Run, tmp_path: Path, source: str, says: list[str]) -> No
         (("expunge.table(inputs[300:600],", "expunge.table(inputs[300:600, :60],"), ["shape [64]", "[60]", "alike"]),
         (("expunge.table(inputs[300:600],", "expunge.table(inputs[300:600], task='regression', targets="), ["another task"]),
         (("training=expunge.Training(steps=100, batch=50, lr=1e-2)", ""), ["neither a trained model", "training="]),
+        (("data=data, holdout", "sets={'test': unseen}, data=data, holdout"), ["cannot be called 'test'", "Rename"]),
+        (
+            ("data=data, holdout", "sets={'odd': expunge.table([[1.0]], [0], classes=data.classes)}, data=data, holdout"),
+            ["'odd'", "[1]"],
+        ),
+        (("data=data, holdout", "sets={'odd': expunge.table([[1.0]], [0])}, data=data, holdout"), ["set 'odd'", "other classes"]),
         (("steps=100", "steps=0"), ["'steps' of ensemble must be an int in [1, inf)"]),
         (("steps=100", "step=100"), ["'steps' of ensemble is missing"]),
         (("build=network", "build=lambda: network"), ["build made function", "torch.nn.Module"]),

@@ -240,11 +240,13 @@ def sets_of(problem: Supervised, chosen: Indices, seed: int) -> dict[str, Record
 
     ``holdout`` are unseen rows of the forgotten kind, for membership attacks: where whole classes are forgotten, those classes
     alone (other classes would be told apart without any memory). ``test`` are unseen rows of what is kept, for usefulness.
+    Further sets are those that the problem names.
     """
     data = problem.data
     found = {"forget": data.rows(chosen, "forget"), "retain": data.rows(data.others(chosen), "retain")}
+    further = {name: rows.rows(name=name) for name, rows in problem.sets.items()}
     if problem.holdout is None:
-        return found
+        return found | further
     unseen = halves(problem.holdout, seed)[1]
     gone = [data.classes.index(c) for c in data.emptied(chosen)]
     alike = np.isin(unseen.targets, gone) if gone else np.ones(len(unseen), dtype=bool)
@@ -252,4 +254,4 @@ def sets_of(problem: Supervised, chosen: Indices, seed: int) -> dict[str, Record
     for name, mask in (("holdout", alike), ("test", kept)):
         if mask.any():
             found[name] = unseen.rows(np.flatnonzero(mask), name)
-    return found
+    return found | further

@@ -37,8 +37,8 @@ class _Back(Exception):
 class RelearnTime(Metric):
     """Steps of training on all rows until a copy is as good on the forget set as the target, and their ratio to retraining's.
 
-    A classifier is back at 95 % of the target's accuracy on the forget rows, a regressor at 105 % of its loss. ``relearn-time`` is
-    their number; ``relearn-time.ratio`` (the anamnesis index, AIN) divides them by the mean of retrained models under the same
+    A classifier is back at 95 % of the target's accuracy on the forget rows, a regressor at 105 % of its loss. ``relearn-time``
+    is their number; ``relearn-time.ratio`` (the anamnesis index, AIN) divides them by the mean of retrained models under the same
     training: 1 is wanted, less says that what was forgotten is still inside, more that more than it was destroyed. Every model
     is copied first. On a forget set that retrained models get right anyway it says nothing: both need no step.
     """
