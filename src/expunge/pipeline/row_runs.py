@@ -235,8 +235,8 @@ def _state(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def sets_of(problem: Supervised, chosen: Indices, seed: int) -> dict[str, RecordSet[Row]]:
-    """The sets that are scored: forget, retain; of the unseen rows the half that training never looked at.
+def sets_of(problem: Supervised, chosen: Indices, seed: int, *, whole: bool = False) -> dict[str, RecordSet[Row]]:
+    """The sets that are scored: forget, retain; of the unseen rows the half that training never looked at (or ``whole``: all).
 
     ``holdout`` are unseen rows of the forgotten kind, for membership attacks: where whole classes are forgotten, those classes
     alone (other classes would be told apart without any memory). ``test`` are unseen rows of what is kept, for usefulness.
@@ -247,7 +247,7 @@ def sets_of(problem: Supervised, chosen: Indices, seed: int) -> dict[str, Record
     further = {name: rows.rows(name=name) for name, rows in problem.sets.items()}
     if problem.holdout is None:
         return found | further
-    unseen = halves(problem.holdout, seed)[1]
+    unseen = problem.holdout if whole else halves(problem.holdout, seed)[1]
     gone = [data.classes.index(c) for c in data.emptied(chosen)]
     alike = np.isin(unseen.targets, gone) if gone else np.ones(len(unseen), dtype=bool)
     kept = ~alike if gone else alike
