@@ -159,7 +159,11 @@ class SaliencyMask(AllParameters):
     name: ClassVar[str] = "mask"
 
     density: float = Field(0.5, gt=0, le=1, description="share of the entries that may move")
-    examples: int = Field(128, ge=1, description="forget examples from which the saliency is computed, at most")
+    examples: int | None = Field(
+        None,
+        ge=1,
+        description="forget examples from which the saliency is computed, at most, drawn at random; none: all, as published",
+    )
 
 
 class Pruned(AllParameters):
