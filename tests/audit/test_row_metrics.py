@@ -62,6 +62,8 @@ def audited(task: str, choice: dict, metrics: tuple[str, ...]) -> tuple[AuditDoc
     with torch.no_grad():
         for p in broken.model.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+        broken.model[0].weight[3:] = 0.0  # three features are left: neighbours in them are not of one class
+        broken.model[0].bias[3:] = 0.0
     models = [AuditedModel("target", "target", target), *gold]
     models += [AuditedModel("same", "unlearned", same), AuditedModel("broken", "unlearned", broken)]
     document = audit(models, sets, AuditSettings(metrics=metrics, draws=100, relearn=None, quantise=(), read_out=False))
