@@ -112,8 +112,10 @@ def test_relearning_takes_retrained_models_longest_and_the_target_no_step(of_cla
 
 def test_relearning_changes_no_model(of_class) -> None:
     document, held, sets = of_class
-    scores, y = outputs(held["target"], sets["forget"])
-    assert value(document, "target", "forget.accuracy") == float((scores.argmax(1) == y).double().mean())
+    for label in ("target", *GOLD):
+        scores, y = outputs(held[label], sets["forget"])
+        assert value(document, label, "forget.accuracy") == float((scores.argmax(1) == y).double().mean())
+    assert value(document, GOLD[0], "forget.accuracy") == 0, "else nothing would show that it was trained"
 
 
 def test_nomus_is_half_accuracy_and_half_an_attack(of_rows) -> None:
