@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -313,8 +313,9 @@ def unseen_notes(data: Table, holdout: Table | None, *, allow_overlap: bool) -> 
     """
     if holdout is None or holdout.inputs.shape[1:] != data.inputs.shape[1:]:
         return []
+    unseen = replace(holdout, inputs=holdout.inputs.astype(data.inputs.dtype, copy=False))
     trained = {_content(data, i) for i in range(len(data))}
-    same = sum(_content(holdout, i) in trained for i in range(len(holdout)))
+    same = sum(_content(unseen, i) in trained for i in range(len(unseen)))
     if not same:
         return []
     sentence = f"{same} of {len(holdout)} holdout rows equal a row that was trained on (inputs and target): they are not unseen."
