@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -98,7 +99,7 @@ class LanguageAdapter(Adapter):
             InputError: too long for the context, nothing to supervise, no end token, or a chat that cannot be rendered.
         """
         tokens = self._encoder.encode(record, answer, prompt)
-        return Example(record.id + suffix, record.cluster, len(tokens.ids) - tokens.start, len(tokens.ids), tokens)
+        return _example(record.id + suffix, record.cluster, tokens)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-padded batch.
@@ -139,6 +140,7 @@ class LanguageAdapter(Adapter):
             token_owner=torch.from_numpy(token_owner),
             token_supervised=torch.from_numpy(supervised[real]),
             token_counts=tuple(sizes.tolist()),
+            marked=torch.from_numpy(np.concatenate([_marked(d) for d in data])),
         )
 
     def _pad(self) -> int:
@@ -232,6 +234,15 @@ class LanguageAdapter(Adapter):
         other._encoder = copying.copy(self._encoder)
         other._runner = copying.copy(self._runner)
         return other
+
+
+def _example(name: str, cluster: str, tokens: Tokens) -> Example:
+    targets = len(tokens.ids) - tokens.start
+    return Example(name, cluster, targets, len(tokens.ids), tokens, n_marked=int(_marked(tokens).sum()))
+
+
+def _marked(tokens: Tokens) -> NDArray[np.bool_]:
+    return np.zeros(len(tokens.ids) - tokens.start, dtype=np.bool_) if tokens.marked is None else tokens.marked
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from expunge.adapters.base import Example, Outputs
+from expunge.adapters.base import Example, Outputs, Targets
 from expunge.core.access import Of, Stream
 from expunge.core.settings import Settings
 from expunge.engine.preparation import Preparation
@@ -68,6 +68,13 @@ class Views(Mapping[tuple[Stream, Of], Outputs]):
         """Under a model that never saw the forget set, or as such a model is predicted to answer (no gradients)."""
         return self._outputs[stream, Of.ORACLE]
 
+    def only(self, stream: Stream, which: Targets) -> Views:
+        """The same with some of the targets of one stream, under all models."""
+        if which == "all":
+            return self
+        held = {key: outputs.only(which) if key[0] is stream else outputs for key, outputs in self._outputs.items()}
+        return Views(held, self.layers, self.made)
+
 
 class Term(Settings, abc.ABC):
     """One summand of the loss, written on per-target quantities.
@@ -82,6 +89,9 @@ class Term(Settings, abc.ABC):
     whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
 
     weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
+    targets: Targets = Field(
+        "all", description="which targets of its examples it reads: all, those in marked spans of their record, or the others"
+    )
 
     @property
     @abc.abstractmethod
@@ -103,6 +113,17 @@ class Term(Settings, abc.ABC):
         if self.per == "token":
             return sum(e.size for e in examples)
         return sum(e.n_targets for e in examples)
+
+    def total(self, views: Views) -> Tensor:
+        """Sum of the values on the targets that it reads: what the engine divides by :meth:`divisor`."""
+        return self.values(views.only(self.stream, self.targets)).float().sum()
+
+    def divisor(self, examples: Sequence[Example]) -> int:
+        """The count on the targets that it reads, at least 1; an example with none of them does not count."""
+        if self.targets == "all":
+            return max(1, self.count(examples))
+        held = [e.only(self.targets) for e in examples]
+        return max(1, self.count(held if self.per == "token" else [e for e in held if e.n_targets]))
 
 
 @dataclass(frozen=True)
@@ -256,6 +277,11 @@ class Recipe(Settings):
         if self.preparation is None:
             return frozenset(read)
         return frozenset((read - {s for s in Stream if s in self.preparation.makes}) | set(self.preparation.reads))
+
+    @property
+    def watched(self) -> Targets:
+        """On which targets of the forget set its forgetting shows: the marked ones, if a forget term reads these alone."""
+        return "marked" if any(t.targets == "marked" for t in self.forget) else "all"
 
     def models(self, layers: Sequence[str]) -> frozenset[Of]:
         """The models under which the terms read something, other than those that a preparation makes."""

@@ -19,6 +19,7 @@ from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import nest
 from expunge.data.checks import OverlapReport, check_request, drop_overlap
 from expunge.data.records import Record, RecordSet
+from expunge.data.spans import swapped
 from expunge.engine.edit import Edit, apply_edit
 from expunge.engine.goal import Goal
 from expunge.engine.goal import estimate as estimate_goal
@@ -106,7 +107,7 @@ def load_request(config: UnlearnConfig) -> Request:
         InputError: a source cannot be read, a set is empty, sets overlap, or there is more to forget than to keep.
     """
     sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
-    sets = load_sets(sources, config.text.columns)
+    sets = {k: config.spans.mark(v) for k, v in load_sets(sources, config.text.columns).items()}
     return check(Request(sets["forget"], sets.get("retain"), sets.get("holdout")), config)
 
 
@@ -256,14 +257,20 @@ def goal_of(made: UnlearnPlan) -> Goal | None:
     if not (isinstance(schedule, Adaptive) or schedule.lr is None) or not made.recipe.forget:
         return None
     holdout, retain = made.goal_records
-    if not holdout and len(retain) < 2:
+    watched = made.recipe.watched
+    marked = made.request.forget.records if watched == "marked" else None
+    if marked is None:
+        known = bool(holdout) or len(retain) > 1
+    else:
+        known = any(r.spans for r in holdout) or bool(swapped(marked, made.engine.seed))
+    if not known:
         return None
 
     def losses(records: Sequence[Record]) -> list[float]:
         examples = [made.adapter.encode(r) for r in records]
-        return mean_losses(made.adapter, made.adapter.model, examples, made.engine.max_tokens)
+        return mean_losses(made.adapter, made.adapter.model, examples, made.engine.max_tokens, targets=watched)
 
-    return estimate_goal(losses, holdout, retain, made.engine.seed)
+    return estimate_goal(losses, holdout, retain, made.engine.seed, marked=marked)
 
 
 def run_in_memory(
