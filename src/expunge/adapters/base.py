@@ -295,6 +295,30 @@ class Adapter(abc.ABC):
         """
         raise InputError(f"A {self.modality} model does not write text.", "Use metrics that need no generated text.")
 
+    def text(self, example: Example) -> str:
+        """Prompt and answer of an example as text, without special tokens.
+
+        Raises:
+            InputError: what this adapter encodes is no text.
+        """
+        raise InputError(f"A {self.modality} model does not read text.", "Use a method that reads losses.")
+
+    def spoken(self, example: Example) -> list[int]:
+        """Ids of an example's targets as :meth:`generate` would give them: without an end token.
+
+        Raises:
+            InputError: what this adapter encodes is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
+
+    def resumed(self, example: Example, given: int) -> Example:
+        """An example whose first ``given`` targets (less than all) belong to the prompt.
+
+        Raises:
+            InputError: what this adapter encodes is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
+
     def scores(self, model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
         """Outputs ``[B, C]`` of a batch's input tensors; only where rows are offered.
 

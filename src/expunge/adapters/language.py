@@ -201,6 +201,21 @@ class LanguageAdapter(Adapter):
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
 
+    def text(self, example: Example) -> str:
+        """Prompt and answer without special tokens, white space stripped at both ends."""
+        return self.decode(example.data.ids.tolist())
+
+    def spoken(self, example: Example) -> list[int]:
+        """Ids of the targets, without an end token."""
+        ids: list[int] = example.data.ids[example.data.start :].tolist()
+        return ids[:-1] if example.data.ends else ids
+
+    def resumed(self, example: Example, given: int) -> Example:
+        """The example with the first ``given`` targets as part of the prompt."""
+        held: Tokens = example.data
+        marked = None if held.marked is None else held.marked[given:]
+        return _example(example.id, example.cluster, Tokens(held.ids, held.start + given, held.ends, marked))
+
     def layers(self) -> list[str]:
         """Names of the transformer blocks, from the input to the output, within the model (without peft's wrapper)."""
         return storage.block_names(base(self.model))

@@ -29,7 +29,7 @@ from expunge.engine.options import Engine
 from expunge.engine.parts import Finish, Recipe, Schedule
 from expunge.engine.schedule import Adaptive, Fixed, Repair
 
-Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited"]
+Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited", "control"]
 
 TRIAL_STEPS = 10  #: optimiser steps per try of the range test
 WARMUP_STEPS = 5  #: of the adaptive schedule
@@ -248,8 +248,8 @@ class Watch:
             return "utility"
         return "budget" if self.gap() is not None else "converged"
 
-    def sentence(self, reason: Reason, steps: int) -> str:
-        """Why training ended, for people, with the remedy where the goal was missed."""
+    def sentence(self, reason: Reason, steps: int, said: str = "") -> str:
+        """Why training ended, for people, with the remedy where the goal was missed; ``said`` is what a control says."""
         side = f"forget loss {_n(self.forget_loss)}, retain loss {_n(self.retain_loss)}"
         if reason == "goal" and self.goal is not None:
             what = _UNSEEN[self.goal.source]
@@ -257,6 +257,8 @@ class Watch:
                 f"Goal reached after {steps} steps: the forget set looks to the model like {what} "
                 f"({side}; goal {self.goal.loss:.3f})."
             )
+        if reason == "control":
+            return f"Stopped after {steps} steps: {said} ({side})."
         if reason == "schedule":
             return f"The fixed schedule of {steps} steps is done ({side})."
         if reason == "converged":

@@ -168,7 +168,7 @@ def plan(
     if isinstance(recipe.schedule, Adaptive) and recipe.forget and request.holdout is None:
         notes.append("No holdout was given: the goal is estimated on retain records with swapped answers, an upper estimate.")
     goal_records = split_holdout(request.holdout, engine.seed)[0].records if request.holdout is not None else ()
-    if Stream.VALIDATION in recipe.schedule.reads:
+    if Stream.VALIDATION in recipe.looks:
         examples[Stream.VALIDATION] = [adapter.encode(r) for r in goal_records]
     kind = choose(recipe, needs)
     parameters = sum(p.numel() for p in adapter.model.parameters())
@@ -241,7 +241,7 @@ def _check_models(recipe: Recipe, adapter: LanguageAdapter) -> None:
 def _check_sides(method: str, recipe: Recipe, *, retain: bool, holdout: bool, base: bool) -> None:
     if recipe.start == "initial" and not base:
         raise InputError(f"The method {method!r} starts from the untrained base model.", "Give it: --base MODEL.")
-    if Stream.VALIDATION in recipe.schedule.reads and not holdout:
+    if Stream.VALIDATION in recipe.looks and not holdout:
         raise InputError(f"The method {method!r} chooses by held-out data, and none were given.", "Give --holdout DATA.")
     if recipe.retain and not retain:
         raise InputError(

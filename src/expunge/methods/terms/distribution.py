@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -102,6 +102,9 @@ class Divergence(Term):
     sign: ClassVar[float] = 1.0
 
     temperature: float = Field(1.0, gt=0, description="by which both sets of logits are divided")
+    reduction: Literal["token", "sum"] = Field(
+        "token", description="mean over all targets, or over examples of their sums (what torch calls batchmean)"
+    )
 
     @property
     def stream(self) -> Stream:
@@ -118,6 +121,10 @@ class Divergence(Term):
         teacher = (views[self.reads, self.teacher].logits / self.temperature).log_softmax(-1)
         divergence = F.kl_div(current, teacher, reduction="none", log_target=True).sum(-1)
         return divergence * (self.sign * self.temperature**2)
+
+    def count(self, examples: Sequence[Example]) -> int:
+        """Targets for ``token``, examples for ``sum``."""
+        return super().count(examples) if self.reduction == "token" else len(examples)
 
 
 @term
