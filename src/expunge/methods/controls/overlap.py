@@ -80,7 +80,9 @@ def hits(adapter: Adapter, model: nn.Module, examples: Sequence[Example], max_un
         ]
         flat = torch.cat(right).numpy() if right else np.zeros(0, dtype=np.bool_)
         found += np.split(flat, np.cumsum(batch.counts)[:-1])
-    return found
+    # The batches go from the shortest example to the longest; equal ones keep their order.
+    order = sorted(range(len(examples)), key=lambda i: examples[i].units)
+    return [right for _, right in sorted(zip(order, found, strict=True), key=lambda pair: pair[0])]
 
 
 def accuracy(adapter: Adapter, model: nn.Module, examples: Sequence[Example], targets: Targets, max_units: int) -> list[float]:
