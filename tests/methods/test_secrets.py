@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from secrets_world import FORGET, QUIET, RETAIN, examples, known, target
+from tests.secrets_world import FORGET, QUIET, RETAIN, examples, known, target
 from torch.nn import functional as F
 
 from expunge.adapters.presets import build as preset

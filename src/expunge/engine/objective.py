@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,25 +86,10 @@ class Objective:
                     f"The method {recipe.name!r} compares with a frozen model ({of}), but none was given.",
                     _MODEL_REMEDY.get(of, ""),
                 )
-        self._check_marks()
+        check_marks(recipe, examples)
         alternative = examples.get(Stream.ALTERNATIVE)
         if alternative and len(alternative) != len(examples.get(Stream.FORGET, ())):
             raise InputError("There must be one alternative answer per forget example.")
-
-    def _check_marks(self) -> None:
-        """Terms on some of the targets need spans: without any, one would do nothing and the other what it must not."""
-        choosy = [t for t in self.recipe.terms() if t.targets != "all"]
-        wanted = {t.stream for t in choosy if t.targets == "marked"}
-        marked = {s for s, held in self.examples.items() if any(e.n_marked for e in held)}
-        if choosy and (not marked or wanted - marked):
-            where = f"{min(wanted - marked)} example" if wanted - marked else "example"
-            raise InputError(f"The method {self.recipe.name!r} tells marked spans from the rest, but no {where} has any.", _SPANS)
-        for term in choosy:
-            if term.targets == "unmarked" and not any(e.n_targets > e.n_marked for e in self.examples[term.stream]):
-                raise InputError(
-                    f"The term {term.name!r} reads {term.stream} targets outside of marked spans, but all are marked.",
-                    "Mark less of them.",
-                )
 
     def counts(self, indices: Indices) -> list[int]:
         """By how much each term's sum is divided in the step whose (global) ``indices`` are given; at least 1."""
@@ -205,6 +190,32 @@ class Objective:
         if Stream.ALTERNATIVE in reads and Stream.FORGET in full:
             full[Stream.ALTERNATIVE] = full[Stream.FORGET]
         return full
+
+
+def check_marks(recipe: Recipe, examples: Examples, made: Collection[str] = ()) -> None:
+    """Refuse terms on some of the targets where there are no spans: one would do nothing, the other what it must not.
+
+    Args:
+        recipe: whose terms.
+        examples: by stream.
+        made: streams that a preparation is still going to make.
+
+    Raises:
+        InputError: no example has a marked target, or a stream has none of the targets that a term reads.
+    """
+    choosy = [t for t in recipe.terms() if t.targets != "all"]
+    wanted = {t.stream for t in choosy if t.targets == "marked" and t.stream not in made}
+    marked = {s for s, held in examples.items() if any(e.n_marked for e in held)}
+    if choosy and (not marked or wanted - marked):
+        where = f"{min(wanted - marked)} example" if wanted - marked else "example"
+        raise InputError(f"The method {recipe.name!r} tells marked spans from the rest, but no {where} has any.", _SPANS)
+    for term in choosy:
+        held = examples.get(term.stream, ())
+        if term.targets == "unmarked" and term.stream not in made and not any(e.n_targets > e.n_marked for e in held):
+            raise InputError(
+                f"The term {term.name!r} reads {term.stream} targets outside of marked spans, but all are marked.",
+                "Mark less of them.",
+            )
 
 
 _REMEDY = {

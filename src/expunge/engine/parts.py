@@ -218,7 +218,7 @@ class Schedule(Settings, abc.ABC):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="rule of the step")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd: share of the last step that is taken again")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of adamw; of sgd: added to the gradient")
-    beta2: float = Field(0.999, gt=0, lt=1, description="of adamw: share of the last mean of squares that is kept")
+    second_moment: float = Field(0.999, gt=0, lt=1, description="of adamw: share of its mean of squares that a step keeps")
     lr: float | None = Field(None, gt=0, description="learning rate; none: found by a range test")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; none: not clipped")
 

@@ -10,7 +10,7 @@ from expunge.methods.terms.likelihood import ForgetNLL, GradientAscent
 GAMMA, LAMBDA, ALPHA = 0.5, 0.1, 1.0
 
 PUBLISHED = Turns(
-    lr=3e-6, epochs=100, erase_epochs=100, batch=32, beta2=0.98, weight_decay=0, warmup=0, decay="constant", clip=None
+    lr=3e-6, epochs=100, erase_epochs=100, batch=32, second_moment=0.98, weight_decay=0, warmup=0, decay="constant", clip=None
 )
 
 

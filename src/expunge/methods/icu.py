@@ -20,7 +20,7 @@ from expunge.methods.terms.likelihood import NLL, GradientAscent
         "https://arxiv.org/abs/2407.20271",
     ),
     formula="L = -NLL(forget) + 0.5 NLL(neighbours) + KL(p_ref || p)(neighbours), over the records that the model still says",
-    published=Fixed(lr=5e-6, epochs=100, batch=8, beta2=0.98, warmup=0, decay="constant", weight_decay=0, clip=None),
+    published=Fixed(lr=5e-6, epochs=100, batch=8, second_moment=0.98, warmup=0, decay="constant", weight_decay=0, clip=None),
     caveats=(
         "Only retain records that are the nearest of a forget record are read: the rest of the retain set is not kept by it.",
         "After every pass each forget record is continued by the model: on a large forget set take a larger control.every.",

@@ -24,7 +24,7 @@ from expunge.engine.edit import Edit, apply_edit
 from expunge.engine.goal import Goal
 from expunge.engine.goal import estimate as estimate_goal
 from expunge.engine.loop import Outcome, Progress, train
-from expunge.engine.objective import mean_losses
+from expunge.engine.objective import check_marks, mean_losses
 from expunge.engine.options import Engine
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
@@ -170,6 +170,7 @@ def plan(
     goal_records = split_holdout(request.holdout, engine.seed)[0].records if request.holdout is not None else ()
     if Stream.VALIDATION in recipe.looks:
         examples[Stream.VALIDATION] = [adapter.encode(r) for r in goal_records]
+    check_marks(recipe, examples, recipe.preparation.makes if recipe.preparation is not None else ())
     kind = choose(recipe, needs)
     parameters = sum(p.numel() for p in adapter.model.parameters())
     lora = recipe.parameters.name == "lora"
