@@ -88,10 +88,10 @@ class Batch:
     token_owner: Tensor
     token_supervised: Tensor
     token_counts: tuple[int, ...]
-    marked: Tensor = field(default=None)  # type: ignore[assignment]
+    marked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def __post_init__(self) -> None:
-        if self.marked is None:
+        if not len(self.marked):
             object.__setattr__(self, "marked", torch.zeros_like(self.owner, dtype=torch.bool))
 
     @property
@@ -135,10 +135,10 @@ class Outputs:
     token_supervised: Tensor
     token_counts: tuple[int, ...]
     values: dict[str, Tensor] = field(default_factory=dict)
-    marked: Tensor = field(default=None)  # type: ignore[assignment]
+    marked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def __post_init__(self) -> None:
-        if self.marked is None:
+        if not len(self.marked):
             self.marked = torch.zeros_like(self.owner, dtype=torch.bool)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class FeedForward:
         Raises:
             InputError: the block has no module that is called like an output matrix, or none that feeds it.
         """
-        linear = {n: m for n, m in block.named_modules() if _matrix(m) is not None}
+        linear = {n: m for n, m in block.named_modules() if _is_matrix(m)}
         outputs = [n for n in linear if re.search(OUTPUT, n)]
         if len(outputs) != 1:
             raise InputError(
@@ -43,9 +44,9 @@ class FeedForward:
             )
         parent = outputs[0].rpartition(".")[0]
         output = linear[outputs[0]]
-        units = _matrix(output).shape[1]  # type: ignore[union-attr]
+        units = _matrix(output).shape[1]
         beside = [m for n, m in linear.items() if n.rpartition(".")[0] == parent and n != outputs[0]]
-        inner = tuple(m for m in beside if _matrix(m).shape[0] in (units, 2 * units))  # type: ignore[union-attr]
+        inner = tuple(m for m in beside if _matrix(m).shape[0] in (units, 2 * units))
         if not inner:
             raise InputError(f"Nothing in the block {name!r} feeds {outputs[0]!r}.", "Choose other layers.")
         return cls(inner, output, units)
@@ -54,20 +55,23 @@ class FeedForward:
     def reset(self, chosen: Tensor, std: float, generator: torch.Generator) -> None:
         """Draw the weights of the units ``chosen`` (indices) anew from N(0, std), in place; their biases become 0."""
         for module in self.inner:
-            rows = torch.cat([chosen + at for at in range(0, _matrix(module).shape[0], self.units)])  # type: ignore[union-attr]
+            rows = torch.cat([chosen + at for at in range(0, _matrix(module).shape[0], self.units)])
             _fill(_matrix(module), rows, std, generator)
             bias = getattr(module, "bias", None)
             if isinstance(bias, Tensor):
                 bias[rows.to(bias.device)] = 0.0
-        _fill(_matrix(self.output).T, chosen, std, generator)  # type: ignore[union-attr]
+        _fill(_matrix(self.output).T, chosen, std, generator)
 
 
-def _matrix(module: nn.Module) -> Tensor | None:
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor))
+
+
+def _matrix(module: nn.Module) -> Tensor:
     """The weight of a linear module as ``[outputs, inputs]`` (a view: GPT-2's modules hold it the other way round)."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear):
-        return module.weight.detach()
-    return weight.detach().T if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) else None
+    weight: Any = module.weight
+    matrix: Tensor = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
+    return matrix
 
 
 def _fill(matrix: Tensor, rows: Tensor, std: float, generator: torch.Generator) -> None:
