@@ -165,21 +165,26 @@ def test_its_published_schedule_takes_turns_and_stops_by_what_is_memorised():
 def test_it_reaches_its_goal_with_nothing_given_and_the_goal_is_that_of_keys():
     adapter = target().copy()
 
-    def losses(records, which="marked"):
-        return mean_losses(adapter, adapter.model, [adapter.encode(r) for r in records], 8192, targets=which)
+    def losses(records, which="marked", model=adapter):
+        return mean_losses(adapter, model.model, [adapter.encode(r) for r in records], 8192, targets=which)
 
     goal = estimate(losses, [], RETAIN, 0, marked=FORGET)
     assert (goal.source, goal.examples) == ("swapped", len(FORGET))
     assert goal.loss > 2  # a wrong key; the whole text would be far below, as most of it stays true
-    assert sum(losses(FORGET, "unmarked")) / len(FORGET) < 0.1
+    assert _mean(losses(FORGET, "unmarked")) < 0.1
     unseen = [dataclasses.replace(r, id="u" + r.id) for r in RETAIN[:2]]
     assert estimate(losses, [*unseen, Record("bare", "no spans")], RETAIN, 0, marked=FORGET).examples == 2
     made, outcome = run("codeeraser", {}, goal=goal)
     assert outcome.reason == "goal"
     assert "forget text with swapped spans" in outcome.sentence
     assert outcome.forget_loss >= goal.loss
+    assert outcome.forget_loss == pytest.approx(_mean(losses(FORGET, model=made)), rel=1e-4)  # that of the keys alone
     assert known(made, FORGET, "marked") < 0.6
     assert known(made, FORGET, "unmarked") > 0.95
+
+
+def _mean(values) -> float:
+    return sum(values) / len(values)
 
 
 def test_without_marks_codeeraser_is_refused():
@@ -341,6 +346,16 @@ def test_only_the_end_of_long_records_is_compared():
 
 
 EASY = {"control": {"every": 2, "points": 2}}
+
+
+def test_icu_reads_the_neighbours_of_its_forget_records_and_no_other():
+    adapter = target().copy()
+    pairs = run_preparation(NearestRecords(), adapter, examples(adapter), QUIET, scratch=None).examples[Stream.RETAIN]
+    losses = mean_losses(adapter, adapter.model, pairs, 8192)
+    wanted = sum(v * e.n_targets for v, e in zip(losses, pairs, strict=True)) / sum(e.n_targets for e in pairs)
+    _, outcome = run("icu", {"schedule": fixed(1e-5, 1, batch=len(FORGET))})
+    assert outcome.history[0]["retain.nll"] == pytest.approx(wanted, rel=1e-4)
+    assert outcome.notes[0].startswith("6 forget records are paired with")
 
 
 def test_icu_lets_records_rest_until_it_stops_by_itself():
