@@ -51,8 +51,9 @@ class Undial(Edited):
     """UNDIAL, self-distillation with adjusted logits (Dong et al. 2024, arXiv 2402.10052).
 
     The mean is over supervised targets only. A widely used implementation averages over prompt and padding too and lets the
-    ignore index address the vocabulary there; we do not follow it. The paper's variant that edits only nouns or entities is
-    not included. Bounded: at the minimum ``p(y) = p_ref(y) e^-beta / Z``; beta 0 keeps the model as it is.
+    ignore index address the vocabulary there; we do not follow it. For the paper's variant that edits only nouns or entities,
+    give these as spans and take ``targets=marked``. Bounded: at the minimum ``p(y) = p_ref(y) e^-beta / Z``; beta 0 keeps the
+    model as it is.
     """
 
     name: ClassVar[str] = "undial"
