@@ -393,7 +393,7 @@ class _Loop:
                 row = self.step(done, watch.rate(done), watch.erasing)
                 done += 1
                 reason = watch.after(row, done)
-                if self.steering.after(done, row) and reason is None:
+                if reason is None and self.steering.after(done, row):
                     reason = "control"
                     watch.look()
                 self.history.append(row)
