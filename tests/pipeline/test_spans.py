@@ -119,3 +119,24 @@ def test_requests_in_order_are_marked_too(place: Path) -> None:
     )  # fmt: skip
     made = sequence.plan(place / "requests.jsonl", config)
     assert all(r.spans for request in made.checked for r in [*request.forget, *request.retain])
+
+
+@pytest.mark.parametrize(("method", "more"), [("sani", {"share": 1, "parameters__layers": [-1, -2]}), ("icu", {})])
+def test_the_other_two_from_python_with_a_rate_that_is_found(method: str, more: dict) -> None:
+    adapter = target().copy()
+    done = expunge.unlearn(
+        adapter.model,
+        adapter.tokenizer,
+        rows(FORGET),
+        rows(RETAIN),
+        method=method,
+        schedule__steps=80,
+        schedule__epochs=1,
+        **more,
+    )
+    assert done.reached, done.sentence
+    assert known(adapter, FORGET, "marked") < (0.3 if method == "sani" else 0.9)
+    assert known(adapter, RETAIN, "unmarked") > 0.9
+    if method == "sani":
+        with pytest.raises(InputError, match="tells marked spans from the rest"):
+            expunge.unlearn(adapter.model, adapter.tokenizer, rows(FORGET, spans=False), rows(RETAIN, spans=False), method=method)

@@ -21,6 +21,8 @@ from expunge.methods.terms.likelihood import NLL
         "It reads spans: the sensitive terms of all records (spans.terms, spans.file), or a column 'spans' in the data.",
         "That what is to go lies in the last layer is an assumption of the paper: look at relearning before you rely on it.",
         "A term that is not marked everywhere is taught again where it is not.",
+        "Half of the units of the last block are not where a model of two blocks keeps a secret: it needs parameters.share=1 "
+        "parameters.layers=[-1,-2].",
         "The published rate is for BERT-base and GPT-2: on a small model it does not repair.",
     ),
 )
