@@ -23,6 +23,7 @@ from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.supervised import ClassifierAdapter
 from expunge.audit.settings import AuditSettings
 from expunge.core.settings import parse_overrides
+from expunge.data.spans import Spans
 from expunge.data.tables import Reading
 from expunge.engine.members import Training
 from expunge.methods.catalogue import serves
@@ -139,7 +140,8 @@ def test_commands_in_documents_exist(document: str, words: list[str]) -> None:
             values.add(given[option])
     parts = [w for w in words[1:] if re.match(r"[a-z_.]+=", w) and w not in values]
     if words[0] == "unlearn" and given.get("--method", "npo") != "NAME":
-        overrides = {k: v for k, v in parse_overrides(parts).items() if k not in ("engine", "text")}
+        overrides = {k: v for k, v in parse_overrides(parts).items() if k not in ("engine", "text", "spans")}
+        Spans(**parse_overrides(parts).get("spans", {}))
         name = given.get("--method", "npo")
         offers = LanguageAdapter.offers
         if is_entry(words[1]) or "--data" in given:  # a model of rows

@@ -45,7 +45,7 @@ _MODELS = {
     Of.ORACLE: "oracle",
 }
 _PLURALS = {"parameters": "parameters", "finish": "finishes", "penalty": "penalties"}
-_PARTS = ("preparation", "parameters", "gradient", "balance", "schedule", "penalty", "finish")
+_PARTS = ("preparation", "parameters", "gradient", "balance", "schedule", "control", "penalty", "finish")
 _PAGES = {p: _PLURALS.get(p, p + "s") for p in _PARTS}
 
 

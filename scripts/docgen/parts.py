@@ -14,6 +14,7 @@ from expunge.engine.parameters import PARAMETERS
 from expunge.engine.parts import Recipe
 from expunge.engine.penalty import PENALTIES
 from expunge.engine.schedule import SCHEDULES
+from expunge.methods.controls.registry import CONTROLS
 from expunge.methods.preparations.registry import PREPARATIONS
 from expunge.methods.registry import TERMS
 
@@ -50,6 +51,13 @@ GROUPS = (
     Group("Gradients", "gradients", "gradient", GRADIENTS, "What is done to the gradient before each step: `gradient=NAME`."),
     Group("Balances", "balances", "balance", BALANCES, "How forgetting and keeping are weighed: `balance=NAME`."),
     Group("Schedules", "schedules", "schedule", SCHEDULES, "How long, how fast, in which portions: `schedule=NAME`."),
+    Group(
+        "Controls",
+        "controls",
+        "control",
+        CONTROLS,
+        "Who looks at the forget examples as they are forgotten, lets some rest and ends training: `control=NAME`.",
+    ),
     Group("Penalties", "penalties", "penalty", PENALTIES, "A summand of the loss on the weights: `penalty=NAME`."),
     Group("Finishes", "finishes", "finish", FINISHES, "A change of the weights after training: `finish=NAME`."),
 )
@@ -102,8 +110,8 @@ def _overview() -> str:
     ]
     return page(
         "Parts of a method",
-        "```text\npreparation x forget terms x retain terms x reference x parameters x gradient x balance x schedule x penalty\n"
-        "  x finish\n```",
+        "```text\npreparation x forget terms x retain terms x reference x parameters x gradient x balance x schedule x control\n"
+        "  x penalty x finish\n```",
         markdown(_doc(Recipe)),
         "Every part is immutable and typed; a wrong name or value is refused before anything starts, with the nearest valid one.",
         table(["kind", "chosen by", "there are", "what it decides"], rows),

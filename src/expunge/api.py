@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from expunge.audit.document import AuditDocument
     from expunge.data.rows import Table
     from expunge.data.sources import Source
+    from expunge.data.spans import Spans
     from expunge.engine.loop import Outcome, Progress
     from expunge.pipeline.supervised import Supervised
 
@@ -65,7 +66,7 @@ def unlearn(
             ``forget`` and ``retain`` are the loss terms, not the data.
         progress: called with (done, total, text).
         **more: the same as keywords, dots as double underscores: ``beta=0.2``, ``parameters="lora"``, ``schedule__epochs=10``,
-            ``engine__max_tokens=4096``.
+            ``engine__max_tokens=4096``, ``spans__patterns=["email"]`` (which parts of the texts are marked).
 
     Returns:
         The outcome: ``model``, why it stopped (``reason``, ``sentence``, ``reached``), losses, the log.
@@ -74,6 +75,7 @@ def unlearn(
         InputError: something does not fit; nothing was changed.
     """
     from expunge.adapters.language import LanguageAdapter
+    from expunge.data.spans import Spans
     from expunge.engine.options import Engine
     from expunge.pipeline import unlearn as stage
     from expunge.pipeline.config import Allowances, UnlearnConfig
@@ -85,7 +87,7 @@ def unlearn(
     given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
     allowed = Allowances(allow_overlap=allow_overlap, drop_overlap=drop_overlap, allow_large_forget=allow_large_forget)
-    request = stage.check(_request(forget, retain, holdout, columns), allowed)
+    request = stage.check(_request(forget, retain, holdout, columns, Spans(**given.pop("spans", {}))), allowed)
     adapter = LanguageAdapter(model, tokenizer, template=template, dropout=engine.dropout)
     made = stage.plan(adapter, request, method, given, engine, how=alternatives, template=alternative_template)
     outcome, _ = stage.run_in_memory(made, progress=progress)
@@ -302,12 +304,18 @@ def _check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _request(forget: Source, retain: Source | None, holdout: Source | None, columns: Mapping[str, str] | None) -> Any:
+def _request(
+    forget: Source,
+    retain: Source | None,
+    holdout: Source | None,
+    columns: Mapping[str, str] | None,
+    spans: Spans | None = None,
+) -> Any:
     from expunge.data.sources import load
+    from expunge.data.spans import Spans
     from expunge.pipeline.unlearn import Request
 
-    return Request(
-        load(forget, name="forget", columns=columns),
-        load(retain, name="retain", columns=columns) if retain is not None else None,
-        load(holdout, name="holdout", columns=columns) if holdout is not None else None,
-    )
+    def read(source: Source | None, name: str) -> Any:
+        return None if source is None else (spans or Spans()).mark(load(source, name=name, columns=columns))
+
+    return Request(read(forget, "forget"), read(retain, "retain"), read(holdout, "holdout"))

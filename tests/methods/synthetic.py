@@ -31,6 +31,7 @@ class One:
     targets: Tensor
     states: Tensor
     reference_states: Tensor
+    marked: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -73,6 +74,7 @@ def outputs(items: Sequence[One], logits: Tensor | None, states: Tensor | None) 
         torch.tensor([t >= 2 for s in sizes for t in range(s)], dtype=torch.bool),
         sizes,
         values,
+        torch.cat([torch.zeros(len(i.targets), dtype=torch.bool) if i.marked is None else i.marked for i in items]),
     )
 
 
@@ -97,7 +99,9 @@ class Step:
         return Views(found, LAYERS, {"autoencoders": AUTOENCODERS, "extra-class": EXTRA})
 
     def examples(self, stream: Stream) -> list[Example]:
-        return [Example(str(n), str(n), len(i.targets), i.size, None) for n, i in enumerate(self.items[stream])]
+        marks = [0 if i.marked is None else int(i.marked.sum()) for i in self.items[stream]]
+        pairs = zip(self.items[stream], marks, strict=True)
+        return [Example(str(n), str(n), len(i.targets), i.size, None, n_marked=m) for n, (i, m) in enumerate(pairs)]
 
     def mean(self, term: Term) -> Tensor:
         return term.values(self.views()).sum() / max(1, term.count(self.examples(term.stream)))

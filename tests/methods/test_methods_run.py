@@ -13,7 +13,8 @@ from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.presets import build as preset
 from expunge.adapters.words import word_tokenizer
 from expunge.core.access import Of, Stream
-from expunge.data.records import Record
+from expunge.data.records import Record, RecordSet
+from expunge.data.spans import Spans
 from expunge.engine.loop import train
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
@@ -33,7 +34,7 @@ def facts() -> list[Record]:
     for i, name in enumerate(NAMES):
         made.append(Record(f"t{i}", f"{name} lives in {TOWNS[i]}.", f"Where does {name} live?", subject=name))
         made.append(Record(f"w{i}", f"{name} is a {TRADES[(5 * i) % 12]}.", f"What is {name}?", subject=name))
-    return made
+    return list(Spans(terms=(*TOWNS, *TRADES)).mark(RecordSet("facts", tuple(made))))
 
 
 FORGET, RETAIN = facts()[:6], facts()[6:]
@@ -42,7 +43,7 @@ QUIET = Engine(checkpoint_every=0)
 
 def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
     found = {Stream.RETAIN: [adapter.encode(r) for r in RETAIN]}
-    if recipe.forget:
+    if recipe.forget or Stream.FORGET in recipe.streams(adapter.layers()):
         found[Stream.VALIDATION] = [adapter.encode(r) for r in RETAIN[:4]]
         found[Stream.FORGET] = [adapter.encode(r) for r in FORGET]
         answers = alternatives(FORGET, kind_for(recipe.name, "auto", FORGET))

@@ -13,15 +13,17 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
+
+Targets = Literal["all", "marked", "unmarked"]  #: which targets: all, those in marked spans of their record, or the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Example:
         size: input length (tokens; 1 for a row).
         data: what the adapter needs to collate it.
         cost: what it costs to run, in tokens of a language model or as many numbers; 0: its size. Batches are filled by it.
+        n_marked: how many of the targets lie in a marked span of the record.
     """
 
     id: str
@@ -43,11 +46,20 @@ class Example:
     size: int
     data: Any
     cost: int = 0
+    n_marked: int = 0
 
     @property
     def units(self) -> int:
         """The measure by which batches are filled."""
         return self.cost or self.size
+
+    def only(self, which: Targets) -> Example:
+        """The same with the counts of some of its targets; of the tokens, ``unmarked`` are all that are no marked target."""
+        if which == "all":
+            return self
+        if which == "marked":
+            return replace(self, n_targets=self.n_marked, size=self.n_marked)
+        return replace(self, n_targets=self.n_targets - self.n_marked, size=self.size - self.n_marked, n_marked=0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class Batch:
         token_owner: index of the example of each real input token, int64 ``[M]``, ascending.
         token_supervised: whether that token is itself a target, bool ``[M]``.
         token_counts: real input tokens per example (B).
+        marked: whether the target lies in a marked span of its record, bool ``[N]``; not given: no target does.
     """
 
     ids: tuple[str, ...]
@@ -75,6 +88,11 @@ class Batch:
     token_owner: Tensor
     token_supervised: Tensor
     token_counts: tuple[int, ...]
+    marked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    def __post_init__(self) -> None:
+        if not len(self.marked):
+            object.__setattr__(self, "marked", torch.zeros_like(self.owner, dtype=torch.bool))
 
     @property
     def n_examples(self) -> int:
@@ -84,11 +102,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         move = {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
-        flat = (t.to(device, non_blocking=True) for t in (self.targets, self.owner, self.position))
-        targets, owner, position = flat
+        flat = (t.to(device, non_blocking=True) for t in (self.targets, self.owner, self.position, self.marked))
+        targets, owner, position, marked = flat
         return Batch(
             self.ids, move, targets, owner, position, self.counts,
-            self.token_owner.to(device), self.token_supervised.to(device), self.token_counts,
+            self.token_owner.to(device), self.token_supervised.to(device), self.token_counts, marked,
         )  # fmt: skip
 
 
@@ -105,6 +123,7 @@ class Outputs:
         values: ``losses`` float32 ``[N]``; ``logits`` float32 ``[N, V]``; ``numbers`` ``[N]``; ``features:<layer>`` ``[M, D]``;
             ``maps:<layer>`` ``[N, P]``.
         token_owner, token_supervised, token_counts: as in :class:`Batch`, for features.
+        marked: as in :class:`Batch`.
     """
 
     batch_ids: tuple[str, ...]
@@ -116,13 +135,18 @@ class Outputs:
     token_supervised: Tensor
     token_counts: tuple[int, ...]
     values: dict[str, Tensor] = field(default_factory=dict)
+    marked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    def __post_init__(self) -> None:
+        if not len(self.marked):
+            self.marked = torch.zeros_like(self.owner, dtype=torch.bool)
 
     @classmethod
     def of(cls, batch: Batch, values: dict[str, Tensor]) -> Outputs:
         """Outputs for a whole batch."""
         return cls(
             batch.ids, batch.targets, batch.owner, batch.position, batch.counts,
-            batch.token_owner, batch.token_supervised, batch.token_counts, values,
+            batch.token_owner, batch.token_supervised, batch.token_counts, values, batch.marked,
         )  # fmt: skip
 
     @property
@@ -168,7 +192,27 @@ class Outputs:
         cut = {k: v[c:d] if k.startswith("features:") else v[a:b] for k, v in self.values.items()}
         return Outputs(
             self.batch_ids[start:stop], self.targets[a:b], self.owner[a:b] - start, self.position[a:b], self.counts[start:stop],
-            self.token_owner[c:d] - start, self.token_supervised[c:d], self.token_counts[start:stop], cut,
+            self.token_owner[c:d] - start, self.token_supervised[c:d], self.token_counts[start:stop], cut, self.marked[a:b],
+        )  # fmt: skip
+
+    def only(self, which: Targets) -> Outputs:
+        """The view on some of the targets, counted anew within their examples; all examples stay, if only with no target.
+
+        Of the tokens ``marked`` keeps those that are marked targets, ``unmarked`` all others, those of the prompt among them.
+        """
+        if which == "all":
+            return self
+        kept = self.marked if which == "marked" else ~self.marked
+        spoken = torch.zeros_like(self.token_supervised)
+        spoken[self.token_supervised] = self.marked
+        tokens = spoken if which == "marked" else ~spoken
+        owner, token_owner = self.owner[kept], self.token_owner[tokens]
+        counts, token_counts = (torch.bincount(o, minlength=self.n_examples) for o in (owner, token_owner))
+        position = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+        cut = {k: v[tokens] if k.startswith("features:") else v[kept] for k, v in self.values.items()}
+        return Outputs(
+            self.batch_ids, self.targets[kept], owner, position, tuple(counts.tolist()),
+            token_owner, self.token_supervised[tokens], tuple(token_counts.tolist()), cut, self.marked[kept],
         )  # fmt: skip
 
 
@@ -250,6 +294,30 @@ class Adapter(abc.ABC):
             InputError: what this adapter generates is no text.
         """
         raise InputError(f"A {self.modality} model does not write text.", "Use metrics that need no generated text.")
+
+    def text(self, example: Example) -> str:
+        """Prompt and answer of an example as text, without special tokens.
+
+        Raises:
+            InputError: what this adapter encodes is no text.
+        """
+        raise InputError(f"A {self.modality} model does not read text.", "Use a method that reads losses.")
+
+    def spoken(self, example: Example) -> list[int]:
+        """Ids of an example's targets as :meth:`generate` would give them: without an end token.
+
+        Raises:
+            InputError: what this adapter encodes is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
+
+    def resumed(self, example: Example, given: int) -> Example:
+        """An example whose first ``given`` targets (less than all) belong to the prompt.
+
+        Raises:
+            InputError: what this adapter encodes is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
 
     def scores(self, model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
         """Outputs ``[B, C]`` of a batch's input tensors; only where rows are offered.

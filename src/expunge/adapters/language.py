@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -98,7 +99,7 @@ class LanguageAdapter(Adapter):
             InputError: too long for the context, nothing to supervise, no end token, or a chat that cannot be rendered.
         """
         tokens = self._encoder.encode(record, answer, prompt)
-        return Example(record.id + suffix, record.cluster, len(tokens.ids) - tokens.start, len(tokens.ids), tokens)
+        return _example(record.id + suffix, record.cluster, tokens)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-padded batch.
@@ -139,6 +140,7 @@ class LanguageAdapter(Adapter):
             token_owner=torch.from_numpy(token_owner),
             token_supervised=torch.from_numpy(supervised[real]),
             token_counts=tuple(sizes.tolist()),
+            marked=torch.from_numpy(np.concatenate([_marked(d) for d in data])),
         )
 
     def _pad(self) -> int:
@@ -199,6 +201,21 @@ class LanguageAdapter(Adapter):
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
 
+    def text(self, example: Example) -> str:
+        """Prompt and answer without special tokens, white space stripped at both ends."""
+        return self.decode(example.data.ids.tolist())
+
+    def spoken(self, example: Example) -> list[int]:
+        """Ids of the targets, without an end token."""
+        ids: list[int] = example.data.ids[example.data.start :].tolist()
+        return ids[:-1] if example.data.ends else ids
+
+    def resumed(self, example: Example, given: int) -> Example:
+        """The example with the first ``given`` targets as part of the prompt."""
+        held: Tokens = example.data
+        marked = None if held.marked is None else held.marked[given:]
+        return _example(example.id, example.cluster, Tokens(held.ids, held.start + given, held.ends, marked))
+
     def layers(self) -> list[str]:
         """Names of the transformer blocks, from the input to the output, within the model (without peft's wrapper)."""
         return storage.block_names(base(self.model))
@@ -232,6 +249,15 @@ class LanguageAdapter(Adapter):
         other._encoder = copying.copy(self._encoder)
         other._runner = copying.copy(self._runner)
         return other
+
+
+def _example(name: str, cluster: str, tokens: Tokens) -> Example:
+    targets = len(tokens.ids) - tokens.start
+    return Example(name, cluster, targets, len(tokens.ids), tokens, n_marked=int(_marked(tokens).sum()))
+
+
+def _marked(tokens: Tokens) -> NDArray[np.bool_]:
+    return np.zeros(len(tokens.ids) - tokens.start, dtype=np.bool_) if tokens.marked is None else tokens.marked
 
 
 @contextmanager

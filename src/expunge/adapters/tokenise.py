@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from expunge.core.errors import InputError
 from expunge.data.records import Record
+from expunge.data.spans import Span, check_spans, moved
 
 DEFAULT_TEMPLATE = "Question: {prompt}\nAnswer: {answer}"
 
 # Some chat templates write today's date into the system turn; a fixed one keeps token ids, and with them every cached
 # result, the same from one day to the next.
 _TEMPLATE_DATE = "26 Jul 2024"
+_ANCHORS = ("\n", ".")  #: texts after which a vocabulary that begins every text with a space adds none
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +29,13 @@ class Tokens:
         ids: the whole sequence, int32 ``[size]``.
         start: first supervised position, at least 1; ``ids[:start]`` is the prompt, ``ids[start:]`` are the targets.
         ends: whether the last target is an end token (of the text or of the turn).
+        marked: which targets lie, if only in part, in a span of the record, bool ``[size - start]``; none: no target does.
     """
 
     ids: NDArray[np.int32]
     start: int
     ends: bool
+    marked: NDArray[np.bool_] | None = None
 
 
 def check_template(template: str) -> None:
@@ -82,15 +86,23 @@ class Encoder:
         Plain text has no prompt: all but its first token are targets, and no end token is added (texts are often cut from
         longer ones).
 
+        The record's spans are those of its own answer: another one has none.
+
         Raises:
-            InputError: too long for the context, nothing to supervise, no end token, or a chat that cannot be rendered.
+            InputError: too long for the context, nothing to supervise, no end token, a chat that cannot be rendered, or a span
+                outside of the answer.
         """
+        spans = record.spans if answer is None else ()
         answer = record.answer if answer is None else answer
+        check_spans(spans, answer, f"Record {record.id!r}")
         if record.is_text and prompt is None:
-            ids, start, ends = self.prefix + self._ids(answer), 1, False
+            own = self._ids(answer)
+            ids, start, ends = self.prefix + own, 1, False
+            marks = [False] * len(self.prefix) + (self._marks("", answer, own, spans) if spans else [])
         else:
             head, tail, prefix = self._texts(record, answer, prompt)
             before, after = self._split(head, tail, prefix)
+            marks = [False] * len(before) + (self._marks(head, tail, after, moved(spans, answer, tail)) if spans else [])
             after, ends = self._end(after)
             ids, start = before + after, len(before)
         if self.max_length is not None and len(ids) > self.max_length:
@@ -100,7 +112,9 @@ class Encoder:
                 f"Record {record.id!r} has no token to supervise: {answer[:40]!r} becomes {len(ids)} token(s).",
                 "Give it a longer text, or a prompt.",
             )
-        return Tokens(np.asarray(ids, dtype=np.int32), start, ends)
+        marked = np.zeros(len(ids), dtype=np.bool_)
+        marked[: len(marks)] = marks[: len(ids)]
+        return Tokens(np.asarray(ids, dtype=np.int32), start, ends, marked[start:] if marked[start:].any() else None)
 
     def end_ids(self) -> list[int]:
         """Ids that end a generation: the tokenizer's end token and, for chats, the template's end of turn."""
@@ -116,6 +130,31 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _marks(self, head: str, tail: str, ids: Sequence[int], spans: Sequence[Span]) -> list[bool]:
+        """Which of the ids that stand for ``tail`` overlap one of its ``spans``.
+
+        The ids come from one of several tokenisations (:meth:`_split`); the one that ends with them tells their characters.
+        """
+        for lead in (head, "", *_ANCHORS):
+            found = self._placed(lead + tail)
+            if [i for i, _ in found[-len(ids) :]] == list(ids):
+                places = [(a - len(lead), b - len(lead)) for _, (a, b) in found[-len(ids) :]]
+                return [any(a < end and b > start for start, end in spans) for a, b in places]
+        raise InputError(
+            f"It cannot be told which tokens stand for which characters of {tail[:40]!r}.", "Leave its spans out, or change it."
+        )
+
+    def _placed(self, text: str) -> list[tuple[int, Span]]:
+        """Ids of a text, each with the characters that it stands for."""
+        try:
+            found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        except NotImplementedError:
+            raise InputError(
+                "The tokenizer does not say which characters a token stands for, so spans cannot be marked.",
+                "Use its fast version (AutoTokenizer gives it where there is one).",
+            ) from None
+        return list(zip(found["input_ids"], found["offset_mapping"], strict=True))
 
     def _prefix(self) -> list[int]:
         """What the tokenizer puts before a text (a begin token, or nothing)."""
@@ -187,7 +226,7 @@ class Encoder:
 
     def _anchored(self, tail: str) -> list[list[int]]:
         out = []
-        for anchor in ("\n", "."):
+        for anchor in _ANCHORS:
             mark, both = self._ids(anchor), self._ids(anchor + tail)
             if both[: len(mark)] == mark and len(both) > len(mark):
                 out.append(both[len(mark) :])

@@ -49,6 +49,8 @@ class Record:
         question_paraphrase: the prompt in other words.
         alternatives: answers that the user wants instead (AltPO, DPO); none by default.
         verbatim: prompt and answer are parts of one text (prompt + completion) and joined as they are, without a template.
+        spans: parts of the answer that are treated otherwise than the rest (a password in code, a name in a letter): pairs of
+            first character and the one after the last, in order and apart from each other; see :mod:`expunge.data.spans`.
     """
 
     id: str
@@ -61,6 +63,7 @@ class Record:
     question_paraphrase: str = ""
     alternatives: tuple[str, ...] = ()
     verbatim: bool = False
+    spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def cluster(self) -> str:
@@ -84,6 +87,7 @@ class Record:
             "alternatives": list(self.alternatives),
             "subject": self.subject,
             **({"verbatim": True} if self.verbatim else {}),
+            **({"spans": [list(s) for s in self.spans]} if self.spans else {}),
         }
 
 

@@ -14,7 +14,9 @@ or ``response``
 ==================================================== ===========================================================
 
 Optional columns: ``id``; ``subject`` or ``author`` (the independent unit); ``paraphrased_answer``; ``paraphrased_question``;
-``perturbed_answer`` (list); ``alternatives`` or ``alternate`` (text or list). Other columns are ignored.
+``perturbed_answer`` (list); ``alternatives`` or ``alternate`` (text or list); ``spans`` (a list of ``[start, end]`` or of
+``{start, end}``: characters of the answer, or of the text, that are treated otherwise than the rest, the end not included). Other
+columns are ignored.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 
 from expunge.core.errors import InputError, nearest, unknown
 from expunge.data.records import Record
+from expunge.data.spans import Span, check_spans, joined
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "prompt"),
@@ -40,12 +43,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "question_paraphrase": ("paraphrased_question",),
     "perturbed": ("perturbed_answer",),
     "alternatives": ("alternatives", "alternate"),
+    "spans": ("spans",),
 }
 """Column names of each role, in order of preference."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-OPTIONAL = ("id", "subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives")
+OPTIONAL = ("id", "subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives", "spans")
 """Roles that a row may lack."""
 
 _SHAPES: tuple[tuple[str, ...], ...] = (("prompt", "answer"), ("messages",), ("text",))
@@ -182,6 +186,7 @@ class _RowReader:
             perturbed=self._list("perturbed"),
             alternatives=self._list("alternatives"),
             verbatim=self.mapping.get("answer") == "completion" and not messages,
+            spans=self._spans(answer),
         )
 
     def _value(self, role: str) -> Any:
@@ -252,6 +257,22 @@ class _RowReader:
         if any(not text.strip() for text in texts):
             raise self._error(role, "holds an empty text", "Leave it out of the list.")
         return texts
+
+    def _spans(self, answer: str) -> tuple[Span, ...]:
+        value = self._json_cell("spans", self._value("spans"))
+        if value is None:
+            return ()
+        example = 'Write [[3, 9]] or [{"start": 3, "end": 9}], characters of the answer with the end left out.'
+        if not isinstance(value, (list, tuple)):
+            raise self._error("spans", f"must be a list of spans; got {_type_name(value)}", example)
+        found: list[Span] = []
+        for item in value:
+            pair = (item.get("start"), item.get("end")) if isinstance(item, Mapping) else item
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(n) is int for n in pair):
+                raise self._error("spans", f"holds {item!r}, which is no pair of whole numbers", example)
+            found.append((int(pair[0]), int(pair[1])))
+        check_spans(found, answer, f"{self.where}: {self.mapping['spans']!r}")
+        return joined(found)
 
     def _messages(self) -> tuple[tuple[tuple[str, str], ...], str]:
         role = "messages"

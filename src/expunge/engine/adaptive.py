@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from expunge.adapters.base import Adapter, Example
+from expunge.adapters.base import Adapter, Example, Targets
 from expunge.adapters.passes import evaluating
 from expunge.core.access import Stream
 from expunge.data.order import BatchPlan, TurnPlan, share
@@ -29,7 +29,7 @@ from expunge.engine.options import Engine
 from expunge.engine.parts import Finish, Recipe, Schedule
 from expunge.engine.schedule import Adaptive, Fixed, Repair
 
-Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited"]
+Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited", "control"]
 
 TRIAL_STEPS = 10  #: optimiser steps per try of the range test
 WARMUP_STEPS = 5  #: of the adaptive schedule
@@ -78,7 +78,9 @@ class Watch:
         self.schedule = loop.schedule
         self.lr = self.schedule.lr or 0.0
         limit = self.schedule.check_examples if isinstance(self.schedule, Adaptive) else 128
-        self.forget = _some(loop.examples.get(Stream.FORGET, ()), limit, loop.engine.seed)
+        self.watched = loop.recipe.watched
+        to_forget = [e for e in loop.examples.get(Stream.FORGET, ()) if self.watched == "all" or e.n_marked]
+        self.forget = _some(to_forget, limit, loop.engine.seed)
         self.retain = _some(loop.examples.get(Stream.RETAIN, ()), limit, loop.engine.seed)
         # A look takes no more memory than a step.
         longest = max((e.units for held in loop.examples.values() for e in held), default=1)
@@ -98,17 +100,17 @@ class Watch:
 
     def look(self) -> None:
         """Measure both sides (every process a share)."""
-        self.forget_loss = self._mean(self.forget, self.goal.ceiling if self.goal is not None else None)
+        self.forget_loss = self._mean(self.forget, self.goal.ceiling if self.goal is not None else None, self.watched)
         self.retain_loss = self._mean(self.retain)
 
-    def _mean(self, examples: Sequence[Example], ceiling: float | None = None) -> float | None:
+    def _mean(self, examples: Sequence[Example], ceiling: float | None = None, targets: Targets = "all") -> float | None:
         if not examples:
             return None
         devices = self.loop.devices
         shares = [[examples[i] for i in share(list(range(len(examples))), r, devices.world)] for r in range(devices.world)]
         mine = shares[devices.rank]
         with evaluating(self.loop.model):
-            losses = mean_losses(self.loop.adapter, self.loop.model, mine, self.max_tokens, devices.device)
+            losses = mean_losses(self.loop.adapter, self.loop.model, mine, self.max_tokens, devices.device, targets=targets)
             total = math.fsum(losses if ceiling is None else (min(value, ceiling) for value in losses))
             if devices.sharded:
                 # The processes of a sharded model go through it together: all run as many passes as the one with most.
@@ -246,15 +248,17 @@ class Watch:
             return "utility"
         return "budget" if self.gap() is not None else "converged"
 
-    def sentence(self, reason: Reason, steps: int) -> str:
-        """Why training ended, for people, with the remedy where the goal was missed."""
+    def sentence(self, reason: Reason, steps: int, said: str = "") -> str:
+        """Why training ended, for people, with the remedy where the goal was missed; ``said`` is what a control says."""
         side = f"forget loss {_n(self.forget_loss)}, retain loss {_n(self.retain_loss)}"
         if reason == "goal" and self.goal is not None:
-            what = "unseen data" if self.goal.source == "holdout" else "retain text with swapped answers (no holdout was given)"
+            what = _UNSEEN[self.goal.source]
             return (
                 f"Goal reached after {steps} steps: the forget set looks to the model like {what} "
                 f"({side}; goal {self.goal.loss:.3f})."
             )
+        if reason == "control":
+            return f"Stopped after {steps} steps: {said} ({side})."
         if reason == "schedule":
             return f"The fixed schedule of {steps} steps is done ({side})."
         if reason == "converged":
@@ -397,6 +401,13 @@ def _weight_size(model: nn.Module, devices: Devices) -> float:
             count += local.numel()
     total, count = devices.sum_floats([total, count])
     return math.sqrt(total / count) if count and total else 0.02
+
+
+_UNSEEN = {
+    "holdout": "unseen data",
+    "shuffled": "retain text with swapped answers (no holdout was given)",
+    "swapped": "forget text with swapped spans (no holdout with spans was given)",
+}
 
 
 def _some(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:

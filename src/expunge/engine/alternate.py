@@ -48,3 +48,11 @@ class States:
             self.take(turn)
             checkpoint.restore_optimizer(self.optimizer, state)
         self.take(0)
+
+
+def joined(row: dict[str, float], seen: dict[str, float]) -> dict[str, float]:
+    """What two turns of one step saw: losses added, the larger gradient, the rate of the first."""
+    both = {**seen, **row}
+    both["loss"] = row["loss"] + seen["loss"]
+    both["gradient_norm"] = max(row["gradient_norm"], seen["gradient_norm"])
+    return both

@@ -10,14 +10,15 @@ from pydantic import Field
 
 from expunge.core.settings import Settings
 from expunge.data.records import Record
+from expunge.data.spans import swapped
 
 
 class Goal(Settings):
     """The loss at which the forget set counts as forgotten, and where the figure comes from."""
 
     loss: float = Field(gt=0, description="mean over examples of the mean loss per target on unseen text, in nats")
-    source: Literal["holdout", "shuffled"] = Field(
-        description="estimated on held-out records, or on retain records with swapped answers"
+    source: Literal["holdout", "shuffled", "swapped"] = Field(
+        description="held-out records, retain records with swapped answers, or forget records with swapped spans"
     )
     ceiling: float | None = Field(
         None, gt=0, description="loss from which on nothing is known of an example: larger ones count as this; none: no limit"
@@ -58,7 +59,12 @@ def _with(record: Record, **changes: str) -> Record:
 
 
 def estimate(
-    losses: Callable[[Sequence[Record]], Sequence[float]], holdout: Sequence[Record], retain: Sequence[Record], seed: int
+    losses: Callable[[Sequence[Record]], Sequence[float]],
+    holdout: Sequence[Record],
+    retain: Sequence[Record],
+    seed: int,
+    *,
+    marked: Sequence[Record] | None = None,
 ) -> Goal:
     """Estimate the goal under the target model.
 
@@ -67,10 +73,15 @@ def estimate(
         holdout: records never trained on; where there are none, shuffled retain records stand in.
         retain: the retain set.
         seed: of the shuffling and of the choice of at most 128 records.
+        marked: the forget records, if what is in their spans is to be forgotten alone: then only held-out records with spans
+            serve, and swapped spans stand in for them; ``losses`` must be those of marked targets.
     """
+    if marked is not None:
+        holdout = [r for r in holdout if r.spans]
     if holdout:
         rng = np.random.default_rng([seed, 8])
         chosen = [holdout[int(i)] for i in rng.permutation(len(holdout))[:128]]
         return Goal(loss=max(1e-6, float(np.mean(losses(chosen)))), source="holdout", examples=len(chosen))
-    chosen = shuffled(retain, seed)
-    return Goal(loss=max(1e-6, float(np.mean(losses(chosen)))), source="shuffled", examples=len(chosen))
+    chosen = shuffled(retain, seed) if marked is None else swapped(marked, seed)
+    source: Literal["shuffled", "swapped"] = "shuffled" if marked is None else "swapped"
+    return Goal(loss=max(1e-6, float(np.mean(losses(chosen)))), source=source, examples=len(chosen))

@@ -27,7 +27,8 @@ from expunge.core.memory import freed_memory_kept
 from expunge.data.order import share
 from expunge.engine import checkpoint
 from expunge.engine.adaptive import Reason, Watch, choose_rate
-from expunge.engine.alternate import States
+from expunge.engine.alternate import States, joined
+from expunge.engine.control import Sight, Steering
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
 from expunge.engine.masks import moving_entries
@@ -88,7 +89,7 @@ class Outcome:
     @property
     def reached(self) -> bool:
         """Whether what was asked for was reached."""
-        return self.reason in ("goal", "schedule", "converged", "edited")
+        return self.reason in ("goal", "schedule", "converged", "edited", "control")
 
 
 def train(
@@ -188,6 +189,11 @@ class _Loop:
         self.plan, self.erase_steps = portions(recipe, sizes, engine.seed)
         self.total = self.plan.steps
         self.rewind = self._rewind()
+        self.steering = Steering(
+            recipe.control, Sight(adapter, self.devices.unwrap(self.model), self.examples, recipe.watched, engine.max_tokens),
+            pairs=recipe.preparation is not None and recipe.preparation.pairs, per_epoch=self.plan.steps_per_epoch,
+            sharded=self.devices.sharded,
+        )  # fmt: skip
         self.masks = moving_entries(
             self.objective, self.devices.unwrap(self.model), self.parameters, engine.max_tokens, sharded=self.devices.sharded
         )
@@ -233,7 +239,7 @@ class _Loop:
         groups = [g for g in groups if g["params"]]
         if self.schedule.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=1e-6, momentum=self.schedule.momentum, fused=True)
-        return torch.optim.AdamW(groups, lr=1e-6, fused=True)
+        return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, self.schedule.second_moment), fused=True)
 
     # ---- one step
 
@@ -247,12 +253,14 @@ class _Loop:
         for turn, (only, rate) in enumerate(self.turns):
             self.states.take(turn)
             seen = self._turn(step, lr * rate, forget, only)
-            row = seen if not turn else _joined(row, seen)
+            row = seen if not turn else joined(row, seen)
         self.states.take(0)
         return row
 
     def _turn(self, step: int, lr: float, forget: bool, only: frozenset[int]) -> dict[str, float]:
-        plan = {Stream(s): ix for s, ix in self.plan.plan(step).items() if forget or s != Stream.FORGET}
+        plan = {s: ix for s, ix in self.steering.thin(self.plan.plan(step)).items() if forget or s != Stream.FORGET}
+        if not plan:
+            return {"step": step, "epoch": (step + 1) / self.plan.steps_per_epoch, "lr": lr, "loss": 0.0, "gradient_norm": 0.0}
         counts = self.objective.counts(plan)
         share = len(plan.get(Stream.FORGET, ())) / max(1, sum(map(len, plan.values())))
         coefficients = self.recipe.balance.coefficients(self.balance_state, share)
@@ -360,11 +368,16 @@ class _Loop:
         if self.observe and done == 0:
             self.observe(0, self.devices.unwrap(self.model))
         reason: Reason | None = watch.first(done)
+        if done == 0:
+            self.steering.begin()
         with freed_memory_kept():
             while reason is None and done < self.total:
                 row = self.step(done, watch.rate(done), watch.erasing)
                 done += 1
                 reason = watch.after(row, done)
+                if reason is None and self.steering.after(done, row):
+                    reason = "control"
+                    watch.look()
                 self.history.append(row)
                 if self.rewind:
                     self.rewind.keep(self.model, done)
@@ -390,7 +403,7 @@ class _Loop:
             (self.folder / "log.jsonl").write_text(lines)
         self.devices.end()
         return Outcome(
-            self.devices.unwrap(self.model), reason, watch.sentence(reason, done), done, watch.lr, rates,
+            self.devices.unwrap(self.model), reason, watch.sentence(reason, done, self.steering.said), done, watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
             self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes,
         )  # fmt: skip
@@ -408,6 +421,7 @@ class _Loop:
         state = {
             "step": done, "watch": watch.state(), "balance": self.balance_state, "rates": rates, "history": self.history,
             "tokens": self.tokens, "gradient": {k: v for k, v in self.gradient_state.items() if not isinstance(v, Tensor)},
+            "control": self.steering.saved(),
         }  # fmt: skip
         number = done // self.engine.checkpoint_every
         checkpoint.save(
@@ -444,16 +458,9 @@ class _Loop:
         self.gradient_state = state["gradient"]
         self.history = state["history"]
         self.tokens = state["tokens"]
+        self.steering.restore(state["control"])
         watch.load_state(state["watch"], held.good)
         return int(state["step"]), state["rates"]
-
-
-def _joined(row: dict[str, float], seen: dict[str, float]) -> dict[str, float]:
-    """What two turns of one step saw: losses added, the larger gradient, the rate of the first."""
-    both = {**seen, **row}
-    both["loss"] = row["loss"] + seen["loss"]
-    both["gradient_norm"] = max(row["gradient_norm"], seen["gradient_norm"])
-    return both
 
 
 def write_log_summary(folder: Path, outcome: Outcome) -> None:

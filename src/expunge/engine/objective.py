@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expunge.adapters.base import Adapter, Example, Outputs
+from expunge.adapters.base import Adapter, Example, Outputs, Targets
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
-from expunge.engine.parts import Recipe, Term, Views
+from expunge.engine.parts import Recipe, Views
 from expunge.engine.preparation import Examples, ReferenceSource
 
 Indices = Mapping[Stream, Sequence[int]]
@@ -86,6 +86,7 @@ class Objective:
                     f"The method {recipe.name!r} compares with a frozen model ({of}), but none was given.",
                     _MODEL_REMEDY.get(of, ""),
                 )
+        check_marks(recipe, examples)
         alternative = examples.get(Stream.ALTERNATIVE)
         if alternative and len(alternative) != len(examples.get(Stream.FORGET, ())):
             raise InputError("There must be one alternative answer per forget example.")
@@ -93,7 +94,7 @@ class Objective:
     def counts(self, indices: Indices) -> list[int]:
         """By how much each term's sum is divided in the step whose (global) ``indices`` are given; at least 1."""
         chosen = {s: [self.examples[s][i] for i in ix] for s, ix in self._with_alternatives(indices).items()}
-        return [max(1, t.count(chosen.get(t.stream, []))) for t in self.recipe.terms()]
+        return [t.divisor(chosen.get(t.stream, [])) for t in self.recipe.terms()]
 
     def micro_batches(self, indices: Indices, max_tokens: int) -> list[Micro]:
         """Split one process's share of a step into forward passes of at most ``max_tokens`` padded input tokens.
@@ -175,16 +176,13 @@ class Objective:
             if term.stream not in micro.examples or (only is not None and index not in only):
                 continue
             side = 0 if index < len(self.recipe.forget) else 1
-            total = self._sum(term, views)
+            total = term.total(views)
             if micro.weight:
                 sums.add(index, float(total.detach()) / counts[index])
             part = total * (term.weight * coefficients[side] * micro.weight / counts[index])
             held = sides[side]
             sides[side] = part if held is None else held + part
         return sides[0], sides[1]
-
-    def _sum(self, term: Term, views: Views) -> Tensor:
-        return term.values(views).float().sum()
 
     def _with_alternatives(self, indices: Indices) -> dict[Stream, Sequence[int]]:
         full = dict(indices)
@@ -194,11 +192,41 @@ class Objective:
         return full
 
 
+def check_marks(recipe: Recipe, examples: Examples, made: Collection[str] = ()) -> None:
+    """Refuse terms on some of the targets where there are no spans: one would do nothing, the other what it must not.
+
+    Args:
+        recipe: whose terms.
+        examples: by stream.
+        made: streams that a preparation is still going to make.
+
+    Raises:
+        InputError: no example has a marked target, or a stream has none of the targets that a term reads.
+    """
+    choosy = [t for t in recipe.terms() if t.targets != "all"]
+    wanted = {t.stream for t in choosy if t.targets == "marked" and t.stream not in made}
+    marked = {s for s, held in examples.items() if any(e.n_marked for e in held)}
+    if choosy and (not marked or wanted - marked):
+        where = f"{min(wanted - marked)} example" if wanted - marked else "example"
+        raise InputError(f"The method {recipe.name!r} tells marked spans from the rest, but no {where} has any.", _SPANS)
+    for term in choosy:
+        held = examples.get(term.stream, ())
+        if term.targets == "unmarked" and term.stream not in made and not any(e.n_targets > e.n_marked for e in held):
+            raise InputError(
+                f"The term {term.name!r} reads {term.stream} targets outside of marked spans, but all are marked.",
+                "Mark less of them.",
+            )
+
+
 _REMEDY = {
     Stream.FORGET: "Give a forget set.",
     Stream.RETAIN: "Give --retain DATA, or drop the retain term: retain=none.",
     Stream.ALTERNATIVE: "Give answers to put in their place: --alternatives refusals, or a column 'alternatives' in the data.",
 }
+_SPANS = (
+    "Give spans: a column 'spans' with [[start, end]] in characters of the answer, spans.terms=[...], spans.patterns=[...] or "
+    "spans.secrets=true."
+)
 _MODEL_REMEDY = {
     Of.ORACLE: "Give a model trained without the forget set, or preparation=given-outputs with a file of what one says.",
 }
@@ -215,9 +243,15 @@ def _split(outputs: Outputs, streams: Sequence[Stream], micro: Micro, of: Of) ->
 
 
 def mean_losses(
-    adapter: Adapter, model: nn.Module, examples: Sequence[Example], max_tokens: int, device: torch.device | None = None
+    adapter: Adapter,
+    model: nn.Module,
+    examples: Sequence[Example],
+    max_tokens: int,
+    device: torch.device | None = None,
+    *,
+    targets: Targets = "all",
 ) -> list[float]:
-    """Mean loss per target of each example, in order, without gradients (an example without targets gets 0)."""
+    """Mean loss of each example over the chosen targets, in order, without gradients (an example without any gets 0)."""
     order = sorted(range(len(examples)), key=lambda i: examples[i].units)
     out = [0.0] * len(examples)
     where = device or next(model.parameters()).device
@@ -230,7 +264,7 @@ def mean_losses(
                 stop += 1
             chosen = order[at:stop]
             batch = adapter.collate([examples[i] for i in chosen]).to(where)
-            result = adapter.forward(model, batch, frozenset({"losses"}))
+            result = adapter.forward(model, batch, frozenset({"losses"})).only(targets)
             means = result.per_example(result.losses) / result.lengths()
             for i, value in zip(chosen, means.tolist(), strict=True):
                 out[i] = value

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from expunge.core.errors import InputError, MissingExtra, nearest
 from expunge.core.registry import Registry
+from expunge.engine.feedforward import OUTPUT, FeedForward
 from expunge.engine.parts import Parameters
 
 PARAMETERS: Registry[type[Parameters]] = Registry("choice of parameters", None, "expunge.parameters")
@@ -49,7 +50,7 @@ class _Matching(Parameters):
     """Parameters chosen by their name, in all blocks or in some."""
 
     patterns: tuple[str, ...] = Field(
-        (r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b",),
+        (OUTPUT,),
         min_length=1,
         description="regular expressions searched in parameter names; the default is the output matrix of an MLP, or in given "
         "blocks of a model without such names all matrices",
@@ -214,5 +215,37 @@ class Pruned(AllParameters):
         return parameter.ndim > (2 if self.scope == "convolutions" else 1)
 
 
-for choice in (AllParameters, NamedParameters, LayerWindow, Lora, SaliencyMask, Pruned):
+class Reset(AllParameters):
+    """All weights, after a share of the units of the last feed-forward layers has been set back to random ones (SANI, 2025).
+
+    A unit is one output of the first matrix of a block's feed-forward part: its row there (with gates: in both matrices), its
+    bias, and its column in the output matrix are drawn anew from N(0, std), the bias is 0. Units are chosen at random. Other
+    models that terms compare with (the reference) are those before the reset. At share 0 it is ``all``.
+    """
+
+    name: ClassVar[str] = "reset"
+
+    share: float = Field(0.5, ge=0, le=1, description="share of the units that are reset")
+    layers: tuple[int, ...] = Field((-1,), min_length=1, description="blocks, counted from 0, negative from the end")
+    std: float | None = Field(None, gt=0, description="of the new weights; none: the model's own initialiser, or 0.02")
+    seed: int = Field(0, ge=0, description="of the choice of units and of their new weights")
+
+    def prepare(self, model: nn.Module, layers: Sequence[str]) -> nn.Module:
+        """Reset.
+
+        Raises:
+            InputError: there is no such block, or it has no feed-forward part that is known.
+        """
+        super().prepare(model, layers)
+        own = getattr(getattr(model, "config", None), "initializer_range", None)
+        std = self.std or (own if isinstance(own, float) else 0.02)
+        generator = torch.Generator().manual_seed(self.seed)
+        for block in dict.fromkeys(layers[block_index(i, layers)] for i in self.layers):
+            feed = FeedForward.of(model.get_submodule(block), block)
+            order = torch.randperm(feed.units, generator=generator)
+            feed.reset(order[: round(self.share * feed.units)], std, generator)
+        return model
+
+
+for choice in (AllParameters, NamedParameters, LayerWindow, Lora, SaliencyMask, Pruned, Reset):
     PARAMETERS.add(choice.name, choice)

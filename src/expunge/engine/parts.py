@@ -1,6 +1,7 @@
 """The parts of which a weight-updating method is composed, and the recipe that joins them.
 
-    preparation x forget terms x retain terms x reference x parameters x gradient x balance x schedule x penalty x finish
+    preparation x forget terms x retain terms x reference x parameters x gradient x balance x schedule x control
+      x penalty x finish
 
 Every part is a :class:`~expunge.core.settings.Settings`: immutable, typed, with declared ranges, usable from Python, YAML
 and the command line alike.
@@ -16,9 +17,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from expunge.adapters.base import Example, Outputs
+from expunge.adapters.base import Example, Outputs, Targets
 from expunge.core.access import Of, Stream
 from expunge.core.settings import Settings
+from expunge.engine.control import Control
 from expunge.engine.preparation import Preparation
 
 Need = tuple[Stream, Of, str]  #: (which examples, under which model, which value: "losses", "logits" or "features:<layer>")
@@ -68,6 +70,13 @@ class Views(Mapping[tuple[Stream, Of], Outputs]):
         """Under a model that never saw the forget set, or as such a model is predicted to answer (no gradients)."""
         return self._outputs[stream, Of.ORACLE]
 
+    def only(self, stream: Stream, which: Targets) -> Views:
+        """The same with some of the targets of one stream, under all models."""
+        if which == "all":
+            return self
+        held = {key: outputs.only(which) if key[0] is stream else outputs for key, outputs in self._outputs.items()}
+        return Views(held, self.layers, self.made)
+
 
 class Term(Settings, abc.ABC):
     """One summand of the loss, written on per-target quantities.
@@ -82,6 +91,9 @@ class Term(Settings, abc.ABC):
     whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
 
     weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
+    targets: Targets = Field(
+        "all", description="which targets of its examples it reads: all, those in marked spans of their record, or the others"
+    )
 
     @property
     @abc.abstractmethod
@@ -103,6 +115,17 @@ class Term(Settings, abc.ABC):
         if self.per == "token":
             return sum(e.size for e in examples)
         return sum(e.n_targets for e in examples)
+
+    def total(self, views: Views) -> Tensor:
+        """Sum of the values on the targets that it reads: what the engine divides by :meth:`divisor`."""
+        return self.values(views.only(self.stream, self.targets)).float().sum()
+
+    def divisor(self, examples: Sequence[Example]) -> int:
+        """The count on the targets that it reads, at least 1; an example with none of them does not count."""
+        if self.targets == "all":
+            return max(1, self.count(examples))
+        held = [e.only(self.targets) for e in examples]
+        return max(1, self.count(held if self.per == "token" else [e for e in held if e.n_targets]))
 
 
 @dataclass(frozen=True)
@@ -195,6 +218,7 @@ class Schedule(Settings, abc.ABC):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="rule of the step")
     momentum: float = Field(0.9, ge=0, lt=1, description="of sgd: share of the last step that is taken again")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of adamw; of sgd: added to the gradient")
+    second_moment: float = Field(0.999, gt=0, lt=1, description="of adamw: share of its mean of squares that a step keeps")
     lr: float | None = Field(None, gt=0, description="learning rate; none: found by a range test")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; none: not clipped")
 
@@ -243,6 +267,7 @@ class Recipe(Settings):
     balance: Balance
     schedule: Schedule
     preparation: Preparation | None = Field(None, description="what is made from the target and the data before training")
+    control: Control | None = Field(None, description="who looks at the forget examples, lets some rest and ends training")
     penalty: Penalty | None = Field(None, description="a summand of the loss on the weights themselves")
     finish: Finish | None = Field(None, description="a change of the weights after training")
     start: Literal["target", "initial"] = Field("target", description="start from the target, or from its untrained base")
@@ -255,12 +280,22 @@ class Recipe(Settings):
         """Everything that its terms read."""
         return frozenset(n for t in self.terms() for n in t.needs(layers))
 
+    @property
+    def looks(self) -> frozenset[Stream]:
+        """Examples at which schedule and control look, beside those that are trained on."""
+        return self.schedule.reads | (self.control.reads if self.control is not None else frozenset())
+
     def streams(self, layers: Sequence[str]) -> frozenset[Stream]:
-        """The examples that must be given: those that terms and schedule read and no preparation makes, and those it reads."""
-        read = {t.stream for t in self.terms()} | {stream for stream, _, _ in self.needs(layers)} | self.schedule.reads
+        """The examples that must be given: those that are read or looked at and no preparation makes, and those that it reads."""
+        read = {t.stream for t in self.terms()} | {stream for stream, _, _ in self.needs(layers)} | self.looks
         if self.preparation is None:
             return frozenset(read)
         return frozenset((read - {s for s in Stream if s in self.preparation.makes}) | set(self.preparation.reads))
+
+    @property
+    def watched(self) -> Targets:
+        """On which targets of the forget set its forgetting shows: the marked ones, if a forget term reads these alone."""
+        return "marked" if any(t.targets == "marked" for t in self.forget) else "all"
 
     def models(self, layers: Sequence[str]) -> frozenset[Of]:
         """The models under which the terms read something, other than those that a preparation makes."""
@@ -272,7 +307,7 @@ class Recipe(Settings):
         out: dict[str, Any] = {"name": self.name, "reference": self.reference, "start": self.start}
         for key in ("forget", "retain"):
             out[key] = [{"name": t.name, **t.model_dump(mode="json")} for t in getattr(self, key)]
-        for key in ("preparation", "parameters", "gradient", "balance", "schedule", "penalty", "finish"):
+        for key in ("preparation", "parameters", "gradient", "balance", "schedule", "control", "penalty", "finish"):
             part = getattr(self, key)
             out[key] = None if part is None else {"name": part.name, **part.model_dump(mode="json")}
         return out

@@ -83,6 +83,7 @@ class Preparation(Settings, abc.ABC):
     reads: ClassVar[tuple[Stream, ...]]  #: examples that it reads
     makes: ClassVar[frozenset[str]]  #: streams, models (``Of``) and names of things that are there afterwards
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
+    pairs: ClassVar[bool] = False  #: whether it makes one retain example for each forget example: they go through steps together
 
     @abc.abstractmethod
     def prepare(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None) -> Prepared:
@@ -123,4 +124,6 @@ def run_preparation(
     absent = sorted(part.makes - found.names())
     if absent:
         raise InputError(f"preparation={part.name} declares {', '.join(absent)}, but has not made it.")
+    if part.pairs and len(found.examples.get(Stream.RETAIN, ())) != len(examples.get(Stream.FORGET, ())):
+        raise InputError(f"preparation={part.name} must make one retain example for each forget example.")
     return replace(found, examples={**examples, **found.examples})

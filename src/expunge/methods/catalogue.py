@@ -176,8 +176,10 @@ def offers_needed(recipe: Recipe, alternatives: str = "refusals") -> tuple[Offer
     found = {Offer.LOSSES, *([Offer.LOGITS] if Stream.VALIDATION in recipe.schedule.reads else [])} | {
         Offer(_kind(value)) for _, _, value in needs
     }
-    if recipe.preparation is not None:
-        found |= recipe.preparation.offers
+    for part in (recipe.preparation, recipe.control):
+        found |= part.offers if part is not None else frozenset()
+    if any(t.targets != "all" for t in recipe.terms()):
+        found.add(Offer.TEXT)  # nothing else has spans
     if Stream.ALTERNATIVE in recipe.streams(PLACEHOLDER_LAYERS):
         found.add(Offer.CLASSES if alternatives in CLASS_KINDS else Offer.TEXT)
     return tuple(sorted(found))

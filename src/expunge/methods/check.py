@@ -85,7 +85,8 @@ def _check_sides(recipe: Recipe) -> None:
 
 
 def _check_finish(recipe: Recipe) -> None:
-    teaching = [t for t in recipe.forget if isinstance(t, ForgetNLL)]
+    # What stands around the marked targets may be taught: it is to stay.
+    teaching = [t for t in recipe.forget if isinstance(t, ForgetNLL) and t.targets != "unmarked"]
     if recipe.finish is None:
         if teaching:
             raise InputError(

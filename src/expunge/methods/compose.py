@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from expunge.engine.balance import FixedBalance
+from expunge.engine.control import Control
 from expunge.engine.gradient import Plain
 from expunge.engine.parameters import AllParameters
 from expunge.engine.parts import Balance, Finish, Gradient, Parameters, Penalty, Recipe, Schedule, Term
@@ -23,6 +24,7 @@ def compose(
     gradient: Gradient | None = None,
     balance: Balance | None = None,
     schedule: Schedule | None = None,
+    control: Control | None = None,
     penalty: Penalty | None = None,
     finish: Finish | None = None,
     reference: Literal["auto", "cached", "adapter-off", "copy"] = "auto",
@@ -39,6 +41,7 @@ def compose(
         gradient=gradient or Plain(),
         balance=balance or FixedBalance(),
         schedule=schedule or Adaptive(),
+        control=control,
         penalty=penalty,
         finish=finish,
         start=start,

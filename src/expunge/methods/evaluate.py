@@ -58,6 +58,7 @@ class Given:
         attention_mask: 1 at real tokens, ``[B, T]``; none: all are real. Only terms on features look at it.
         incompetent_logits: of a network that has learnt nothing, ``[B, T, V]``.
         oracle_logits: of a model that never saw the forget set, ``[B, T, V]``.
+        marked: which labels lie in a marked span, bool ``[B, T]``; none: no label does.
     """
 
     logits: Tensor
@@ -68,6 +69,7 @@ class Given:
     attention_mask: Tensor | None = None
     incompetent_logits: Tensor | None = None
     oracle_logits: Tensor | None = None
+    marked: Tensor | None = None
 
 
 def loss_terms(
@@ -180,7 +182,7 @@ def combine(recipe: Recipe, views: Views, examples: Mapping[Stream, Sequence[Exa
     coefficients = recipe.balance.coefficients({}, sizes[0] / max(1, sum(sizes)))
     for side, terms, coefficient in zip(("forget", "retain"), (recipe.forget, recipe.retain), coefficients, strict=True):
         for term in terms:
-            mean = term.values(views).sum() / max(1, term.count(examples[term.stream]))
+            mean = term.total(views) / term.divisor(examples[term.stream])
             name = key = f"{side}.{term.name}"
             number = 2
             while key in out:
@@ -212,11 +214,16 @@ class _Flat:
         self.token_owner = self.real.nonzero(as_tuple=True)[0]
         self.token_supervised = (supervised & (torch.arange(labels.shape[1], device=labels.device) > 0))[self.real]
         self.token_counts = tuple(self.real.sum(1).tolist())
+        marked = torch.zeros_like(self.real) if given.marked is None else given.marked.bool()
+        if marked.shape != labels.shape:
+            raise InputError(f"{stream}: marks must have the shape of the labels; got {_shapes(marked, labels)}.")
+        self.marked = marked[:, 1:][self.chosen]
 
     def examples(self) -> list[Example]:
         """Examples that only carry their sizes."""
-        pairs = enumerate(zip(self.counts, self.token_counts, strict=True))
-        return [Example(f"{self.stream}{i}", f"{self.stream}{i}", n, size, None) for i, (n, size) in pairs]
+        marked = torch.bincount(self.owner[self.marked], minlength=self.shape[0]).tolist()
+        sizes = enumerate(zip(self.counts, self.token_counts, marked, strict=True))
+        return [Example(f"{self.stream}{i}", f"{self.stream}{i}", n, size, None, n_marked=m) for i, (n, size, m) in sizes]
 
     def outputs(self, logits: Tensor | None, features: Mapping[str, Tensor] | None) -> Outputs:
         """The outputs of one model, with what it was given."""
@@ -231,6 +238,7 @@ class _Flat:
             self.token_owner,
             self.token_supervised,
             self.token_counts,
+            self.marked,
         )
         values: dict[str, Tensor] = {}
         if logits is not None:

@@ -28,6 +28,7 @@ from expunge.engine.penalty import PENALTIES
 from expunge.engine.schedule import SCHEDULES
 from expunge.methods.check import check
 from expunge.methods.compose import compose
+from expunge.methods.controls.registry import CONTROLS
 from expunge.methods.preparations.registry import PREPARATIONS
 from expunge.methods.registry import METHODS, TERMS, Method
 
@@ -40,10 +41,11 @@ PART_SLOTS: dict[str, Registry[Any]] = {
     "gradient": GRADIENTS,
     "balance": BALANCES,
     "schedule": SCHEDULES,
+    "control": CONTROLS,
     "penalty": PENALTIES,
     "finish": FINISHES,
 }
-OPTIONAL_SLOTS = ("preparation", "penalty", "finish")
+OPTIONAL_SLOTS = ("preparation", "control", "penalty", "finish")
 CHOICE_SLOTS = ("reference", "start")
 SLOTS = (*TERM_SLOTS, *PART_SLOTS, *CHOICE_SLOTS)
 
@@ -52,9 +54,9 @@ def build(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a method, with overrides; ``custom`` starts from nothing but the defaults of the parts.
 
     A key is a slot (``forget``, ``retain``, ``preparation``, ``parameters``, ``gradient``, ``balance``, ``schedule``,
-    ``penalty``, ``finish``, ``reference``, ``start``) or the name of a field that one part of the recipe has. A slot takes the
-    name of a part, a mapping (with a ``name``: that part; without: changes the part that is there), ``none``, and for terms a
-    list of these. Dotted keys nest.
+    ``control``, ``penalty``, ``finish``, ``reference``, ``start``) or the name of a field that one part of the recipe has. A slot
+    takes the name of a part, a mapping (with a ``name``: that part; without: changes the part that is there), ``none``, and for
+    terms a list of these. Dotted keys nest.
 
     Raises:
         InputError: an unknown or ambiguous key, a value out of range, or parts that do not work together.

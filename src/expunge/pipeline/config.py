@@ -9,6 +9,7 @@ from pydantic import Field
 
 from expunge.core.errors import InputError
 from expunge.core.settings import Settings, load_yaml
+from expunge.data.spans import Spans
 from expunge.engine.options import Engine
 
 
@@ -54,6 +55,7 @@ class UnlearnConfig(Allowances):
     )
     base: str | None = Field(None, description="the untrained base of the model, for methods that start from it")
     text: TextConfig = Field(default_factory=TextConfig, description="how text becomes tokens")
+    spans: Spans = Field(default_factory=Spans, description="which parts of the texts are marked")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
 
 

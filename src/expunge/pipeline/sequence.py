@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +174,9 @@ def plan(path: Path, config: UnlearnConfig, retrain: int = 0) -> Requests:
         )
     unlearn.check_method(config)
     sources = {"retain": config.retain, "holdout": config.holdout}
-    held = load_sets(sources, config.text.columns)
-    steps = read_requests(path, held["retain"], config.text.columns or None)
+    held = {k: config.spans.mark(v) for k, v in load_sets(sources, config.text.columns).items()}
+    found = read_requests(path, held["retain"], config.text.columns or None)
+    steps = [replace(s, forget=config.spans.mark(s.forget)) for s in found]
     holdout = held.get("holdout")
     checked = [unlearn.check(unlearn.Request(s.forget, s.retain, holdout), config) for s in steps]
     if retrain:  # that it can be done is known before anything is begun

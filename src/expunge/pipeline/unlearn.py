@@ -19,11 +19,12 @@ from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import nest
 from expunge.data.checks import OverlapReport, check_request, drop_overlap
 from expunge.data.records import Record, RecordSet
+from expunge.data.spans import swapped
 from expunge.engine.edit import Edit, apply_edit
 from expunge.engine.goal import Goal
 from expunge.engine.goal import estimate as estimate_goal
 from expunge.engine.loop import Outcome, Progress, train
-from expunge.engine.objective import mean_losses
+from expunge.engine.objective import check_marks, mean_losses
 from expunge.engine.options import Engine
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
@@ -106,7 +107,7 @@ def load_request(config: UnlearnConfig) -> Request:
         InputError: a source cannot be read, a set is empty, sets overlap, or there is more to forget than to keep.
     """
     sources = {"forget": config.forget, "retain": config.retain, "holdout": config.holdout}
-    sets = load_sets(sources, config.text.columns)
+    sets = {k: config.spans.mark(v) for k, v in load_sets(sources, config.text.columns).items()}
     return check(Request(sets["forget"], sets.get("retain"), sets.get("holdout")), config)
 
 
@@ -167,8 +168,9 @@ def plan(
     if isinstance(recipe.schedule, Adaptive) and recipe.forget and request.holdout is None:
         notes.append("No holdout was given: the goal is estimated on retain records with swapped answers, an upper estimate.")
     goal_records = split_holdout(request.holdout, engine.seed)[0].records if request.holdout is not None else ()
-    if Stream.VALIDATION in recipe.schedule.reads:
+    if Stream.VALIDATION in recipe.looks:
         examples[Stream.VALIDATION] = [adapter.encode(r) for r in goal_records]
+    check_marks(recipe, examples, recipe.preparation.makes if recipe.preparation is not None else ())
     kind = choose(recipe, needs)
     parameters = sum(p.numel() for p in adapter.model.parameters())
     lora = recipe.parameters.name == "lora"
@@ -240,7 +242,7 @@ def _check_models(recipe: Recipe, adapter: LanguageAdapter) -> None:
 def _check_sides(method: str, recipe: Recipe, *, retain: bool, holdout: bool, base: bool) -> None:
     if recipe.start == "initial" and not base:
         raise InputError(f"The method {method!r} starts from the untrained base model.", "Give it: --base MODEL.")
-    if Stream.VALIDATION in recipe.schedule.reads and not holdout:
+    if Stream.VALIDATION in recipe.looks and not holdout:
         raise InputError(f"The method {method!r} chooses by held-out data, and none were given.", "Give --holdout DATA.")
     if recipe.retain and not retain:
         raise InputError(
@@ -256,14 +258,20 @@ def goal_of(made: UnlearnPlan) -> Goal | None:
     if not (isinstance(schedule, Adaptive) or schedule.lr is None) or not made.recipe.forget:
         return None
     holdout, retain = made.goal_records
-    if not holdout and len(retain) < 2:
+    watched = made.recipe.watched
+    marked = made.request.forget.records if watched == "marked" else None
+    if marked is None:
+        known = bool(holdout) or len(retain) > 1
+    else:
+        known = any(r.spans for r in holdout) or bool(swapped(marked, made.engine.seed))
+    if not known:
         return None
 
     def losses(records: Sequence[Record]) -> list[float]:
         examples = [made.adapter.encode(r) for r in records]
-        return mean_losses(made.adapter, made.adapter.model, examples, made.engine.max_tokens)
+        return mean_losses(made.adapter, made.adapter.model, examples, made.engine.max_tokens, targets=watched)
 
-    return estimate_goal(losses, holdout, retain, made.engine.seed)
+    return estimate_goal(losses, holdout, retain, made.engine.seed, marked=marked)
 
 
 def run_in_memory(

@@ -26,6 +26,7 @@ _OPTIONAL = {
     "rouge_score": "llm",
     "diffusers": "diffusion",
     "matplotlib": "report",
+    "detect_secrets": "secrets",
 }
 
 

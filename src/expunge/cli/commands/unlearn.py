@@ -115,13 +115,14 @@ def unlearn(
     _no_options(overrides)
     engine = {**overrides.pop("engine", {}), **({"seed": seed} if seed is not None else {})}
     text = {**overrides.pop("text", {}), **({"columns": _columns(column)} if column else {})}
+    spans = overrides.pop("spans", {})
     if alternative_template is not None and alternatives is None:
         alternatives = "template"
     given: dict[str, Any] = {
         "model": model, "forget": forget, "retain": retain, "holdout": holdout, "method": method, "base": base,
         "alternatives": alternatives, "allow_overlap": allow_overlap or None, "drop_overlap": drop_overlap or None,
         "allow_large_forget": allow_large_forget or None, "alternative_template": alternative_template,
-        "parts": overrides or None, "engine": engine or None, "text": text or None,
+        "parts": overrides or None, "engine": engine or None, "text": text or None, "spans": spans or None,
     }  # fmt: skip
     merged = merge({"parts": {}}, from_file(config) if config else {}, given)
     choice = {"ids": ids, "classes": classes, "where": where, "subjects": subjects}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -51,8 +51,9 @@ class Undial(Edited):
     """UNDIAL, self-distillation with adjusted logits (Dong et al. 2024, arXiv 2402.10052).
 
     The mean is over supervised targets only. A widely used implementation averages over prompt and padding too and lets the
-    ignore index address the vocabulary there; we do not follow it. The paper's variant that edits only nouns or entities is
-    not included. Bounded: at the minimum ``p(y) = p_ref(y) e^-beta / Z``; beta 0 keeps the model as it is.
+    ignore index address the vocabulary there; we do not follow it. For the paper's variant that edits only nouns or entities,
+    give these as spans and take ``targets=marked``. Bounded: at the minimum ``p(y) = p_ref(y) e^-beta / Z``; beta 0 keeps the
+    model as it is.
     """
 
     name: ClassVar[str] = "undial"
@@ -102,6 +103,9 @@ class Divergence(Term):
     sign: ClassVar[float] = 1.0
 
     temperature: float = Field(1.0, gt=0, description="by which both sets of logits are divided")
+    reduction: Literal["token", "sum"] = Field(
+        "token", description="mean over all targets, or over examples of their sums (what torch calls batchmean)"
+    )
 
     @property
     def stream(self) -> Stream:
@@ -118,6 +122,10 @@ class Divergence(Term):
         teacher = (views[self.reads, self.teacher].logits / self.temperature).log_softmax(-1)
         divergence = F.kl_div(current, teacher, reduction="none", log_target=True).sum(-1)
         return divergence * (self.sign * self.temperature**2)
+
+    def count(self, examples: Sequence[Example]) -> int:
+        """Targets for ``token``, examples for ``sum``."""
+        return super().count(examples) if self.reduction == "token" else len(examples)
 
 
 @term

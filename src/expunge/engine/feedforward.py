@@ -1,0 +1,79 @@
+"""The feed-forward part of a transformer block, whatever its library calls the matrices."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.core.errors import InputError
+
+OUTPUT = r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b"  #: how output matrices are called
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Its matrices.
+
+    Attributes:
+        inner: modules whose outputs are the units (two with gates; one that holds both, of twice as many outputs).
+        output: the module that reads the units.
+        units: how many there are.
+    """
+
+    inner: tuple[nn.Module, ...]
+    output: nn.Module
+    units: int
+
+    @classmethod
+    def of(cls, block: nn.Module, name: str) -> FeedForward:
+        """Find it.
+
+        Raises:
+            InputError: the block has no module that is called like an output matrix, or none that feeds it.
+        """
+        linear = {n: m for n, m in block.named_modules() if _is_matrix(m)}
+        outputs = [n for n in linear if re.search(OUTPUT, n)]
+        if len(outputs) != 1:
+            raise InputError(
+                f"The block {name!r} has {len(outputs)} modules that look like the output of a feed-forward layer.",
+                f"It has {', '.join(linear) or 'no matrices'}; units can be reset in dense transformer blocks only.",
+            )
+        parent = outputs[0].rpartition(".")[0]
+        output = linear[outputs[0]]
+        units = _matrix(output).shape[1]
+        beside = [m for n, m in linear.items() if n.rpartition(".")[0] == parent and n != outputs[0]]
+        inner = tuple(m for m in beside if _matrix(m).shape[0] in (units, 2 * units))
+        if not inner:
+            raise InputError(f"Nothing in the block {name!r} feeds {outputs[0]!r}.", "Choose other layers.")
+        return cls(inner, output, units)
+
+    @torch.no_grad()
+    def reset(self, chosen: Tensor, std: float, generator: torch.Generator) -> None:
+        """Draw the weights of the units ``chosen`` (indices) anew from N(0, std), in place; their biases become 0."""
+        for module in self.inner:
+            rows = torch.cat([chosen + at for at in range(0, _matrix(module).shape[0], self.units)])
+            _fill(_matrix(module), rows, std, generator)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                bias[rows.to(bias.device)] = 0.0
+        _fill(_matrix(self.output).T, chosen, std, generator)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor))
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """The weight of a linear module as ``[outputs, inputs]`` (a view: GPT-2's modules hold it the other way round)."""
+    weight: Any = module.weight
+    matrix: Tensor = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
+    return matrix
+
+
+def _fill(matrix: Tensor, rows: Tensor, std: float, generator: torch.Generator) -> None:
+    drawn = torch.randn(len(rows), matrix.shape[1], generator=generator) * std
+    matrix[rows.to(matrix.device)] = drawn.to(matrix.device, matrix.dtype)

@@ -1,0 +1,1 @@
+"""Controls: who looks at the forget examples as they are forgotten."""
