@@ -493,5 +493,6 @@ def write_log_summary(folder: Path, outcome: Outcome) -> None:
             "lr": outcome.lr, "rate_test": outcome.rate_test,
             "forget_loss": outcome.forget_loss, "retain_loss": outcome.retain_loss,
             "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
+            "notes": outcome.notes,
         },
     )  # fmt: skip
