@@ -15,6 +15,8 @@ from expunge.core.errors import InputError, MissingExtra, nearest
 from expunge.core.registry import Registry
 from expunge.engine.parts import Parameters
 
+MLP_OUTPUT = r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b"  #: names of the matrix that ends an MLP
+
 PARAMETERS: Registry[type[Parameters]] = Registry("choice of parameters", None, "expunge.parameters")
 
 
@@ -49,7 +51,7 @@ class _Matching(Parameters):
     """Parameters chosen by their name, in all blocks or in some."""
 
     patterns: tuple[str, ...] = Field(
-        (r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b",),
+        (MLP_OUTPUT,),
         min_length=1,
         description="regular expressions searched in parameter names; the default is the output matrix of an MLP, or in given "
         "blocks of a model without such names all matrices",
