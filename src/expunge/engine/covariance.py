@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -235,6 +235,10 @@ class NullSpace:
     rank: int
     edge: float
 
+    def narrowed(self) -> NullSpace:
+        """The same in float32, half as large."""
+        return replace(self, basis=self.basis.float())
+
     @property
     def size(self) -> int:
         """D."""
@@ -248,7 +252,12 @@ class NullSpace:
 
 
 def null_space(
-    moment: Tensor, *, threshold: float | None = None, energy: float | None = None, what: str = "The data"
+    moment: Tensor,
+    *,
+    threshold: float | None = None,
+    energy: float | None = None,
+    what: str = "The data",
+    may_be_empty: bool = False,
 ) -> NullSpace:
     """The (relaxed) null space of a mean second moment.
 
@@ -257,6 +266,7 @@ def null_space(
         threshold: directions whose eigenvalue is at most so large are free (the singular values of the moment).
         energy: or: the weakest directions that together hold at most this share of the trace are free; in [0, 1].
         what: is named in the error.
+        may_be_empty: give a projector to 0 if no direction is free.
 
     Raises:
         InputError: neither or both limits are given, or no direction is free.
@@ -272,12 +282,12 @@ def null_space(
     else:
         limit = max(float(energy or 0.0) * float(values.sum()) * (1 + 1e-9), floor)
         rank = int((values.cumsum(0) <= limit).sum())
-    if rank == 0:
+    if rank == 0 and not may_be_empty:
         raise InputError(
             f"{what} leaves no direction free: the smallest of {len(values)} eigenvalues is {float(values[0]):.2e}, "
             f"the mean {float(values.mean()):.2e}.",
             "Raise the threshold (or the share of energy), or take fewer examples.",
         )
-    edge = float(values[rank - 1])
+    edge = float(values[rank - 1]) if rank else 0.0
     few = rank <= len(values) // 2
     return NullSpace((vectors[:, :rank] if few else vectors[:, rank:]).contiguous(), few, rank, edge)

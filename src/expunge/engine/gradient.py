@@ -16,6 +16,7 @@ from expunge.core.access import Stream
 from expunge.core.errors import InputError, nearest
 from expunge.core.registry import Registry
 from expunge.engine.moving import PLAIN, Moving
+from expunge.engine.null_space import NullSpaceGradient
 from expunge.engine.options import Engine
 from expunge.engine.parts import Gradient, Recipe
 
@@ -276,5 +277,5 @@ def begun(
         return replace(moving, made=recipe.gradient.begin(moving, adapter, model, examples, engine))
 
 
-for rule in (Plain, Project, ConflictProject):
+for rule in (Plain, Project, ConflictProject, NullSpaceGradient):
     GRADIENTS.add(rule.name, rule)

@@ -169,6 +169,7 @@ class _Loop:
         self.prepared = run_preparation(
             recipe.preparation, adapter, examples, engine, scratch=scratch / "preparation", tell=progress
         )
+        recipe = self.recipe = self.prepared.settled(recipe)
         self.examples = self.prepared.examples
         self.notes = list(self.prepared.notes)
         others = {of: ModelReference(held, self.devices.device) for of, held in (models or {}).items()}

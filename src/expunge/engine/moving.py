@@ -35,6 +35,11 @@ class Moving:
         return max((float(g["betas"][0] if "betas" in g else g.get("momentum", 0.0)) for g in groups), default=0.0)
 
     @property
+    def scaling(self) -> bool:
+        """Whether the optimiser scales each entry by a factor of its own."""
+        return self.optimizer is not None and not isinstance(_inner(self.optimizer), torch.optim.SGD)
+
+    @property
     def decay(self) -> float:
         """Weight decay."""
         groups = _inner(self.optimizer).param_groups if self.optimizer is not None else []
