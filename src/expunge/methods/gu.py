@@ -13,7 +13,7 @@ from expunge.methods.terms.preference import NPO
     "gu",
     title="Geometric-disentanglement unlearning",
     paper=Paper(
-        "Geometric-Disentanglement Unlearning",
+        "Geometric-disentangelment Unlearning",
         "Duo Zhou, Yuji Zhang, Tianxin Wei and others",
         2025,
         "https://arxiv.org/abs/2511.17100",
