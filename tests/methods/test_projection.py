@@ -20,7 +20,7 @@ from expunge.methods.recipe import build
 
 QUIET = Engine(checkpoint_every=0)
 SHAPES = [(3, 4), (7,), (2, 2, 2)]
-STEP = {"name": "fixed", "steps": 1, "warmup": 0, "decay": "constant", "weight_decay": 0, "clip": None, "beta1": 0, "momentum": 0}
+STEP = {"name": "fixed", "steps": 1, "warmup": 0, "decay": "constant", "weight_decay": 0, "clip": None, "momentum": 0}
 
 
 def draw(seed: int, count: int) -> list[list[torch.Tensor]]:
@@ -49,7 +49,7 @@ def test_projection_off_several_directions_is_the_least_squares_residual(seed: i
 
 @pytest.mark.parametrize("scope", ["all", "tensor"])
 def test_the_basis_holds_the_retain_gradients_of_the_last_steps_and_drops_the_oldest(scope) -> None:
-    rule, state = Project(rank=3, scope=scope), {}
+    rule, state = Project(directions=3, scope=scope), {}
     forgets, retains = draw(1, 6), draw(2, 6)
     for forget, retain in zip(forgets, retains, strict=True):
         made = rule.combine(forget, retain, state)
@@ -116,7 +116,7 @@ def test_a_projected_step_changes_the_retain_loss_in_second_order_only(people_wo
 
 
 def test_adamw_without_its_metric_and_a_rule_that_does_nothing_change_it_in_first_order(people_world) -> None:
-    for gradient in ({"geometry": "plain"}, {"patterns": ["norm"]}):
+    for gradient in ({"geometry": "plain"}, {"tensors": ["norm"]}):
         ratio = change(people_world, 2e-5, "adamw", **gradient) / change(people_world, 1e-5, "adamw", **gradient)
         assert ratio == pytest.approx(2, rel=0.1)
 
@@ -144,7 +144,7 @@ def test_the_metric_is_that_of_the_step_which_adamw_takes() -> None:
 
 def test_it_keeps_more_than_bare_ascent_at_the_same_forgetting(people_world) -> None:
     kept = {}
-    for name, gradient in (("plain", "plain"), ("project", {"name": "project", "rank": 4, "scope": "tensor"})):
+    for name, gradient in (("plain", "plain"), ("project", {"name": "project", "directions": 4, "scope": "tensor"})):
         adapter = people_world.target()
         examples = people_world.examples
 
@@ -168,13 +168,13 @@ def test_the_run_says_when_the_step_is_not_exact_or_refuses(people_world) -> Non
     schedule = {"name": "fixed", "lr": 1e-5, "steps": 1, "batch": 4}
     adapter = people_world.target()
     outcome = train(adapter, build("npo", {"gradient": "project", "schedule": schedule}), people_world.examples, QUIET)
-    assert "0.9 of earlier steps (beta1, or momentum) and weight decay of 0.01" in outcome.notes[0]
+    assert "0.9 of earlier steps (momentum) and weight decay of 0.01" in outcome.notes[0]
     exact = {"gradient": {"name": "project", "exact": True}, "schedule": schedule}
-    with pytest.raises(InputError, match=r"Set schedule\.beta1=0"):
+    with pytest.raises(InputError, match=r"Set schedule\.momentum=0"):
         train(people_world.target(), build("npo", exact), people_world.examples, QUIET)
-    exact["schedule"] = {**schedule, "beta1": 0, "weight_decay": 0}
+    exact["schedule"] = {**schedule, "momentum": 0, "weight_decay": 0}
     assert train(people_world.target(), build("npo", exact), people_world.examples, QUIET).notes == []
-    wrong = {"gradient": {"name": "project", "patterns": ["layer9"]}, "schedule": schedule}
+    wrong = {"gradient": {"name": "project", "tensors": ["layer9"]}, "schedule": schedule}
     with pytest.raises(InputError, match=r"finds no moving tensor called layer9.*Some that move: layers"):
         train(people_world.target(), build("npo", wrong), people_world.examples, QUIET)
 
@@ -187,7 +187,7 @@ def test_what_a_mask_holds_still_does_not_count_in_the_projection(people_world) 
 
 def test_a_run_that_goes_on_after_a_kill_has_the_same_basis(people_world, tmp_path) -> None:
     schedule = {"name": "fixed", "lr": 1e-3, "steps": 6, "batch": 6, "warmup": 0}
-    recipe = build("npo", {"gradient": {"name": "project", "rank": 4}, "schedule": schedule})
+    recipe = build("npo", {"gradient": {"name": "project", "directions": 4}, "schedule": schedule})
     engine = Engine(checkpoint_every=3)
     whole = people_world.target()
     train(whole, recipe, people_world.examples, engine, folder=tmp_path)

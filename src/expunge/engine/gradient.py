@@ -82,34 +82,38 @@ class Project(Gradient):
     To first order the forget part of the step leaves the retain loss of the batch as it is. It attaches to any recipe with a
     forget and a retain term; ``retain.weight`` is the paper's alpha.
 
-    * ``rank=1``: away from the retain gradient of the step. ``rank=k``: away from those of the last k steps, of which the oldest
-      is dropped at each step (one published revision fills its basis once and never again; that one is stale, and not followed).
-    * ``scope=all``: one inner product over all tensors. ``scope=tensor``: one for each tensor, the paper's form of rank 8; it
-      implies the other and takes more away. A tensor of no more than k entries then keeps no forget gradient.
+    * ``directions=1``: away from the retain gradient of the step, the rank-1 form. ``directions=k``: away from those of the last
+      k steps, of which the oldest is dropped at each step (one published revision fills its basis once and never again; that is
+      stale, and not followed).
+    * ``scope=all``: one inner product over all tensors. ``scope=tensor``: one for each tensor, the paper's form with 8 directions;
+      it implies the other and takes more away. A tensor of no more than k entries then keeps no forget gradient.
     * ``geometry=optimizer``: orthogonal in the metric of the optimiser, so the *step* is, not only the gradient: for AdamW
       ``<a, b> = sum a b / (sqrt(v) + eps)``, which is whitening, projection and its undoing in one. The second moment is that
-      after the step, found by repetition, since it depends on the result. Exact only with ``schedule.beta1=0`` and
-      ``schedule.weight_decay=0`` (for SGD: momentum 0): momentum mixes in earlier directions. A run that is not exact says so;
+      after the step, found by repetition, since it depends on the result. Exact only with ``schedule.momentum=0`` (beta1 of
+      Adam) and ``schedule.weight_decay=0``: momentum mixes in earlier directions. A run that is not exact says so;
       ``exact=true`` refuses it. ``geometry=plain`` is the paper's first form, which AdamW bends.
-    * ``when=conflict``: only where ``<g_f, g_r> < 0``. With rank 1 and plain geometry that is PCGrad's surgery of the forget
-      gradient, ``gradient=pcgrad``.
-    * ``patterns``: project these tensors only, and leave the forget gradient of the others alone. The published trainer
+    * ``when=conflict``: only where ``<g_f, g_r> < 0``. With one direction and plain geometry that is PCGrad's surgery of the
+      forget gradient, ``gradient=pcgrad``.
+    * ``tensors``: project these tensors only, and leave the forget gradient of the others alone. The published trainer
       takes the last five blocks, the last norm and the head; the invariance then holds for these tensors' part alone.
 
-    Memory: two gradients of the P moving weights, and for rank k further ``(k - 1) P`` numbers in the precision of the weights,
-    ``bytes = (k + 1) P * width``; under AdamW up to four more P in passing, for the metric. It does not grow with the retain set.
+    Memory: two gradients of the P moving weights, and with k directions ``(k - 1) P`` more numbers in the precision of the
+    weights, ``bytes = (k + 1) P * width``; under AdamW up to four more P in passing, for the metric. It does not grow with the
+    retain set.
     """
 
     name: ClassVar[str] = "project"
 
-    rank: int = Field(1, ge=1, le=64, description="retain gradients of how many steps the forget gradient is kept away from")
+    directions: int = Field(
+        1, ge=1, le=64, description="retain gradients of how many steps the forget gradient is kept away from"
+    )
     scope: Literal["all", "tensor"] = Field("all", description="one projection over all tensors, or one for each")
     when: Literal["always", "conflict"] = Field("always", description="project always, or only where both gradients conflict")
     geometry: Literal["optimizer", "plain"] = Field(
         "optimizer", description="inner product: that of the optimiser's step, or of the gradients as they are"
     )
     exact: bool = Field(False, description="refuse an optimiser under which the step is not orthogonal though the gradient is")
-    patterns: tuple[str, ...] = Field((), description="regular expressions: only tensors with such a name; none: all")
+    tensors: tuple[str, ...] = Field((), description="regular expressions: only tensors with such a name; none: all")
 
     def begin(
         self, moving: Moving, adapter: Adapter, model: nn.Module, examples: Mapping[Stream, Sequence[Example]], engine: Engine
@@ -117,16 +121,16 @@ class Project(Gradient):
         """Find the tensors to project, and refuse what would not be exact if that is asked for."""
         inexact = self.notes(moving)
         if self.exact and inexact:
-            raise InputError(inexact[0], "Set schedule.beta1=0 schedule.weight_decay=0 (of SGD: schedule.momentum=0).")
+            raise InputError(inexact[0], "Set schedule.momentum=0 schedule.weight_decay=0.")
         try:
-            searches = [re.compile(p) for p in self.patterns]
+            searches = [re.compile(p) for p in self.tensors]
         except re.error as error:
             raise InputError(f"A pattern of gradient={self.name} is no regular expression: {error}.") from None
         chosen = [i for i, n in enumerate(moving.names) if not searches or any(s.search(n) for s in searches)]
         if not chosen:
-            close = nearest(self.patterns[0], {part for n in moving.names for part in n.split(".") if not part.isdigit()})
+            close = nearest(self.tensors[0], {part for n in moving.names for part in n.split(".") if not part.isdigit()})
             raise InputError(
-                f"gradient={self.name} finds no moving tensor called {' or '.join(self.patterns)}.",
+                f"gradient={self.name} finds no moving tensor called {' or '.join(self.tensors)}.",
                 f"Some that move: {', '.join(close or moving.names[:5])}.",
             )
         return {"chosen": chosen}
@@ -135,7 +139,7 @@ class Project(Gradient):
         """Why the step is not orthogonal to the retain gradients, if it is not."""
         found = []
         if moving.memory:
-            found.append(f"a share of {moving.memory:g} of earlier steps (beta1, or momentum)")
+            found.append(f"a share of {moving.memory:g} of earlier steps (momentum)")
         if moving.decay:
             found.append(f"weight decay of {moving.decay:g}")
         if not found:
@@ -147,10 +151,10 @@ class Project(Gradient):
         chosen = list(moving.made.get("chosen", range(len(forget))))
         directions = [[retain[i] for i in chosen], *state.get("recent", [])]
         found = self._projected(forget, retain, directions, chosen, moving)
-        if self.rank > 1:
+        if self.directions > 1:
             size = _dot(directions[0], directions[0]) ** 0.5
             if size > 0:
-                state["recent"] = [[d / size for d in directions[0]], *directions[1:]][: self.rank - 1]
+                state["recent"] = [[d / size for d in directions[0]], *directions[1:]][: self.directions - 1]
         return [f + r for f, r in zip(found, retain, strict=True)]
 
     def _projected(

@@ -239,7 +239,7 @@ class _Loop:
         groups = [g for g in groups if g["params"]]
         if self.schedule.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=1e-6, momentum=self.schedule.momentum, fused=True)
-        return torch.optim.AdamW(groups, lr=1e-6, betas=(self.schedule.beta1, 0.999), fused=True)
+        return torch.optim.AdamW(groups, lr=1e-6, betas=(self.schedule.momentum, 0.999), fused=True)
 
     def _plan(self) -> BatchPlan | TurnPlan:
         """Batches by (seed, step); the anchor (the forget set, or what is trained on) comes first and defines the epoch."""

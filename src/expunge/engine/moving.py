@@ -48,8 +48,8 @@ class Moving:
     def scales(self, gradient: Sequence[Tensor]) -> list[Tensor] | None:
         """By what AdamW multiplies each entry if ``gradient`` is its next one, up to a factor common to all; none for SGD.
 
-        ``1 / (sqrt(v) + eps)`` with the second moment ``v`` *after* it has taken in this gradient, clipped as it will be. With
-        beta1 = 0 the step is that factor times the gradient, so this is the metric in which directions must be compared.
+        ``1 / (sqrt(v) + eps)`` with the second moment ``v`` *after* it has taken in this gradient, clipped as it will be. Without
+        momentum the step is that factor times the gradient, so this is the metric in which directions must be compared.
         """
         optimizer = _inner(self.optimizer) if self.optimizer is not None else None
         if not isinstance(optimizer, torch.optim.AdamW):

@@ -19,8 +19,7 @@ from expunge.methods.terms.preference import NPO
         "https://arxiv.org/abs/2511.17100",
     ),
     formula="d = -(g_f - (<g_f, g_r>_H / <g_r, g_r>_H) g_r + g_r), g_f of NPO, g_r of KL(retain), H the metric of the optimiser",
-    published=Fixed(lr=1e-5, epochs=10, beta1=0.0, weight_decay=0.0),
-    together=("beta1",),
+    published=Fixed(lr=1e-5, epochs=10, momentum=0.0, weight_decay=0.0),
     caveats=(
         "Exact to first order and for the retain batch of the step alone: what is kept elsewhere is kept as far as it is alike.",
         "It needs two gradients in memory, and two backward passes at each step.",
@@ -29,11 +28,11 @@ from expunge.methods.terms.preference import NPO
 def gu() -> Recipe:
     """NPO whose gradient is projected away from the retain gradient, in the metric of AdamW without momentum.
 
-    GU is a rule for the gradient, and wraps any method with a forget and a retain term: ``gradient=project schedule.beta1=0
+    GU is a rule for the gradient, and wraps any method with a forget and a retain term: ``gradient=project schedule.momentum=0
     schedule.weight_decay=0``. This is one of the published crossings (NPO with beta 0.1, the retain gradient that of the
-    divergence from the target), with the rank-1 form over all tensors; ``gradient.rank=8 gradient.scope=tensor`` is the form with
-    a basis of recent retain gradients for each tensor. Revisions of the official code differ: one never calls its projection and
-    never refreshes its basis; here both happen at every step. The published trainer projects the last five blocks, the last norm
-    and the head alone (``gradient.patterns``); here all tensors that move, as in the theory.
+    divergence from the target), with the rank-1 form over all tensors; ``gradient.directions=8 gradient.scope=tensor`` is the
+    form with a basis of recent retain gradients for each tensor. Revisions of the official code differ: one never calls its
+    projection and never refreshes its basis; here both happen at every step. The published trainer projects the last five
+    blocks, the last norm and the head alone (``gradient.tensors``); here all tensors that move, as in the theory.
     """
-    return compose("gu", forget=[NPO()], retain=[KL()], gradient=Project(), schedule=Adaptive(beta1=0.0))
+    return compose("gu", forget=[NPO()], retain=[KL()], gradient=Project(), schedule=Adaptive(momentum=0.0))
