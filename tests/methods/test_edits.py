@@ -16,6 +16,7 @@ from expunge.core.errors import InputError
 from expunge.data.rows import table
 from expunge.engine.edit import apply_edit
 from expunge.engine.gradients import batch_importance, mean_gradient
+from expunge.methods.catalogue import serves
 from expunge.methods.edits.curvature import Fisher, Influence
 from expunge.methods.edits.dampening import SSD, dampen
 from expunge.methods.edits.influence_step import IAU
@@ -37,8 +38,11 @@ def loss(adapter, rows) -> float:
         return float(adapter.forward(adapter.model, batch, frozenset({"losses"})).losses.mean())
 
 
+OF_ROWS = [n for n in EDITS.names() if serves(n, ClassifierAdapter.offers)[0]]
+
+
 @pytest.mark.parametrize("name", EDITS.names())
-def test_every_edit_is_documented_and_changes_a_classifier(digits, name) -> None:
+def test_every_edit_is_documented(name) -> None:
     kind = EDITS.get(name)
     assert len(kind.__doc__) > 200
     assert kind.title
@@ -46,6 +50,11 @@ def test_every_edit_is_documented_and_changes_a_classifier(digits, name) -> None
     assert kind.caveats
     assert kind.paper.url.startswith("https://arxiv.org/")
     assert all(p.text for p in kind.declared())
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_every_edit_changes_a_classifier(digits, name) -> None:
+    kind = EDITS.get(name)
     adapter = digits.target()
     before = state(adapter.model)
     outcome = apply_edit(adapter, kind(), digits.examples(adapter), QUIET)
@@ -299,7 +308,7 @@ def test_influence_forgets_a_class(digits) -> None:
         assert min(retain, unseen) > 0.9
 
 
-@pytest.mark.parametrize("name", EDITS.names())
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_a_frozen_part_keeps_its_value(digits, name) -> None:
     adapter = digits.target()
     adapter.model[0].requires_grad_(False)

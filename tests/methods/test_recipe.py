@@ -170,7 +170,7 @@ REFUSED = [
     ("npo", {"rank": 8}, "No part of this npo has a parameter 'rank'. It belongs to parameters=lora."),
     ("npo", {"retain": "kll"}, "There is no loss term 'kll'. Did you mean 'kl' or 'nll'?"),
     ("npo", {"gradient": "projekt"}, "There is no gradient rule 'projekt'. Did you mean 'project'?"),
-    ("npo", {"gradient": "none"}, "gradient cannot be none. Known: pcgrad, plain, project."),
+    ("npo", {"gradient": "none"}, "gradient cannot be none. Known: null-space, pcgrad, plain, project."),
     ("npo", {"gradient": 5}, "gradient must be the name of a part or a mapping; got 5."),
     ("npo", {"retain": 5}, "retain must be the name of a term, a mapping or a list of these; got 5."),
     ("npo", {"retain": ["nll", {"weight": 2}]}, "Each retain term needs a name; got {'weight': 2}."),

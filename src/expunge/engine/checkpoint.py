@@ -105,10 +105,33 @@ class Held:
     weights: Tensors
     good: Tensors
     optimizer: dict[str, Any]
+    gradient: dict[str, Any]
     state: dict[str, Any]
 
+    def gradient_on(self, device: torch.device) -> dict[str, Any]:
+        """The memory of the gradient rule, on a device."""
+        moved: dict[str, Any] = _moved(self.gradient, device)
+        return moved
 
-def save(folder: Path, writer: str, *, weights: Tensors, good: Tensors, optimizer: dict[str, Any], state: dict[str, Any]) -> None:
+
+def _moved(held: Any, device: torch.device) -> Any:
+    if isinstance(held, Tensor):
+        return held.to(device)
+    if isinstance(held, dict):
+        return {k: _moved(v, device) for k, v in held.items()}
+    return [_moved(v, device) for v in held] if isinstance(held, list) else held
+
+
+def save(
+    folder: Path,
+    writer: str,
+    *,
+    weights: Tensors,
+    good: Tensors,
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+    gradient: dict[str, Any] | None = None,
+) -> None:
     """Write one checkpoint in place of the last one.
 
     Args:
@@ -118,12 +141,13 @@ def save(folder: Path, writer: str, *, weights: Tensors, good: Tensors, optimize
         good: the same at the last check that was within all bounds.
         optimizer: its state dict (tensors and numbers).
         state: JSON: step, controller, balance, learning rate.
+        gradient: memory of the gradient rule (tensors, numbers, lists of these).
     """
     with atomic_path(folder / writer) as temporary:
         temporary.mkdir()
         save_file({k: v.contiguous() for k, v in weights.items()}, temporary / "weights.safetensors")
         save_file({k: v.contiguous() for k, v in good.items()}, temporary / "good.safetensors")
-        torch.save({"optimizer": optimizer, "rng": torch.get_rng_state()}, temporary / "optimizer.pt")
+        torch.save({"optimizer": optimizer, "gradient": gradient or {}, "rng": torch.get_rng_state()}, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(state))
 
 
@@ -141,4 +165,5 @@ def load(folder: Path, writer: str) -> Held | None:
     held = torch.load(at / "optimizer.pt", weights_only=True, map_location="cpu")
     torch.set_rng_state(held["rng"])
     state = json.loads((at / "state.json").read_text())
-    return Held(load_file(at / "weights.safetensors"), load_file(at / "good.safetensors"), held["optimizer"], state)
+    weights, good = (load_file(at / f"{name}.safetensors") for name in ("weights", "good"))
+    return Held(weights, good, held["optimizer"], held["gradient"], state)

@@ -43,6 +43,14 @@ class Edit(Settings, abc.ABC):
     def weights(self, adapter: Adapter, examples: Examples, engine: Engine, tell: Tell | None) -> dict[str, Tensor]:
         """The new value of each parameter that changes, by name, from the model as it is; nothing is changed here."""
 
+    def notes(self, adapter: Adapter, made: Mapping[str, Tensor], examples: Examples) -> list[str]:
+        """What a report must say of the new values ``made``, one sentence each; the model is still as it was.
+
+        Raises:
+            InputError: they would do harm.
+        """
+        return []
+
 
 def apply_edit(adapter: Adapter, edit: Edit, examples: Examples, engine: Engine, *, progress: Tell | None = None) -> Outcome:
     """Change ``adapter.model`` by an edit, all weights at once or none.
@@ -62,6 +70,7 @@ def apply_edit(adapter: Adapter, edit: Edit, examples: Examples, engine: Engine,
     for name, value in made.items():
         if not bool(torch.isfinite(value).all()):
             raise InputError(f"{edit.name!r} would make {name!r} infinite or NaN.", "Use milder parameters; nothing was changed.")
+    notes = edit.notes(adapter, made, examples)
     parameters = moving(adapter.model)
     changed = total = 0
     with torch.no_grad():
@@ -75,5 +84,5 @@ def apply_edit(adapter: Adapter, edit: Edit, examples: Examples, engine: Engine,
     return Outcome(
         adapter.model, "edited", sentence, 0, 0.0, seconds=time.perf_counter() - started,
         tokens=sum(e.size for s in edit.streams for e in examples[s]),
-        peak_bytes=peak_bytes(next(adapter.model.parameters()).device),
+        peak_bytes=peak_bytes(next(adapter.model.parameters()).device), notes=notes,
     )  # fmt: skip

@@ -1,15 +1,33 @@
-"""What is done to the gradient: nothing, projection away from the retain gradient, surgery on conflict."""
+"""What is done to the gradient: nothing, projection away from retain gradients (always, or on conflict), null spaces."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from pydantic import Field
+from torch import Tensor, nn
 
+from expunge.adapters.base import Adapter, Example
+from expunge.core.access import Stream
+from expunge.core.errors import InputError, nearest
 from expunge.core.registry import Registry
-from expunge.engine.parts import Gradient
+from expunge.engine.moving import PLAIN, Moving
+from expunge.engine.null_space import NullSpaceGradient
+from expunge.engine.options import Engine
+from expunge.engine.parts import Gradient, Recipe
 
 GRADIENTS: Registry[type[Gradient]] = Registry("gradient rule", None, "expunge.gradients")
+
+_ROUNDS = 12  # in which the step and the metric that depends on it must agree
+_AGREED = 1e-6
+_HALVINGS = 60
+_FAR = 1e4  # share of the retain gradient, in lengths of the forget gradient, beyond which the root never lies
+_TINY = 1e-300
+_DEPENDENT = 1e-10  # share of the largest eigenvalue below which directions count as dependent
 
 
 class Plain(Gradient):
@@ -18,46 +36,250 @@ class Plain(Gradient):
     name: ClassVar[str] = "plain"
     by_term: ClassVar[bool] = False
 
-    def combine(self, forget: list[Tensor], retain: list[Tensor], state: dict[str, Any]) -> list[Tensor]:
+    def combine(self, forget: list[Tensor], retain: list[Tensor], state: dict[str, Any], moving: Moving = PLAIN) -> list[Tensor]:
         """The sum; the engine never calls this, it lets one backward pass add them."""
         return [f + r for f, r in zip(forget, retain, strict=True)]
 
 
-def _dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor], metric: Sequence[Tensor] | None = None) -> float:
+    """``sum a m b`` in float64."""
+    if metric is None:
+        return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)))
+    return float(sum((x.double() * m.double() * y.double()).sum() for x, y, m in zip(a, b, metric, strict=True)))
+
+
+def project_off(
+    vector: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], metric: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """``vector`` without its part in the span of some directions: the result ``v`` has ``<d, v> = sum d m v = 0`` for each.
+
+    By the Gram matrix of the directions in float64, so no orthogonal basis is held beside them; dependent directions (and ones
+    that are 0) do no harm.
+
+    Args:
+        vector: one tensor per parameter.
+        directions: each in the same shapes.
+        metric: positive factors of the inner product, in the same shapes; none: all 1.
+    """
+    found = list(vector)
+    gram = torch.tensor([[_dot(a, b, metric) for b in directions] for a in directions], dtype=torch.float64)
+    sizes = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    values, vectors = torch.linalg.eigh(gram / sizes[:, None] / sizes)
+    kept = values > _DEPENDENT * len(directions)
+    inverse = vectors[:, kept] / values[kept] @ vectors[:, kept].T
+    for _ in range(1 if len(directions) == 1 else 2):  # the second pass removes what rounding left
+        shares = torch.tensor([_dot(d, found, metric) for d in directions], dtype=torch.float64) / sizes
+        weights = (inverse @ shares / sizes).tolist()
+        for w, direction in zip(weights, directions, strict=True):
+            found = [f - w * d for f, d in zip(found, direction, strict=True)]
+    return found
 
 
 class Project(Gradient):
-    """Geometric-disentanglement update of rank one: remove from the forget gradient its part along the retain gradient.
+    """Geometric-disentanglement update: the forget gradient only outside the span of retain gradients, these as they are.
 
-    ``g = g_f - (<g_f, g_r> / (|g_r|^2 + eps)) g_r + g_r`` over all trainable tensors together, always (not only on
-    conflict), as in Geometric-Disentanglement Unlearning (arXiv 2511.17100), in the plain (unwhitened) geometry. After
-    projection the forget step changes the retain loss of the batch only to second order under plain SGD; Adam's
-    preconditioner weakens that, which the paper's whitened form addresses and this one does not.
+    ``g = g_f - sum_j c_j u_j + g_r`` with ``c`` such that the first two are orthogonal to every ``u_j`` (GU, arXiv 2511.17100).
+    To first order the forget part of the step leaves the retain loss of the batch as it is. It attaches to any recipe with a
+    forget and a retain term; ``retain.weight`` is the paper's alpha.
+
+    * ``directions=1``: away from the retain gradient of the step, the rank-1 form. ``directions=k``: away from those of the last
+      k steps, of which the oldest is dropped at each step (one published revision fills its basis once and never again; that is
+      stale, and not followed).
+    * ``scope=all``: one inner product over all tensors. ``scope=tensor``: one for each, the paper's form with 8 directions;
+      it implies the other and takes more away. A tensor of no more than k entries then keeps no forget gradient.
+    * ``geometry=optimizer``: orthogonal in the metric of the optimiser, so the *step* is, not only the gradient: for AdamW
+      ``<a, b> = sum a b / (sqrt(v) + eps)``, which is whitening, projection and its undoing in one. The second moment is that
+      after the step, found by repetition, since it depends on the result. Exact only with ``schedule.momentum=0`` (beta1 of
+      Adam) and ``schedule.weight_decay=0``: momentum mixes in earlier directions. A run that is not exact says so;
+      ``exact=true`` refuses it. ``geometry=plain`` is the paper's first form, which AdamW bends.
+    * ``when=conflict``: only where ``<g_f, g_r> < 0``. With one direction and plain geometry that is PCGrad's surgery of the
+      forget gradient, ``gradient=pcgrad``.
+    * ``tensors``: project these tensors only, and leave the forget gradient of the others alone. The published trainer
+      takes the last five blocks, the last norm and the head; the invariance then holds for these tensors' part alone.
+
+    Memory: two gradients of the P moving weights, and with k directions ``(k - 1) P`` more numbers in the precision of the
+    weights, ``bytes = (k + 1) P * width``; under AdamW up to four more P in passing, for the metric. It does not grow with the
+    retain set.
     """
 
     name: ClassVar[str] = "project"
 
-    def combine(self, forget: list[Tensor], retain: list[Tensor], state: dict[str, Any]) -> list[Tensor]:
-        """Project the forget gradient off the retain gradient and add the latter."""
-        share = (_dot(forget, retain) / (_dot(retain, retain) + 1e-20)).item()
-        return [f - share * r + r for f, r in zip(forget, retain, strict=True)]
+    directions: int = Field(
+        1, ge=1, le=64, description="retain gradients of how many steps the forget gradient is kept away from"
+    )
+    scope: Literal["all", "tensor"] = Field("all", description="one projection over all tensors, or one for each")
+    when: Literal["always", "conflict"] = Field("always", description="project always, or only where both gradients conflict")
+    geometry: Literal["optimizer", "plain"] = Field(
+        "optimizer", description="inner product: that of the optimiser's step, or of the gradients as they are"
+    )
+    exact: bool = Field(False, description="refuse an optimiser under which the step is not orthogonal though the gradient is")
+    tensors: tuple[str, ...] = Field((), description="regular expressions: only tensors with such a name; none: all")
+
+    def begin(
+        self, moving: Moving, adapter: Adapter, model: nn.Module, examples: Mapping[Stream, Sequence[Example]], engine: Engine
+    ) -> dict[str, Any]:
+        """Find the tensors to project, and refuse what would not be exact if that is asked for."""
+        inexact = self.notes(moving)
+        if self.exact and inexact:
+            raise InputError(inexact[0], "Set schedule.momentum=0 schedule.weight_decay=0.")
+        try:
+            searches = [re.compile(p) for p in self.tensors]
+        except re.error as error:
+            raise InputError(f"A pattern of gradient={self.name} is no regular expression: {error}.") from None
+        chosen = [i for i, n in enumerate(moving.names) if not searches or any(s.search(n) for s in searches)]
+        if not chosen:
+            close = nearest(self.tensors[0], {part for n in moving.names for part in n.split(".") if not part.isdigit()})
+            raise InputError(
+                f"gradient={self.name} finds no moving tensor called {' or '.join(self.tensors)}.",
+                f"Some that move: {', '.join(close or moving.names[:5])}.",
+            )
+        return {"chosen": chosen}
+
+    def notes(self, moving: Moving) -> list[str]:
+        """Why the step is not orthogonal to the retain gradients, if it is not."""
+        found = []
+        if moving.memory:
+            found.append(f"a share of {moving.memory:g} of earlier steps (momentum)")
+        if moving.decay:
+            found.append(f"weight decay of {moving.decay:g}")
+        if not found:
+            return []
+        return [f"gradient={self.name} is exact for the gradient, not for the step: it also has {' and '.join(found)}."]
+
+    def combine(self, forget: list[Tensor], retain: list[Tensor], state: dict[str, Any], moving: Moving = PLAIN) -> list[Tensor]:
+        """Project the forget gradient off the last retain gradients and add this step's."""
+        chosen = list(moving.made.get("chosen", range(len(forget))))
+        directions = [[retain[i] for i in chosen], *state.get("recent", [])]
+        found = self._projected(forget, retain, directions, chosen, moving)
+        if self.directions > 1:
+            size = _dot(directions[0], directions[0]) ** 0.5
+            if size > 0:
+                state["recent"] = [[d / size for d in directions[0]], *directions[1:]][: self.directions - 1]
+        return [f + r for f, r in zip(found, retain, strict=True)]
+
+    def _projected(
+        self, forget: list[Tensor], retain: list[Tensor], directions: list[list[Tensor]], chosen: list[int], moving: Moving
+    ) -> list[Tensor]:
+        """The forget gradient outside the directions, in the metric of the step that it makes with the retain gradient."""
+        metric = self._metric(moving, forget, retain)
+        found = self._off(forget, directions, chosen, metric)
+        if metric is None:
+            return found
+        for _ in range(_ROUNDS):
+            metric = self._metric(moving, found, retain)
+            if self._agree(found, directions[0], chosen, metric):
+                return found
+            found = self._off(forget, directions, chosen, metric)
+        # Before AdamW has a memory its step is a sign, and repetition need not settle; there is one direction then.
+        return self._off_sign(forget, retain, directions[0], chosen, moving) if len(directions) == 1 else found
+
+    def _metric(self, moving: Moving, forget: Sequence[Tensor], retain: Sequence[Tensor]) -> list[Tensor] | None:
+        if self.geometry == "plain":
+            return None
+        return moving.scales([f + r for f, r in zip(forget, retain, strict=True)])
+
+    def _groups(self, chosen: Sequence[int]) -> list[list[int]]:
+        """Positions, among the chosen tensors, of those that are projected together."""
+        everything = list(range(len(chosen)))
+        return [everything] if self.scope == "all" else [[i] for i in everything]
+
+    def _off(
+        self, forget: Sequence[Tensor], directions: Sequence[Sequence[Tensor]], chosen: Sequence[int], metric: list[Tensor] | None
+    ) -> list[Tensor]:
+        """Projection in a given metric, group by group."""
+        out = list(forget)
+        for group in self._groups(chosen):
+            places = [chosen[i] for i in group]
+            vector = [forget[p] for p in places]
+            spans = [[d[i] for i in group] for d in directions]
+            factors = None if metric is None else [metric[p] for p in places]
+            if self.when == "conflict" and _dot(vector, spans[0], factors) >= 0:
+                continue
+            for place, value in zip(places, project_off(vector, spans, factors), strict=True):
+                out[place] = value
+        return out
+
+    def _off_sign(
+        self, forget: list[Tensor], retain: list[Tensor], direction: list[Tensor], chosen: list[int], moving: Moving
+    ) -> list[Tensor]:
+        """Projection off one direction by halving: its share grows or shrinks until the step is orthogonal to it."""
+        groups = [[(chosen[i], i) for i in group] for group in self._groups(chosen)]
+        start = self._metric(moving, forget, retain) or []
+        low, high = [0.0] * len(groups), [0.0] * len(groups)
+        for at, group in enumerate(groups):
+            ours, theirs = [forget[p] for p, _ in group], [direction[i] for _, i in group]
+            if self.when == "always" or _dot(ours, theirs, [start[p] for p, _ in group]) < 0:
+                high[at] = _FAR * (_dot(ours, ours) / max(_dot(theirs, theirs), _TINY)) ** 0.5
+                low[at] = -high[at]
+        found = forget
+        for _ in range(_HALVINGS):
+            shares = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+            found = list(forget)
+            for group, share in zip(groups, shares, strict=True):
+                for place, i in group:
+                    found[place] = forget[place] - share * direction[i]
+            metric = self._metric(moving, found, retain) or []
+            for at, group in enumerate(groups):
+                across = _dot([found[p] for p, _ in group], [direction[i] for _, i in group], [metric[p] for p, _ in group])
+                low[at], high[at] = (shares[at], high[at]) if across > 0 else (low[at], shares[at])
+        return found
+
+    def _agree(
+        self, found: Sequence[Tensor], held: Sequence[Tensor], chosen: Sequence[int], metric: Sequence[Tensor] | None
+    ) -> bool:
+        """Whether what was found is orthogonal to the retain gradient in the metric of the step that it makes."""
+        if metric is None:
+            return True
+        for group in self._groups(chosen):
+            places = [chosen[i] for i in group]
+            ours, theirs, factors = [found[p] for p in places], [held[i] for i in group], [metric[p] for p in places]
+            size = (_dot(ours, ours, factors) * _dot(theirs, theirs, factors)) ** 0.5
+            across = _dot(ours, theirs, factors)
+            if abs(across) > _AGREED * size and not (self.when == "conflict" and across > 0):
+                return False
+        return True
 
 
 class ConflictProject(Project):
-    """PCGrad on the forget side: as ``project``, but only where the two gradients conflict (``<g_f, g_r> < 0``).
+    """PCGrad on the forget side: project off the retain gradient, but only where the two conflict (``<g_f, g_r> < 0``).
 
-    Yu et al. 2020, arXiv 2001.06782; the retain gradient is left as it is because keeping has priority here.
+    Yu et al. 2020, arXiv 2001.06782; the retain gradient is left as it is because keeping has priority here. It is
+    ``gradient=project when=conflict geometry=plain``.
     """
 
     name: ClassVar[str] = "pcgrad"
 
-    def combine(self, forget: list[Tensor], retain: list[Tensor], state: dict[str, Any]) -> list[Tensor]:
-        """Project only on conflict."""
-        if _dot(forget, retain).item() >= 0:
-            return [f + r for f, r in zip(forget, retain, strict=True)]
-        return super().combine(forget, retain, state)
+    when: Literal["always", "conflict"] = Field("conflict", description="project always, or only where both gradients conflict")
+    geometry: Literal["optimizer", "plain"] = Field(
+        "plain", description="inner product: that of the optimiser's step, or of the gradients as they are"
+    )
 
 
-for rule in (Plain, Project, ConflictProject):
+def begun(
+    recipe: Recipe,
+    adapter: Adapter,
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    examples: Mapping[Stream, Sequence[Example]],
+    engine: Engine,
+) -> Moving:
+    """What a recipe's rule may know of the tensors that move, with what it makes before the first step.
+
+    Args:
+        recipe: whose rule and schedule.
+        adapter: the modality.
+        model: to be trained; unwrapped.
+        optimizer: of its moving tensors.
+        examples: by stream.
+        engine: seed, and examples per forward pass.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    moving = Moving(tuple(n for n, _ in named), optimizer, tuple(p for _, p in named), recipe.schedule.clip)
+    with torch.random.fork_rng():
+        torch.manual_seed(engine.seed)
+        return replace(moving, made=recipe.gradient.begin(moving, adapter, model, examples, engine))
+
+
+for rule in (Plain, Project, ConflictProject, NullSpaceGradient):
     GRADIENTS.add(rule.name, rule)

@@ -31,6 +31,7 @@ from expunge.engine.alternate import States, joined
 from expunge.engine.control import Sight, Steering
 from expunge.engine.devices import Devices
 from expunge.engine.goal import Goal
+from expunge.engine.gradient import begun
 from expunge.engine.masks import moving_entries
 from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
@@ -169,6 +170,7 @@ class _Loop:
         self.prepared = run_preparation(
             recipe.preparation, adapter, examples, engine, scratch=scratch / "preparation", tell=progress
         )
+        recipe = self.recipe = self.prepared.settled(recipe)
         self.examples = self.prepared.examples
         self.notes = list(self.prepared.notes)
         others = {of: ModelReference(held, self.devices.device) for of, held in (models or {}).items()}
@@ -198,6 +200,10 @@ class _Loop:
             self.objective, self.devices.unwrap(self.model), self.parameters, engine.max_tokens, sharded=self.devices.sharded
         )
         self.gradient_state: dict[str, Any] = {}
+        self.moving = begun(
+            recipe, adapter, self.devices.unwrap(self.model), self.optimizer, examples=self.examples, engine=engine
+        )
+        self.notes += recipe.gradient.notes(self.moving)
         self.balance_state: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.tokens = 0
@@ -239,7 +245,8 @@ class _Loop:
         groups = [g for g in groups if g["params"]]
         if self.schedule.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=1e-6, momentum=self.schedule.momentum, fused=True)
-        return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, self.schedule.second_moment), fused=True)
+        betas = (self.schedule.momentum, self.schedule.second_moment)
+        return torch.optim.AdamW(groups, lr=1e-6, betas=betas, fused=True)
 
     # ---- one step
 
@@ -282,8 +289,8 @@ class _Loop:
                     self.devices.backward(sum(present[1:], present[0]))
             self.tokens += int(micro.weight) * sum(e.size for s in micro.examples.values() for e in s)
         if split:
-            of_forget, of_retain = (self.devices.reduce_all(s) for s in sides)
-            combined = self.recipe.gradient.combine(of_forget, of_retain, self.gradient_state)
+            of_forget, of_retain = (self._masked(self.devices.reduce_all(s)) for s in sides)
+            combined = self.recipe.gradient.combine(of_forget, of_retain, self.gradient_state, self.moving)
             for parameter, g in zip(self.parameters, combined, strict=True):
                 parameter.grad = g
         return self._update(step, lr, sums, coefficients, only)
@@ -345,6 +352,10 @@ class _Loop:
             row["finite"] = 0.0
         self.optimizer.zero_grad(set_to_none=True)
         return row
+
+    def _masked(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Gradients of what may move: a rule that compares directions must not count what will not be taken."""
+        return [g * m for g, m in zip(gradients, self.masks, strict=True)] if self.masks else gradients
 
     def _penalise(self, done: float) -> None:
         if self.recipe.penalty is None:
@@ -420,8 +431,7 @@ class _Loop:
             return
         state = {
             "step": done, "watch": watch.state(), "balance": self.balance_state, "rates": rates, "history": self.history,
-            "tokens": self.tokens, "gradient": {k: v for k, v in self.gradient_state.items() if not isinstance(v, Tensor)},
-            "control": self.steering.saved(),
+            "tokens": self.tokens, "control": self.steering.saved(),
         }  # fmt: skip
         number = done // self.engine.checkpoint_every
         checkpoint.save(
@@ -430,6 +440,7 @@ class _Loop:
             weights=checkpoint.snapshot(self.model),
             good=watch.good,
             optimizer=self.states.saved(),
+            gradient=self.gradient_state,
             state=state,
         )
 
@@ -455,7 +466,7 @@ class _Loop:
         self.states.restore(held.optimizer)
         state = held.state
         self.balance_state = state["balance"]
-        self.gradient_state = state["gradient"]
+        self.gradient_state = held.gradient_on(self.devices.device)
         self.history = state["history"]
         self.tokens = state["tokens"]
         self.steering.restore(state["control"])
@@ -472,5 +483,6 @@ def write_log_summary(folder: Path, outcome: Outcome) -> None:
             "lr": outcome.lr, "rate_test": outcome.rate_test,
             "forget_loss": outcome.forget_loss, "retain_loss": outcome.retain_loss,
             "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
+            "notes": outcome.notes,
         },
     )  # fmt: skip

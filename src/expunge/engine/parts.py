@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from expunge.adapters.base import Example, Outputs, Targets
+from expunge.adapters.base import Adapter, Example, Outputs, Targets
 from expunge.core.access import Of, Stream
 from expunge.core.settings import Settings
 from expunge.engine.control import Control
+from expunge.engine.moving import PLAIN, Moving
+from expunge.engine.options import Engine
 from expunge.engine.preparation import Preparation
 
 Need = tuple[Stream, Of, str]  #: (which examples, under which model, which value: "losses", "logits" or "features:<layer>")
@@ -144,11 +146,28 @@ class Gradient(Settings, abc.ABC):
     name: ClassVar[str]
     by_term: ClassVar[bool] = True  #: whether the rule needs forget and retain gradients apart (two backward passes)
 
+    def begin(
+        self, moving: Moving, adapter: Adapter, model: nn.Module, examples: Mapping[Stream, Sequence[Example]], engine: Engine
+    ) -> dict[str, Any]:
+        """What the rule makes from model and data before the first step; :meth:`combine` finds it in ``moving.made``.
+
+        ``model`` is the one that is to be trained, as it is before. A run that goes on after a kill makes it anew from the
+        same model, so it must depend on the arguments alone.
+
+        Raises:
+            InputError: the rule does not fit the tensors that move.
+        """
+        return {}
+
+    def notes(self, moving: Moving) -> list[str]:
+        """What a report must say of the rule under this optimiser, one sentence each."""
+        return []
+
     @abc.abstractmethod
-    def combine(self, forget: list[Tensor], retain: list[Tensor], state: dict[str, Any]) -> list[Tensor]:
+    def combine(self, forget: list[Tensor], retain: list[Tensor], state: dict[str, Any], moving: Moving = PLAIN) -> list[Tensor]:
         """One gradient per trainable tensor from the (already weighted and normalised) forget and retain gradients.
 
-        ``state`` is the rule's memory between steps (tensors or numbers only: it is saved in checkpoints).
+        ``state`` is the rule's memory between steps (tensors, numbers and lists of these: it is saved in checkpoints).
         """
 
 
@@ -216,7 +235,7 @@ class Schedule(Settings, abc.ABC):
     batch: int = Field(8, ge=1, description="forget examples per optimiser step, over all processes and micro-batches")
     retain_batch: int | None = Field(None, ge=1, description="retain examples per step; none: as many as forget examples")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="rule of the step")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd: share of the last step that is taken again")
+    momentum: float = Field(0.9, ge=0, lt=1, description="share of earlier directions that goes into a step: beta1 of adamw")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of adamw; of sgd: added to the gradient")
     second_moment: float = Field(0.999, gt=0, lt=1, description="of adamw: share of its mean of squares that a step keeps")
     lr: float | None = Field(None, gt=0, description="learning rate; none: found by a range test")

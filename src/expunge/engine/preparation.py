@@ -11,7 +11,7 @@ import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from expunge.core.settings import Settings
 from expunge.engine.options import Engine
 
 Examples = Mapping[Stream, Sequence[Example]]
+R = TypeVar("R", bound=Settings)
 Tell = Callable[[int, int, str], None]  #: (done, of how many, what is being done)
 
 _PREFIX = "grown_"
@@ -50,6 +51,7 @@ class Prepared:
         sources: frozen models, or predictions of their outputs.
         made: everything else that terms read, by name.
         grown: networks among ``made``, by name, that are trained with the model and dropped afterwards.
+        chosen: values of fields that were left open, by the field's name: every part of the recipe that has it gets it.
         notes: what a report must say, one sentence each.
     """
 
@@ -57,7 +59,23 @@ class Prepared:
     sources: Mapping[Of, ReferenceSource] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
     grown: Mapping[str, nn.Module] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def settled(self, recipe: R) -> R:
+        """The recipe with what was chosen, in every part that left it open (a field that is none)."""
+
+        def filled(part: Settings) -> Settings:
+            known = type(part).model_fields
+            new = {k: v for k, v in self.chosen.items() if k in known and getattr(part, k) is None}
+            return part.model_copy(update=new) if new else part
+
+        if not self.chosen:
+            return recipe
+        held = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+        new: dict[str, Any] = {n: filled(v) for n, v in held.items() if isinstance(v, Settings)}
+        new |= {n: tuple(filled(t) for t in v) for n, v in held.items() if isinstance(v, tuple)}
+        return recipe.model_copy(update=new)
 
     def attach(self, model: nn.Module) -> None:
         """Make what is grown a part of ``model``: trained, kept in checkpoints and restored like its own weights."""
@@ -82,6 +100,7 @@ class Preparation(Settings, abc.ABC):
     name: ClassVar[str]
     reads: ClassVar[tuple[Stream, ...]]  #: examples that it reads
     makes: ClassVar[frozenset[str]]  #: streams, models (``Of``) and names of things that are there afterwards
+    chooses: ClassVar[frozenset[str]] = frozenset()  #: names of fields of other parts that it fills in where they are none
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
     pairs: ClassVar[bool] = False  #: whether it makes one retain example for each forget example: they go through steps together
 
@@ -121,7 +140,7 @@ def run_preparation(
     with torch.random.fork_rng(), evaluating(adapter.model):
         torch.manual_seed(engine.seed)
         found = part.prepare(adapter, examples, engine, scratch, tell)
-    absent = sorted(part.makes - found.names())
+    absent = sorted((part.makes | part.chooses) - found.names() - frozenset(found.chosen))
     if absent:
         raise InputError(f"preparation={part.name} declares {', '.join(absent)}, but has not made it.")
     if part.pairs and len(found.examples.get(Stream.RETAIN, ())) != len(examples.get(Stream.FORGET, ())):

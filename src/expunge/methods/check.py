@@ -51,7 +51,15 @@ def _check_preparation(recipe: Recipe) -> None:
         return
     needs = recipe.needs(PLACEHOLDER_LAYERS)
     read = {t.stream for t in recipe.terms()} | {s for s, _, _ in needs} | {of for _, of, _ in needs}
-    if not made & (read | {name for t in recipe.terms() for name in t.uses}):
+    slots = (recipe.parameters, recipe.gradient, recipe.schedule, recipe.balance, recipe.penalty, recipe.finish)
+    parts = [*recipe.terms(), *(p for p in slots if p is not None)]
+    open_fields = {f for p in parts for f in part.chooses & set(type(p).model_fields) if getattr(p, f) is None}
+    if part.chooses and not made and not open_fields:
+        raise InputError(
+            f"preparation={part.name} chooses {', '.join(sorted(part.chooses))}, which no part of {recipe.name!r} leaves open.",
+            "Use preparation=none, or do not give it.",
+        )
+    if made and not made & (read | {name for t in recipe.terms() for name in t.uses}):
         raise InputError(
             f"preparation={part.name} makes {', '.join(sorted(made))}, which no term of {recipe.name!r} reads.",
             "Use preparation=none, or a term that reads it.",

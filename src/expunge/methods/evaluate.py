@@ -153,6 +153,8 @@ def loss_on(
         examples[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alternative") for r, a in pairs]
     with tempfile.TemporaryDirectory() as scratch:
         prepared = run_preparation(recipe.preparation, adapter, examples, Engine(seed=seed), scratch=Path(scratch))
+    recipe = prepared.settled(recipe)
+    needs = recipe.needs(adapter.layers())
     examples = {s: list(e) for s, e in prepared.examples.items()}
     outputs: dict[tuple[Stream, Of], Outputs] = {}
     for stream, of in sorted({(s, of) for s, of, _ in needs}):

@@ -171,6 +171,7 @@ def save_outcome(adapter: LanguageAdapter, outcome: Outcome, out: Path) -> dict[
     return {
         "reason": outcome.reason, "reached": outcome.reached, "sentence": outcome.sentence, "steps": outcome.steps,
         "lr": outcome.lr, "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
+        "notes": outcome.notes,
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, logsigmoid, normalize
 
 from expunge.adapters.base import Example, Outputs
 from expunge.core.access import Of, Stream
@@ -17,10 +17,9 @@ from expunge.engine.parts import Need, Term, Views
 from expunge.methods.registry import term
 
 
-class Features(Term):
-    """Squared distance of hidden states after one block, averaged over tokens.
+class States(Term):
+    """A term on the hidden states after one block, averaged over tokens.
 
-    ``reduce=sum`` is the squared norm of the paper; ``reduce=mean``, common in implementations, makes it D times smaller.
     The mean runs over the tokens of all sequences together, so sequences of unequal length are weighed by their length
     (a known implementation averages inverse lengths separately, which is neither this nor the mean of sequence means).
     """
@@ -34,7 +33,6 @@ class Features(Term):
         lt=512,
         description="block, counted from 0, negative from the end; none: 7/32 of the depth, as in the paper",
     )
-    reduce: Literal["sum", "mean"] = Field("sum", description="over hidden dimensions")
     tokens: Literal["all", "supervised"] = Field(
         "all", description="which input tokens: also those of the prompt, or targets only"
     )
@@ -52,15 +50,24 @@ class Features(Term):
         """Name of the block."""
         return layers[block_index(self.layer, layers)]
 
-    def distance(self, view: Outputs, states: Tensor, goal: Tensor) -> Tensor:
-        """Squared distance of each token, 0 where it does not count, ``[M]``."""
-        squares = (states - goal).square()
-        per_token = squares.sum(-1) if self.reduce == "sum" else squares.mean(-1)
+    def counted(self, view: Outputs, per_token: Tensor) -> Tensor:
+        """Values ``[M]``, 0 at tokens that do not count."""
         return per_token if self.tokens == "all" else per_token.masked_fill(~view.token_supervised, 0.0)
 
     def count(self, examples: Sequence[Example]) -> int:
         """Tokens that count."""
         return sum(e.size if self.tokens == "all" else e.n_targets for e in examples)
+
+
+class Features(States):
+    """Squared distance of hidden states: ``reduce=sum`` is the squared norm; ``reduce=mean``, common in code, D times smaller."""
+
+    reduce: Literal["sum", "mean"] = Field("sum", description="over hidden dimensions")
+
+    def distance(self, view: Outputs, states: Tensor, goal: Tensor) -> Tensor:
+        """Squared distance of each token, 0 where it does not count, ``[M]``."""
+        squares = (states - goal).square()
+        return self.counted(view, squares.sum(-1) if self.reduce == "sum" else squares.mean(-1))
 
 
 @term
@@ -110,6 +117,40 @@ class FeatureMatch(Features):
         """Squared distance of each token's state to that of the reference, ``[M]``."""
         goal = self.states(views, Of.REFERENCE).detach()
         return self.distance(views.current(self.reads), self.states(views, Of.CURRENT), goal)
+
+
+@term
+class Deviation(States):
+    """Forget states turn away from where the frozen target has them (KUDA, arXiv 2602.19275).
+
+    ``-(2 / beta) log sigmoid(beta D)`` per token with ``D = 1 - cos(h + nudge |h| u, h_ref)``, or ``form=cosine``: the cosine
+    itself. At the start h is h_ref, where the cosine is largest and its gradient 0: without the nudge, a fixed random unit vector
+    u by a small share of the state's length, nothing would ever move. The paper's code is not public and its formulas were not at
+    hand: this follows the structure of its description, and beta (its inverse temperature: the larger, the sooner a token that
+    has turned away is left in peace) has a default of ours.
+    """
+
+    name: ClassVar[str] = "deviation"
+    reads: ClassVar[Stream] = Stream.FORGET
+
+    form: Literal["sigmoid", "cosine"] = Field("sigmoid", description="log-sigmoid of the deviation, or the cosine as it is")
+    beta: float = Field(1.0, gt=0, description="inverse temperature of the log-sigmoid")
+    nudge: float = Field(0.05, gt=0, le=1, description="length of the first push, as a share of the state's own")
+    seed: int = Field(0, ge=0, description="seed of its direction")
+
+    def needs(self, layers: Sequence[str]) -> frozenset[Need]:
+        """Features of both models."""
+        value = f"features:{self.block(layers)}"
+        return frozenset({(self.reads, Of.CURRENT, value), (self.reads, Of.REFERENCE, value)})
+
+    def values(self, views: Views) -> Tensor:
+        """The loss of each token, ``[M]``."""
+        states, before = self.states(views, Of.CURRENT), self.states(views, Of.REFERENCE).detach()
+        drawn = torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(self.seed))
+        push = normalize(drawn, dim=0).to(states.device) * self.nudge * states.detach().norm(dim=1, keepdim=True)
+        cosine = cosine_similarity(states + push, before, dim=1)
+        value = cosine if self.form == "cosine" else -2 / self.beta * logsigmoid(self.beta * (1 - cosine))
+        return self.counted(views.current(self.reads), value)
 
 
 @term
