@@ -174,7 +174,11 @@ class _Loop:
         frozen = frozen_models(adapter, recipe, self.examples, engine, device=self.devices.device, store=cache)
         sources = {**frozen, **others, **self.prepared.sources}
         self.objective = Objective(adapter, recipe, self.examples, sources, self.prepared.made)
-        model = recipe.parameters.prepare(adapter.model, adapter.layers())
+        if recipe.parameters.reads and self.devices.sharded:
+            raise InputError(
+                f"parameters={recipe.parameters.name} does not work on a sharded (FSDP) model.", "Use parameters=all or lora."
+            )
+        model = recipe.parameters.begin(adapter, self.examples, engine, scratch / "parameters", progress)
         if self.prepared.grown and self.devices.world > 1:
             raise InputError(f"The method {recipe.name!r} trains a network beside the model.", "Run it on one process.")
         self.prepared.attach(model)

@@ -11,15 +11,17 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from expunge.adapters.base import Example, Outputs
-from expunge.core.access import Of, Stream
+from expunge.adapters.base import Adapter, Example, Outputs
+from expunge.core.access import Of, Offer, Stream
 from expunge.core.settings import Settings
-from expunge.engine.preparation import Preparation
+from expunge.engine.options import Engine
+from expunge.engine.preparation import Examples, Preparation, Tell
 
 Need = tuple[Stream, Of, str]  #: (which examples, under which model, which value: "losses", "logits" or "features:<layer>")
 
@@ -148,6 +150,27 @@ class Parameters(Settings, abc.ABC):
     """Which parameters move."""
 
     name: ClassVar[str]
+    factors: ClassVar[bool] = False  #: whether what moves are factors beside the weights (a LoRA)
+    switchable: ClassVar[bool] = False  #: whether the target is back once these factors are switched off
+    reads: ClassVar[tuple[Stream, ...]] = ()  #: examples that it looks at before training
+    offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
+
+    def begin(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None = None) -> Any:
+        """:meth:`prepare` the adapter's model; a choice that depends on the data looks at them here.
+
+        The result must depend on the arguments alone: a run that goes on after a kill does it again.
+
+        Args:
+            adapter: holds the target, on the device of the run, in evaluation mode.
+            examples: by stream.
+            engine: seed, and examples per forward pass.
+            scratch: folder for files that a run that goes on after a kill finds again; it may not exist yet.
+            tell: called with what is being done.
+
+        Raises:
+            InputError: nothing matches, or a stream that it reads is missing.
+        """
+        return self.prepare(adapter.model, adapter.layers())
 
     @abc.abstractmethod
     def prepare(self, model: Any, layers: Sequence[str]) -> Any:
@@ -251,8 +274,9 @@ class Recipe(Settings):
         return frozenset(n for t in self.terms() for n in t.needs(layers))
 
     def streams(self, layers: Sequence[str]) -> frozenset[Stream]:
-        """The examples that must be given: those that terms and schedule read and no preparation makes, and those it reads."""
+        """The examples that must be given: those that its parts read and no preparation makes, and those that this reads."""
         read = {t.stream for t in self.terms()} | {stream for stream, _, _ in self.needs(layers)} | self.schedule.reads
+        read |= set(self.parameters.reads)
         if self.preparation is None:
             return frozenset(read)
         return frozenset((read - {s for s in Stream if s in self.preparation.makes}) | set(self.preparation.reads))
