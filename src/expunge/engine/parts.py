@@ -82,6 +82,7 @@ class Term(Settings, abc.ABC):
     per: ClassVar[Literal["target", "example", "token"]] = "target"  #: what a value belongs to, and is averaged over
     uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
     whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
+    paired: ClassVar[bool] = False  #: whether it compares each forget example with its one and only alternative
 
     weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
 
@@ -97,6 +98,14 @@ class Term(Settings, abc.ABC):
     @abc.abstractmethod
     def values(self, views: Views) -> Tensor:
         """The term's values, float32 ``[N]``, ``[B]`` or ``[M]`` according to ``per``; the engine minimises their mean."""
+
+    def joint(self) -> bool:
+        """:attr:`whole`, for terms of which a setting decides it."""
+        return self.whole
+
+    def remarks(self, adapter: Adapter, examples: Examples, engine: Engine) -> tuple[str, ...]:
+        """What a report must say of the target and the data, one sentence each; asked once, before anything has moved."""
+        return ()
 
     def count(self, examples: Sequence[Example]) -> int:
         """By how much the sum of values is divided, for the examples of one optimiser step (all processes together)."""

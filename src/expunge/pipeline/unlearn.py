@@ -317,7 +317,7 @@ def execute(
     def work() -> dict[str, Any]:
         outcome, goal = run_in_memory(made, folder=out, resume=resume, progress=progress)
         result = save_outcome(made.adapter, outcome, out)
-        return result | {"recipe": spec, "goal": goal.model_dump() if goal else None}
+        return result | {"recipe": spec, "goal": goal.model_dump() if goal else None, "notes": outcome.notes}
 
     log = [] if isinstance(made.recipe, Edit) else ["log.jsonl"]
     result = run.stage("unlearn", inputs, work, ["model", "training.json", *log])
