@@ -150,10 +150,27 @@ def test_with_the_sign_of_its_ascent_turned_next_to_nothing_is_forgotten(qa):
     assert known[1] < 0.7
 
 
+def test_it_ends_once_the_forget_loss_is_over_the_limit(qa):
+    """Twenty forget examples, twelve a step: looked at after every second step, and no earlier than it is passed."""
+    _, seen = run(qa, 25)
+    limit = (seen[5][0] + seen[6][0]) / 2
+    assert seen[4][0] < limit < seen[6][0]
+    adapter = qa.target()
+    recipe = build("ga-opt", {"schedule": fixed(3e-4, 25, limit=limit)})
+    outcome = train(adapter, recipe, prepared(qa), QUIET)
+    assert (outcome.reason, outcome.steps, outcome.reached) == ("limit", 6, True)
+    assert outcome.forget_loss > limit
+    assert f"over the limit of {limit:.3f}" in outcome.sentence
+    assert [("forget_loss" in row) for row in outcome.history] == [False, True] * 3
+    with pytest.raises(InputError, match="limit"):
+        build("scrub", {"schedule": {"name": "turns", "limit": 3.0}})
+
+
 def test_the_published_setting_and_what_it_asks_for():
     made = build("ga-opt", {"schedule": "paper"})
     schedule = made.schedule
     assert (schedule.lr, schedule.steps, schedule.batch, schedule.warmup, schedule.decay) == (2e-6, 1000, 2, 0.0, "linear")
+    assert schedule.limit == 100
     assert [t.weight for t in made.terms()] == [0.5, 1.0, 1.0]
     assert made.preparation == RandomAnswers(answers=5)
     assert METHODS.get("ga-opt").wants == ("retain",)

@@ -88,7 +88,7 @@ class Outcome:
     @property
     def reached(self) -> bool:
         """Whether what was asked for was reached."""
-        return self.reason in ("goal", "schedule", "converged", "edited")
+        return self.reason in ("goal", "schedule", "converged", "edited", "limit")
 
 
 def train(

@@ -168,7 +168,7 @@ class Objective:
         if Stream.ALTERNATIVE in streams:
             streams.add(Stream.FORGET)
         shortest = {s: min(range(len(self.examples[s])), key=lambda i, s=s: self.examples[s][i].units) for s in streams}  # type: ignore[misc]
-        held = {s: (self.examples[s][i],) for s, i in shortest.items()}
+        held: dict[Stream, tuple[Example, ...]] = {s: (self.examples[s][i],) for s, i in shortest.items()}
         if Stream.ALTERNATIVE in streams:
             held[Stream.ALTERNATIVE] = tuple(self.examples[Stream.ALTERNATIVE][j] for j in self._of(shortest[Stream.FORGET]))
         return Micro({s: held[s] for s in _ORDER if s in streams}, weight=0.0)

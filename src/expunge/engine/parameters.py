@@ -223,7 +223,7 @@ class Fila(Lora):
         with torch.no_grad():
             for name, module in adapted.items():
                 self._split(module, found[f"{name}.base_layer.weight"], engine.seed)
-        for config in wrapped.peft_config.values():  # type: ignore[operator, union-attr]
+        for config in wrapped.peft_config.values():  # type: ignore[operator]
             config.base_model_name_or_path = OWN_BASE
         return wrapped
 

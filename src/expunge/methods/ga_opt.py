@@ -19,7 +19,7 @@ from expunge.methods.terms.likelihood import AlternativeNLL, GradientAscent
         "https://arxiv.org/abs/2405.15152",
     ),
     formula="L = -0.5 mean_i NLL_i(forget) / |y_i| + mean_{i, k} NLL(r_ik | x_i) / |r_ik| + KL(p_ref || p)(retain)",
-    published=Fixed(lr=2e-6, steps=1000, epochs=None, batch=2, warmup=0.0, decay="linear"),
+    published=Fixed(lr=2e-6, steps=1000, epochs=None, batch=2, warmup=0.0, decay="linear", limit=100.0),
     caveats=(
         "The forget side has no lower bound, and published samples after it are runs of '#' and '!': measure fluency.",
         "Answers at random are not refusals: the model learns to be wrong about what it should not know.",
@@ -32,8 +32,9 @@ def ga_opt() -> Recipe:
     The losses are those of LLMU (Yao et al. 2023, arXiv 2310.10683), with means over sequences of their token means, weights 0.5,
     1 and 1 and K = 5. The random answers come from the retain set (the preparation ``random-answers``). Published for harmful
     answers with rate 2e-6 and 1000 steps of two examples on all weights; for copyrighted text with LoRA (rank 16, alpha 32) and
-    rate 1e-3 (``parameters.name=lora parameters.rank=16 parameters.alpha=32 schedule=paper schedule.lr=1e-3``). A limit on the
-    forget loss (100) is published as well; the adaptive schedule stops at the loss of unseen text instead.
+    rate 1e-3 (``parameters.name=lora parameters.rank=16 parameters.alpha=32 schedule=paper schedule.lr=1e-3``). It ends when the
+    forget loss is over a limit, of 100 as published, looked at once per pass; the adaptive schedule stops at the loss of unseen
+    text instead.
 
     The published code departs from its own description, and is not followed: its limit on the loss is compared with a negative
     number and never stops anything; the random answers are trained together with their questions; on copyrighted text the
