@@ -131,9 +131,10 @@ def test_the_importance_weighs_batches_by_their_targets(people_world):
             (g,) = torch.autograd.grad(loss, [parameter])
             want += g**2 * sum(e.n_targets for e in held) / total
         close(found[name], want, rtol=1e-4, atol=1e-10)
-    relative = fila.relative_importance(adapter, examples, examples, batch=2)
-    for name, value in relative.items():
-        close(value, found[name] / (1e-5 + found[name]), rtol=1e-4, atol=1e-6)
+    retain = people_world.examples[Stream.RETAIN][:4]
+    kept = batch_importance(adapter, retain, batch=2, weigh="targets")
+    for name, value in fila.relative_importance(adapter, examples, retain, batch=2).items():
+        close(value, found[name] / (1e-5 + kept[name]), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny"])
@@ -220,7 +221,7 @@ def steps_to_forget(world, parameters) -> int:
 def test_it_forgets_in_fewer_steps_than_from_a_fresh_lora(people_world):
     first = steps_to_forget(people_world, {"name": "fila", "rank": 4, "alpha": 8.0})
     fresh = steps_to_forget(people_world, {"name": "lora", "rank": 4, "alpha": 8.0})
-    assert first < fresh
+    assert first <= 0.8 * fresh, (first, fresh)
 
 
 def test_what_a_lora_cannot_adapt_is_said(people_world):
