@@ -233,6 +233,9 @@ def test_what_a_lora_cannot_adapt_is_said(people_world):
         Lora().prepare(nn.Sequential(nn.Conv2d(1, 2, 3)), [])
     with pytest.raises(InputError, match=r"Name the modules; this model has 0: parameters.modules=\[0\]"):
         Lora().prepare(nn.Sequential(nn.Linear(1, 2)), [])
+    with pytest.raises(InputError, match=r"The weight of 'lm_head' is that of 'model\.embed_tokens' too"):
+        train(adapter, build("loku", {"parameters": {"modules": ["lm_head"]}}), people_world.examples, QUIET)
+    adapter = people_world.fresh()
     forget = {Stream.FORGET: people_world.examples[Stream.FORGET]}
     with pytest.raises(InputError, match="parameters=fila reads retain examples"):
         train(adapter, build("loku", {"retain": "none"}), forget, QUIET)

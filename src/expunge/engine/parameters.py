@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -197,7 +197,7 @@ class Fila(Lora):
         """Wrap the model, compute both importances, and split every adapted matrix.
 
         Raises:
-            InputError: nothing matches, a set is missing, or the forget loss has no gradient.
+            InputError: nothing matches, a set is missing, the forget loss has no gradient, or a weight is shared or quantised.
         """
         for stream in self.reads:
             if not examples.get(stream):
@@ -206,6 +206,7 @@ class Fila(Lora):
         adapted = {n: m for n, m in adapter.model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
         trained = [p for p in wrapped.parameters() if p.requires_grad]
         weights = {f"{name}.base_layer.weight": module.base_layer.weight for name, module in adapted.items()}
+        _check_own(adapter.model, weights)
         forget = list(examples[Stream.FORGET])
         retain = _drawn(examples[Stream.RETAIN], self.examples or len(forget), engine.seed)
         wrapped.requires_grad_(False)
@@ -238,6 +239,20 @@ class Fila(Lora):
         module.lora_A[name].weight[: len(a)] = a.to(module.lora_A[name].weight.dtype)
         module.lora_B[name].weight[:, : len(a)] = b.to(module.lora_B[name].weight.dtype)
         weight.sub_(module.get_delta_weight(name))
+
+
+def _check_own(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse to take a part out of a weight that something else reads too, or that is quantised."""
+    for name, weight in weights.items():
+        module = name.removesuffix(".base_layer.weight")
+        if not weight.is_floating_point():
+            raise InputError(f"The weight of {module!r} is quantised, so no part can be taken out of it.", "Use parameters=lora.")
+        others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != name]
+        if others:
+            raise InputError(
+                f"The weight of {module!r} is that of {others[0].rpartition('.')[0]!r} too, so no part can be taken out of it.",
+                "Leave it out of parameters.modules.",
+            )
 
 
 def _drawn(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:

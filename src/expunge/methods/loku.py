@@ -21,7 +21,8 @@ from expunge.methods.terms.likelihood import NLL
     formula="L = mean_tokens (1 + p(y) - max_{v != y} p(v))(forget) + NLL(retain), on W - s B A + s B A",
     published=Fixed(lr=1e-4, epochs=5),
     caveats=(
-        "What is saved is an adapter with a base of its own (model/base): the adapter on the original weights is another model.",
+        "What is saved is an adapter with a base of its own (model/base): the adapter on the original weights is another model. "
+        "In Python call merge_and_unload() before transformers' own save_pretrained().",
         "The most likely wrong answer takes the place of the forgotten one: look at what it is.",
         "It reads the retain set twice, once before training for the importance of the weights.",
     ),
