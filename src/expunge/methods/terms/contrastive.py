@@ -46,7 +46,7 @@ class NPair(Term):
 
     What is uncertain: the paper could not be checked in full and has no code. That the anchor is the prompt alone, and that s is
     the cosine divided by a temperature (``temperature=none`` is the plain product, which is large for hidden states), are our
-    reading. The gradient flows through all three.
+    reading. The states of the last block are those before the model's final norm. The gradient flows through all three.
     """
 
     name: ClassVar[str] = "n-pair"
