@@ -10,8 +10,11 @@ from small_qa import exact, fixed, loss
 
 from expunge.adapters.loading import load
 from expunge.core.errors import InputError
-from expunge.pipeline.config import UnlearnConfig
-from expunge.pipeline.unlearn import execute, from_config
+from expunge.data.people import world as countries
+from expunge.data.records import RecordSet
+from expunge.engine.options import Engine
+from expunge.pipeline.config import Allowances, UnlearnConfig
+from expunge.pipeline.unlearn import Request, check, execute, from_config, plan, run_in_memory
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,14 @@ def test_the_others_run_from_files_with_nothing_but_their_name(files, tmp_path, 
     run = execute(made, config, tmp_path / "run")
     assert run.manifest["stages"]["unlearn"]["result"]["steps"] == 1
     load(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize(("method", "parts"), [("loku", {}), ("ga-opt", {}), ("tru", {}), ("flat", {"retain": "nll"})])
+def test_those_with_a_retain_term_reach_the_goal_with_nothing_but_their_name(people_world, method, parts):
+    adapter, split = people_world.target(), people_world.split
+    kept = RecordSet("retain", (*split.retain, *countries()), "test")
+    request = check(Request(split.forget, kept, split.holdout), Allowances())
+    outcome, goal = run_in_memory(plan(adapter, request, method, parts, Engine(checkpoint_every=0)))
+    assert outcome.reason == "goal", outcome.sentence
+    assert people_world.loss(adapter, split.forget, outcome.model) > goal.loss - 0.2
+    assert people_world.loss(adapter, split.retain, outcome.model) < people_world.loss(people_world.target(), split.retain) + 0.2

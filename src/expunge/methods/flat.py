@@ -22,7 +22,8 @@ from expunge.methods.terms.divergence import FDivergence
     caveats=(
         "The gradient carries the probability as a factor: where the target gives the template less than about 0.001, both "
         "answers can go to 0 and the model with them; the run's notes say so.",
-        "Nothing protects what is to be kept but the bound of the loss: look at the retain set, or add retain=nll.",
+        "Nothing protects what is to be kept: given a retain set, the adaptive schedule stops at its bound before the goal. With "
+        "retain=nll it goes on to the goal.",
         "All examples of a step must fit into one forward pass: raise engine.max_tokens, or take mean=example.",
     ),
 )

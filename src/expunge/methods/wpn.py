@@ -24,6 +24,8 @@ from expunge.methods.terms.likelihood import AlternativeNLL
         "The paper's details could not be checked and it has no code: anchor, similarity, weight of the likelihood and the "
         "schedule are our reading of its abstract and of reviews.",
         "Nothing protects what is to be kept: add retain=nll, which is not part of the method as described.",
+        "The harmless answer takes the first place, but the old one stays more likely than unseen text: the goal of the adaptive "
+        "schedule is not reached, so give a fixed one.",
         "All examples of a step must fit into one forward pass: they are each other's negatives.",
     ),
 )
