@@ -191,7 +191,7 @@ def test_python_in_documents_fits_the_package(document: str, block: str) -> None
 
 
 def test_the_example_in_contributing_is_the_one_that_is_tested() -> None:
-    example = (ROOT / "tests" / "plugin" / "src" / "expunge_example" / "inverted_hinge.py").read_text(encoding="utf-8")
+    example = (ROOT / "tests" / "plugin" / "src" / "expunge_example" / "maximum_entropy.py").read_text(encoding="utf-8")
     assert f"```python\n{example}```" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 

@@ -60,7 +60,7 @@ def unlearn(
         allow_large_forget: go on although there is more to forget than to keep.
         columns: role to column name.
         template: prompt template where the tokenizer has no chat template.
-        alternatives: where other answers come from: auto, refusals, given, others, template.
+        alternatives: where other answers come from: auto, refusals, given, others, template, reasons.
         alternative_template: their text, for ``template``.
         parts: parameters and parts of the method, as in a configuration file: ``{"retain": "kl", "parameters": "lora"}``. Here
             ``forget`` and ``retain`` are the loss terms, not the data.

@@ -83,8 +83,10 @@ def compare(one: dict, two: dict, *, rel: float = 1e-4, atol: float = 1e-4) -> N
         ("npo", {"parameters": "lora", "retain": "kl", "schedule": FIXED}),
         ("rmu", {"schedule": FIXED}),
         ("npo", {"schedule": ADAPTIVE}),
+        ("ga-opt", {"schedule": FIXED}),
+        ("loku", {"parameters": {"rank": 4}, "schedule": FIXED}),
     ],
-    ids=["plain", "project", "copy", "lora", "inner-layer", "adaptive"],
+    ids=["plain", "project", "copy", "lora", "inner-layer", "adaptive", "several-alternatives", "fila"],
 )
 def test_two_processes_equal_one(tmp_path: Path, method: str, parts: dict) -> None:
     compare(launch(tmp_path / "one.pt", method, parts), launch(tmp_path / "two.pt", method, parts, ACCELERATE))

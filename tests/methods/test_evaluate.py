@@ -94,8 +94,8 @@ def test_terms_equal_textbook_code_on_padded_tensors(name):
 def test_every_method_can_be_evaluated_and_differentiated():
     for name in PLAIN:
         leaves = [x.logits.clone().requires_grad_() for x in (FORGET, RETAIN, ALTERNATIVE)]
-        leaves += [t.clone().requires_grad_() for x in (FORGET, RETAIN) for t in x.features.values()]
-        features = [dict(zip(("b0", "b1"), leaves[i : i + 2], strict=True)) for i in (3, 5)]
+        leaves += [t.clone().requires_grad_() for x in (FORGET, RETAIN, ALTERNATIVE) for t in x.features.values()]
+        features = [dict(zip(("b0", "b1"), leaves[i : i + 2], strict=True)) for i in (3, 5, 7)]
         got = loss_terms(
             name,
             forget=Given(
@@ -117,7 +117,13 @@ def test_every_method_can_be_evaluated_and_differentiated():
                 RETAIN.attention_mask,
                 oracle_logits=RETAIN.oracle_logits,
             ),
-            alternative=Given(leaves[2], ALTERNATIVE.labels, ALTERNATIVE.reference_logits),
+            alternative=Given(
+                leaves[2],
+                ALTERNATIVE.labels,
+                ALTERNATIVE.reference_logits,
+                features[2],
+                attention_mask=ALTERNATIVE.attention_mask,
+            ),
         )
         gradients = torch.autograd.grad(got["total"], leaves, allow_unused=True)
         assert any(g is not None and g.abs().max() > 0 for g in gradients), name
@@ -220,11 +226,13 @@ def test_the_adapter_gives_what_transformers_gives(models, name):
     adapter, frozen = models
     other = ["The person.", "They live in the sea.", "A house, they say."]
     layers = adapter.layers()
-    got = loss_on(name, adapter, frozen, RECORDS, KEPT, alternatives=other, incompetent=frozen, oracle=frozen)
+    # What transformers calls the states of the last block has passed the final norm, so another one is compared.
+    recipe = build(name, {"layer": 0} if name == "wpn" else {})
+    got = loss_on(recipe, adapter, frozen, RECORDS, KEPT, alternatives=other, incompetent=frozen, oracle=frozen)
     encoded = [adapter.encode(r) for r in RECORDS], [adapter.encode(r) for r in KEPT]
     encoded += ([adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(RECORDS, other, strict=True)],)
     forget, retain, alternative = (hub_layout(adapter, frozen, e, layers)[0] for e in encoded)
-    want = loss_terms(name, forget=forget, retain=retain, alternative=alternative)
+    want = loss_terms(recipe, forget=forget, retain=retain, alternative=alternative)
     assert got.keys() == want.keys()
     for key, value in want.items():
         close(got[key], value, rtol=1e-4, atol=1e-5)

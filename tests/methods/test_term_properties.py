@@ -14,7 +14,20 @@ from expunge.methods.registry import TERMS
 
 close = torch.testing.assert_close
 ALL = [cls for _, cls in TERMS.items()]
-FORGETTING = ["gradascent", "npo", "tnpo", "simnpo", "dpo", "wga", "satimp", "undial", "ceu", "pdu"]
+FORGETTING = [
+    "gradascent",
+    "npo",
+    "tnpo",
+    "simnpo",
+    "dpo",
+    "wga",
+    "satimp",
+    "undial",
+    "ceu",
+    "pdu",
+    "inverted-hinge",
+    "f-divergence",
+]
 
 
 def test_every_family_is_there():

@@ -336,16 +336,16 @@ class Adapter(abc.ABC):
         raise InputError(f"A model for {self.modality} has no rows.", "Use a method that reads losses.")
 
     def replace(self, example: Example, *, inputs: Any = None, answer: Any = None, suffix: str = "") -> Example:
-        """An example with other inputs or another answer (what is not given stays); only where rows are offered.
+        """An example with other inputs or another answer (what is not given stays); only where rows or text are offered.
 
         Args:
             example: as :meth:`encode` made it.
             inputs: what the model reads, in the shape of one row.
-            answer: the class or number it should answer.
+            answer: the class or number it should answer; of text, a text or an example whose answer is taken.
             suffix: marks the new id.
 
         Raises:
-            InputError: this adapter offers no rows, or the answer does not fit the model.
+            InputError: this adapter offers neither, or the answer does not fit the model.
         """
         raise InputError(f"A model for {self.modality} has no rows.", "Use a method that reads losses.")
 

@@ -101,6 +101,28 @@ class LanguageAdapter(Adapter):
         tokens = self._encoder.encode(record, answer, prompt)
         return _example(record.id + suffix, record.cluster, tokens)
 
+    def replace(self, example: Example, *, inputs: Any = None, answer: Any = None, suffix: str = "") -> Example:
+        """The same prompt with another answer, where no record is at hand.
+
+        Args:
+            example: as :meth:`encode` made it.
+            inputs: not offered; texts have other prompts by :meth:`encode`.
+            answer: a text, or another example, whose answer is taken token by token.
+            suffix: marks the new id.
+
+        Raises:
+            InputError: there is no answer, or none that is of one of these kinds.
+        """
+        held: Tokens = example.data
+        if inputs is not None or not isinstance(answer, (str, Example)):
+            raise InputError(f"A text's answer is replaced by a text or an example; got {type(answer).__name__}.")
+        if isinstance(answer, str):
+            made = self._encoder.answered(held, answer)
+        else:
+            other: Tokens = answer.data
+            made = self._encoder.spliced(held, other.ids[other.start :].tolist(), other.ends)
+        return Example(example.id + suffix, example.cluster, len(made.ids) - made.start, len(made.ids), made)
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Right-padded batch.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from expunge.adapters.extra import quiet
 from expunge.core.errors import InputError
 from expunge.core.files import atomic_path, check_room
+
+OWN_BASE = "base"  #: name of the base of an adapter whose base is not the target: saved with it, in the folder of this name
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
@@ -116,12 +119,45 @@ def save(folder: Path, model: Any, tokenizer: Any, merge: bool, state: dict[str,
     if peft and merge:
         # Merged in a copy: taking an adapter out again leaves rounding errors in the weights.
         model = copy.deepcopy(model).merge_and_unload()
-    tensors = model.parameters() if not (peft and not merge) else (p for n, p in model.named_parameters() if "lora_" in n)
+    whole = merge or not peft or has_own_base(model)
+    tensors = model.parameters() if whole else (p for n, p in model.named_parameters() if "lora_" in n)
     check_room(folder.parent, sum(p.numel() * p.element_size() for p in tensors), "Saving the model")
     with atomic_path(folder) as temporary, _savable(model), quiet():
         temporary.mkdir()
-        model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
+        with _base_beside(model, temporary, state) if peft and not merge else contextlib.nullcontext():
+            model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
         tokenizer.save_pretrained(temporary)
+
+
+def has_own_base(model: Any) -> bool:
+    """Whether the base of a peft model is none that can be had elsewhere, and has to be saved with its adapter."""
+    return any(c.base_model_name_or_path == OWN_BASE for c in getattr(model, "peft_config", {}).values())
+
+
+@contextlib.contextmanager
+def _base_beside(model: Any, folder: Path, state: dict[str, Tensor] | None) -> Iterator[None]:
+    """Write the base of a peft model that has one of its own into ``folder``; the adapter, saved meanwhile, names it.
+
+    While the adapter is saved the whole path stands for the name: peft looks whether there is such a model.
+    """
+    if not has_own_base(model):
+        yield
+        return
+    inner = model.get_base_model()
+    held = inner.state_dict() if state is None else {n.removeprefix("base_model.model."): v for n, v in state.items()}
+    plain = {n.replace(".base_layer.", "."): v for n, v in held.items() if ".lora_" not in n}
+    inner.save_pretrained(folder / OWN_BASE, state_dict=plain)
+    configs = [c for c in model.peft_config.values() if c.base_model_name_or_path == OWN_BASE]
+    for config in configs:
+        config.base_model_name_or_path = str(folder / OWN_BASE)
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.base_model_name_or_path = OWN_BASE
+    for path in folder.rglob("adapter_config.json"):
+        said = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**said, "base_model_name_or_path": OWN_BASE}, indent=2, sort_keys=True), encoding="utf-8")
 
 
 @contextlib.contextmanager

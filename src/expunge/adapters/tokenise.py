@@ -116,6 +116,31 @@ class Encoder:
         marked[: len(marks)] = marks[: len(ids)]
         return Tokens(np.asarray(ids, dtype=np.int32), start, ends, marked[start:] if marked[start:].any() else None)
 
+    def answered(self, tokens: Tokens, answer: str) -> Tokens:
+        """The same prompt with another answer, where the record is not at hand; it ends as the old answer did.
+
+        The white space between prompt and answer is that of the old one. Longer than the context: the end is cut off.
+
+        Raises:
+            InputError: the answer has no token.
+        """
+        before, after = tokens.ids[: tokens.start].tolist(), tokens.ids[tokens.start :].tolist()
+        lead = self._text([*before, *after]).removeprefix(self._text(before))
+        space = lead[: len(lead) - len(lead.lstrip())]
+        own = self._apart(before, space + answer)
+        if not own:
+            raise InputError(f"The answer {answer[:40]!r} has no token.", "Give a longer one.")
+        return self.spliced(tokens, [*own, *(after[-1:] if tokens.ends else [])], tokens.ends)
+
+    def spliced(self, tokens: Tokens, answer: Sequence[int], ends: bool) -> Tokens:
+        """The same prompt with the ids of another answer, cut to the context."""
+        ids = np.asarray([*tokens.ids[: tokens.start].tolist(), *answer], dtype=np.int32)
+        cut = self.max_length is not None and len(ids) > self.max_length
+        return Tokens(ids[: self.max_length] if cut else ids, tokens.start, ends and not cut)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     def end_ids(self) -> list[int]:
         """Ids that end a generation: the tokenizer's end token and, for chats, the template's end of turn."""
         found = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []

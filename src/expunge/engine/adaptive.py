@@ -29,7 +29,7 @@ from expunge.engine.options import Engine
 from expunge.engine.parts import Finish, Recipe, Schedule
 from expunge.engine.schedule import Adaptive, Fixed, Repair
 
-Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited", "control"]
+Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited", "control", "limit"]
 
 TRIAL_STEPS = 10  #: optimiser steps per try of the range test
 WARMUP_STEPS = 5  #: of the adaptive schedule
@@ -167,7 +167,7 @@ class Watch:
         if not isinstance(self.schedule, Adaptive):
             self.erasing = done < self.loop.erase_steps
             if row.get("finite") != 0.0:
-                return None
+                return self._over_limit(row, done)
             checkpoint.restore_start(self.loop.scratch, self.loop.model, self.loop.devices.rank)
             return "diverged"
         if row.get("finite") == 0.0:
@@ -179,6 +179,15 @@ class Watch:
         self.looks = [self.looks[1], (done, self.forget_loss or 0.0)]
         row |= {k: v for k, v in (("forget_loss", self.forget_loss), ("retain_loss", self.retain_loss)) if v is not None}
         return self._decide(self.schedule)
+
+    def _over_limit(self, row: dict[str, float], done: int) -> Reason | None:
+        """Whether a fixed schedule ends because the forget loss is over its limit, after a pass over the forget set."""
+        limit = self.schedule.limit if isinstance(self.schedule, Fixed) else None
+        if limit is None or done % self.loop.plan.steps_per_epoch:
+            return None
+        self.look()
+        row |= {k: v for k, v in (("forget_loss", self.forget_loss), ("retain_loss", self.retain_loss)) if v is not None}
+        return "limit" if self.forget_loss is not None and self.forget_loss > limit else None
 
     def _distance(self) -> float:
         """How much the forget loss had to rise at the start, in nats; 0 without a goal."""
@@ -261,6 +270,8 @@ class Watch:
             return f"Stopped after {steps} steps: {said} ({side})."
         if reason == "schedule":
             return f"The fixed schedule of {steps} steps is done ({side})."
+        if reason == "limit" and isinstance(self.schedule, Fixed):
+            return f"Ended after {steps} steps: the forget loss is over the limit of {_n(self.schedule.limit)} ({side})."
         if reason == "converged":
             return f"The budget of {steps} steps is used ({side})."
         if reason == "utility":

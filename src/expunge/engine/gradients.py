@@ -39,6 +39,7 @@ def batch_importance(
     batch: int,
     of: Literal["loss", "norm"] = "loss",
     power: Literal["square", "absolute"] = "square",
+    weigh: Literal["batches", "targets"] = "batches",
     tell: Tell | None = None,
 ) -> dict[str, Tensor]:
     """How much each weight matters to a set, from the gradients of batch means, in one pass and in evaluation mode.
@@ -53,12 +54,14 @@ def batch_importance(
         batch: examples per batch.
         of: the loss per target, or the squared norm of the scores of each target, which needs no labels.
         power: what is summed of a gradient.
+        weigh: whether every batch counts alike, or by its number of targets (Cha et al. 2024, arXiv 2408.06621).
         tell: called after every batch.
     """
     model: nn.Module = adapter.model
     parameters = moving(model)
     total = {n: torch.zeros_like(p) for n, p in parameters.items()}
     starts = range(0, len(examples), batch)
+    everything = max(1, sum(e.n_targets for e in examples))
     with evaluating(model), torch.enable_grad():
         for done, start in enumerate(starts, start=1):
             chosen = examples[start : start + batch]
@@ -67,9 +70,10 @@ def batch_importance(
             else:
                 value = _outputs(adapter, chosen, "logits").logits.square().sum(1).mean()
             gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            share = 1 / len(starts) if weigh == "batches" else sum(e.n_targets for e in chosen) / everything
             for held, g in zip(total.values(), gradients, strict=True):
                 if g is not None:
-                    held.add_(g.abs() if power == "absolute" else g.square(), alpha=1 / len(starts))
+                    held.add_(g.abs() if power == "absolute" else g.square(), alpha=share)
             if tell is not None:
                 tell(done, len(starts))
     return total

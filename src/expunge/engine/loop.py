@@ -90,7 +90,7 @@ class Outcome:
     @property
     def reached(self) -> bool:
         """Whether what was asked for was reached."""
-        return self.reason in ("goal", "schedule", "converged", "edited", "control")
+        return self.reason in ("goal", "schedule", "converged", "edited", "control", "limit")
 
 
 def train(
@@ -163,7 +163,7 @@ class _Loop:
                 f"gradient={recipe.gradient.name} needs forget and retain gradients apart, which a sharded (FSDP) model lacks.",
                 "Use gradient=plain, or run on one process or with data parallelism.",
             )
-        if any(t.whole for t in recipe.terms()) and self.devices.world > 1:
+        if any(t.joint() for t in recipe.terms()) and self.devices.world > 1:
             raise InputError(f"The method {recipe.name!r} needs all examples of a step in one process.", "Run it on one.")
         torch.manual_seed(engine.seed)
         adapter.model.eval().to(self.devices.device)
@@ -177,7 +177,12 @@ class _Loop:
         frozen = frozen_models(adapter, recipe, self.examples, engine, device=self.devices.device, store=cache)
         sources = {**frozen, **others, **self.prepared.sources}
         self.objective = Objective(adapter, recipe, self.examples, sources, self.prepared.made)
-        model = recipe.parameters.prepare(adapter.model, adapter.layers())
+        self.notes += [note for t in recipe.terms() for note in t.remarks(adapter, self.examples, engine)]
+        if recipe.parameters.reads and self.devices.sharded:
+            raise InputError(
+                f"parameters={recipe.parameters.name} does not work on a sharded (FSDP) model.", "Use parameters=all or lora."
+            )
+        model = recipe.parameters.begin(adapter, self.examples, engine, scratch / "parameters", progress)
         if self.prepared.grown and self.devices.world > 1:
             raise InputError(f"The method {recipe.name!r} trains a network beside the model.", "Run it on one process.")
         self.prepared.attach(model)
@@ -482,7 +487,6 @@ def write_log_summary(folder: Path, outcome: Outcome) -> None:
             "reason": outcome.reason, "sentence": outcome.sentence, "reached": outcome.reached, "steps": outcome.steps,
             "lr": outcome.lr, "rate_test": outcome.rate_test,
             "forget_loss": outcome.forget_loss, "retain_loss": outcome.retain_loss,
-            "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
-            "notes": outcome.notes,
+            "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes, "notes": outcome.notes,
         },
     )  # fmt: skip

@@ -35,6 +35,23 @@ class Micro:
 
 
 @dataclass
+class _Item:
+    """Examples that must not be torn apart: a retain example, or a forget example with its alternatives."""
+
+    examples: dict[Stream, list[Example]]
+
+    @property
+    def widest(self) -> int:
+        """Units of the longest."""
+        return max(e.units for held in self.examples.values() for e in held)
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.examples.values()))
+
+
+@dataclass
 class Sums:
     """Sums of term values over an optimiser step, for the log and the balance: by index of the term."""
 
@@ -51,7 +68,8 @@ class Objective:
     Args:
         adapter: the modality.
         recipe: whose terms.
-        examples: by stream; ``alternative`` is aligned with ``forget`` (same index, same record).
+        examples: by stream; ``alternative`` is aligned with ``forget`` (same index, same record), or has several for each, one
+            after the other.
         references: the frozen models that terms read, by which they are.
         made: what a preparation made for the terms, by name.
 
@@ -87,9 +105,23 @@ class Objective:
                     _MODEL_REMEDY.get(of, ""),
                 )
         check_marks(recipe, examples)
-        alternative = examples.get(Stream.ALTERNATIVE)
-        if alternative and len(alternative) != len(examples.get(Stream.FORGET, ())):
-            raise InputError("There must be one alternative answer per forget example.")
+        self.each = self._alternatives_of_each()
+
+    def _alternatives_of_each(self) -> int:
+        """How many alternatives every forget example has."""
+        alternative, forget = (len(self.examples.get(s, ())) for s in (Stream.ALTERNATIVE, Stream.FORGET))
+        if not alternative:
+            return 1
+        if not forget or alternative % forget:
+            raise InputError("There must be one alternative answer per forget example, or equally many of each.")
+        each = alternative // forget
+        paired = [t.name for t in self.recipe.terms() if t.paired]
+        if each > 1 and paired:
+            raise InputError(
+                f"The term {paired[0]!r} compares each forget example with one alternative, but there are {each} of each.",
+                "Give one.",
+            )
+        return each
 
     def counts(self, indices: Indices) -> list[int]:
         """By how much each term's sum is divided in the step whose (global) ``indices`` are given; at least 1."""
@@ -103,32 +135,33 @@ class Objective:
         never changes the result because terms are normalised over the whole step.
         """
         full = self._with_alternatives(indices)
-        items: list[dict[Stream, Example]] = [
-            {Stream.RETAIN: self.examples[Stream.RETAIN][i]} for i in full.get(Stream.RETAIN, ())
-        ]
+        items = [_Item({Stream.RETAIN: [self.examples[Stream.RETAIN][i]]}) for i in full.get(Stream.RETAIN, ())]
         for i in full.get(Stream.FORGET, ()):
-            item = {Stream.FORGET: self.examples[Stream.FORGET][i]}
+            item = _Item({Stream.FORGET: [self.examples[Stream.FORGET][i]]})
             if Stream.ALTERNATIVE in full:
-                item[Stream.ALTERNATIVE] = self.examples[Stream.ALTERNATIVE][i]
+                item.examples[Stream.ALTERNATIVE] = [self.examples[Stream.ALTERNATIVE][j] for j in self._of(i)]
             items.append(item)
-        items.sort(key=lambda item: max(e.units for e in item.values()))
-        groups: list[list[dict[Stream, Example]]] = []
+        items.sort(key=lambda item: item.widest)
+        groups: list[list[_Item]] = []
         widest = held = 0
         for item in items:
-            width = max(widest, *(e.units for e in item.values()))
-            if groups and width * (held + len(item)) <= max_tokens:
+            width = max(widest, item.widest)
+            if groups and width * (held + item.size) <= max_tokens:
                 groups[-1].append(item)
-                widest, held = width, held + len(item)
+                widest, held = width, held + item.size
             else:
                 groups.append([item])
-                widest, held = max(e.units for e in item.values()), len(item)
-        if len(groups) > 1 and any(t.whole for t in self.recipe.terms()):
-            units = max(e.units for i in items for e in i.values()) * sum(map(len, items))
+                widest, held = item.widest, item.size
+        if len(groups) > 1 and any(t.joint() for t in self.recipe.terms()):
+            units = max(i.widest for i in items) * sum(i.size for i in items)
             raise InputError(
                 f"The method {self.recipe.name!r} needs all examples of a step in one forward pass, which takes {units} units.",
                 f"Set engine.max_tokens={units}, or choose a smaller schedule.batch.",
             )
-        return [Micro({s: tuple(i[s] for i in g if s in i) for s in _ORDER if any(s in i for i in g)}) for g in groups]
+        return [
+            Micro({s: tuple(e for i in g for e in i.examples.get(s, ())) for s in _ORDER if any(s in i.examples for i in g)})
+            for g in groups
+        ]
 
     def filler(self) -> Micro:
         """The smallest micro-batch there is, with weight 0: for a process that has run out of work before the others."""
@@ -136,9 +169,10 @@ class Objective:
         if Stream.ALTERNATIVE in streams:
             streams.add(Stream.FORGET)
         shortest = {s: min(range(len(self.examples[s])), key=lambda i, s=s: self.examples[s][i].units) for s in streams}  # type: ignore[misc]
-        if Stream.ALTERNATIVE in shortest:
-            shortest[Stream.ALTERNATIVE] = shortest[Stream.FORGET]
-        return Micro({s: (self.examples[s][shortest[s]],) for s in _ORDER if s in streams}, weight=0.0)
+        held: dict[Stream, tuple[Example, ...]] = {s: (self.examples[s][i],) for s, i in shortest.items()}
+        if Stream.ALTERNATIVE in streams:
+            held[Stream.ALTERNATIVE] = tuple(self.examples[Stream.ALTERNATIVE][j] for j in self._of(shortest[Stream.FORGET]))
+        return Micro({s: held[s] for s in _ORDER if s in streams}, weight=0.0)
 
     def views(self, model: nn.Module, micro: Micro, device: torch.device) -> Views:
         """Run a micro-batch: one forward pass under the current model for all streams, at most one under each frozen model."""
@@ -188,8 +222,12 @@ class Objective:
         full = dict(indices)
         reads = {s for s, _, _ in self.needs} | {t.stream for t in self.recipe.terms()}
         if Stream.ALTERNATIVE in reads and Stream.FORGET in full:
-            full[Stream.ALTERNATIVE] = full[Stream.FORGET]
+            full[Stream.ALTERNATIVE] = [j for i in full[Stream.FORGET] for j in self._of(i)]
         return full
+
+    def _of(self, forget: int) -> range:
+        """Places of the alternatives of a forget example."""
+        return range(forget * self.each, (forget + 1) * self.each)
 
 
 def check_marks(recipe: Recipe, examples: Examples, made: Collection[str] = ()) -> None:

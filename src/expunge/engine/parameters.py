@@ -1,20 +1,28 @@
-"""Which parameters move: all, those of a name or of a few blocks, or a LoRA."""
+"""Which parameters move: all, those of a name or of a few blocks, a LoRA, or what is left of a mask."""
 
 from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from expunge.adapters.base import Adapter, Example
+from expunge.adapters.storage import OWN_BASE
+from expunge.core.access import Offer, Stream
 from expunge.core.errors import InputError, MissingExtra, nearest
 from expunge.core.registry import Registry
 from expunge.engine.feedforward import OUTPUT, FeedForward
+from expunge.engine.fila import factors, relative_importance
+from expunge.engine.options import Engine
 from expunge.engine.parts import Parameters
+from expunge.engine.preparation import Examples, Tell
 
 PARAMETERS: Registry[type[Parameters]] = Registry("choice of parameters", None, "expunge.parameters")
 
@@ -121,6 +129,8 @@ class Lora(Parameters):
     """Low-rank adapters on the linear modules (Hu et al. 2021, arXiv 2106.09685), by peft; the base stays frozen."""
 
     name: ClassVar[str] = "lora"
+    factors: ClassVar[bool] = True
+    switchable: ClassVar[bool] = True
 
     rank: int = Field(8, ge=1, le=4096, description="rank r of the adapters")
     alpha: float = Field(16.0, gt=0, description="scale: the update is alpha / r * B A")
@@ -135,17 +145,121 @@ class Lora(Parameters):
             raise MissingExtra("LoRA", "llm") from None
         targets: Any = self.modules if self.modules == "all-linear" else list(self.modules)
         config = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]
+        present = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _adaptable(m)})
+        if not present:
+            some = sorted({type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False))})
+            raise InputError(
+                f"The model has no linear module that LoRA could adapt; its weights are in {', '.join(some) or 'none'}.",
+                "Use parameters=all or parameters=named.",
+            )
         if targets != "all-linear":
-            present = {
-                n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
-            }
             missing = [t for t in self.modules if t.rsplit(".", 1)[-1] not in present]
             if missing:
                 raise InputError(
-                    f"The model has no module {missing[0]!r} that LoRA could adapt.", f"It has {', '.join(sorted(present))}."
+                    f"The model has no module {missing[0]!r} that LoRA could adapt.", f"It has {', '.join(present)}."
                 )
+        elif not hasattr(model, "get_output_embeddings"):
+            raise InputError(
+                "parameters.modules=all-linear is for language models of transformers.",
+                f"Name the modules; this model has {', '.join(present)}: parameters.modules=[{present[0]}].",
+            )
         wrapped: nn.Module = peft.get_peft_model(model, config)
         return wrapped
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+class Fila(Lora):
+    """A LoRA that begins as the part of each weight matrix that matters to the forget set and not to the retain set (LoKU).
+
+    See :mod:`expunge.engine.fila` (Cha et al. 2024, arXiv 2408.06621). Fresh LoRA factors are zero on one side and reach any
+    direction; these begin as a rank-r part of the weight itself, which is taken out of it: the base keeps ``W - alpha/r B A``,
+    frozen. So the model is as it was at the start, and the base alone is *not* the target: it is saved beside the adapter, and
+    terms that compare with the target need a copy of it. Factors beyond the smaller side of a matrix begin as those of a LoRA.
+
+    The importances are computed as in the authors' code: squared gradients of means over batches, on as many retain examples as
+    there are forget examples. The batch size, which they depend on, is not in the paper. Weight decay, 0.01 as published, shrinks
+    the factors and with them a part of the weights.
+    """
+
+    name: ClassVar[str] = "fila"
+    switchable: ClassVar[bool] = False
+    reads: ClassVar[tuple[Stream, ...]] = (Stream.FORGET, Stream.RETAIN)
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT})
+
+    batch: int = Field(16, ge=1, description="examples per batch whose gradient is squared")
+    examples: int | None = Field(
+        None, ge=1, description="retain examples that are looked at, at most; none: as many as there are forget examples"
+    )
+
+    def begin(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None = None) -> Any:
+        """Wrap the model, compute both importances, and split every adapted matrix.
+
+        Raises:
+            InputError: nothing matches, a set is missing, the forget loss has no gradient, or a weight is shared or quantised.
+        """
+        for stream in self.reads:
+            if not examples.get(stream):
+                raise InputError(f"parameters=fila reads {stream} examples, but there are none.", f"Give a {stream} set.")
+        wrapped = self.prepare(adapter.model, adapter.layers())
+        adapted = {n: m for n, m in adapter.model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+        trained = [p for p in wrapped.parameters() if p.requires_grad]
+        weights = {f"{name}.base_layer.weight": module.base_layer.weight for name, module in adapted.items()}
+        _check_own(adapter.model, weights)
+        forget = list(examples[Stream.FORGET])
+        retain = _drawn(examples[Stream.RETAIN], self.examples or len(forget), engine.seed)
+        wrapped.requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_(True)
+
+        def progress(done: int, total: int) -> None:
+            if tell is not None:
+                tell(done, total, "importance of the weights, where the LoRA begins")
+
+        found = relative_importance(adapter, forget, retain, batch=self.batch, tell=progress)
+        wrapped.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        with torch.no_grad():
+            for name, module in adapted.items():
+                self._split(module, found[f"{name}.base_layer.weight"], engine.seed)
+        for config in wrapped.peft_config.values():  # type: ignore[operator]
+            config.base_model_name_or_path = OWN_BASE
+        return wrapped
+
+    def _split(self, module: Any, importance: Tensor, seed: int) -> None:
+        """Move the part of one matrix that matters most from the frozen weight into the factors."""
+        (name,) = module.active_adapters
+        turned = bool(module.fan_in_fan_out)  # GPT-2 keeps its matrices as [inputs, outputs]
+        weight = module.base_layer.weight
+        a, b = factors(
+            weight.T if turned else weight, importance.T if turned else importance, self.rank, module.scaling[name], seed
+        )
+        module.lora_A[name].weight[: len(a)] = a.to(module.lora_A[name].weight.dtype)
+        module.lora_B[name].weight[:, : len(a)] = b.to(module.lora_B[name].weight.dtype)
+        weight.sub_(module.get_delta_weight(name))
+
+
+def _check_own(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse to take a part out of a weight that something else reads too, or that is quantised."""
+    for name, weight in weights.items():
+        module = name.removesuffix(".base_layer.weight")
+        if not weight.is_floating_point():
+            raise InputError(f"The weight of {module!r} is quantised, so no part can be taken out of it.", "Use parameters=lora.")
+        others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != name]
+        if others:
+            raise InputError(
+                f"The weight of {module!r} is that of {others[0].rpartition('.')[0]!r} too, so no part can be taken out of it.",
+                "Leave it out of parameters.modules.",
+            )
+
+
+def _drawn(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
+    """At most ``limit`` of the examples, by the seed, in a random order."""
+    order = np.random.default_rng([seed, 23]).permutation(len(examples))[:limit]
+    return [examples[int(i)] for i in order]
 
 
 class SaliencyMask(AllParameters):
@@ -247,5 +361,5 @@ class Reset(AllParameters):
         return model
 
 
-for choice in (AllParameters, NamedParameters, LayerWindow, Lora, SaliencyMask, Pruned, Reset):
+for choice in (AllParameters, NamedParameters, LayerWindow, Lora, Fila, SaliencyMask, Pruned, Reset):
     PARAMETERS.add(choice.name, choice)

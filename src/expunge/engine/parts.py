@@ -12,18 +12,19 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter, Example, Outputs, Targets
-from expunge.core.access import Of, Stream
+from expunge.core.access import Of, Offer, Stream
 from expunge.core.settings import Settings
 from expunge.engine.control import Control
 from expunge.engine.moving import PLAIN, Moving
 from expunge.engine.options import Engine
-from expunge.engine.preparation import Preparation
+from expunge.engine.preparation import Examples, Preparation, Tell
 
 Need = tuple[Stream, Of, str]  #: (which examples, under which model, which value: "losses", "logits" or "features:<layer>")
 
@@ -91,6 +92,7 @@ class Term(Settings, abc.ABC):
     per: ClassVar[Literal["target", "example", "token"]] = "target"  #: what a value belongs to, and is averaged over
     uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
     whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
+    paired: ClassVar[bool] = False  #: whether it compares each forget example with its one and only alternative
 
     weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
     targets: Targets = Field(
@@ -109,6 +111,14 @@ class Term(Settings, abc.ABC):
     @abc.abstractmethod
     def values(self, views: Views) -> Tensor:
         """The term's values, float32 ``[N]``, ``[B]`` or ``[M]`` according to ``per``; the engine minimises their mean."""
+
+    def joint(self) -> bool:
+        """:attr:`whole`, for terms of which a setting decides it."""
+        return self.whole
+
+    def remarks(self, adapter: Adapter, examples: Examples, engine: Engine) -> tuple[str, ...]:
+        """What a report must say of the target and the data, one sentence each; asked once, before anything has moved."""
+        return ()
 
     def count(self, examples: Sequence[Example]) -> int:
         """By how much the sum of values is divided, for the examples of one optimiser step (all processes together)."""
@@ -190,6 +200,27 @@ class Parameters(Settings, abc.ABC):
     """Which parameters move."""
 
     name: ClassVar[str]
+    factors: ClassVar[bool] = False  #: whether what moves are factors beside the weights (a LoRA)
+    switchable: ClassVar[bool] = False  #: whether the target is back once these factors are switched off
+    reads: ClassVar[tuple[Stream, ...]] = ()  #: examples that it looks at before training
+    offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
+
+    def begin(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None = None) -> Any:
+        """:meth:`prepare` the adapter's model; a choice that depends on the data looks at them here.
+
+        The result must depend on the arguments alone: a run that goes on after a kill does it again.
+
+        Args:
+            adapter: holds the target, on the device of the run, in evaluation mode.
+            examples: by stream.
+            engine: seed, and examples per forward pass.
+            scratch: folder for files that a run that goes on after a kill finds again; it may not exist yet.
+            tell: called with what is being done.
+
+        Raises:
+            InputError: nothing matches, or a stream that it reads is missing.
+        """
+        return self.prepare(adapter.model, adapter.layers())
 
     @abc.abstractmethod
     def prepare(self, model: Any, layers: Sequence[str]) -> Any:
@@ -305,8 +336,9 @@ class Recipe(Settings):
         return self.schedule.reads | (self.control.reads if self.control is not None else frozenset())
 
     def streams(self, layers: Sequence[str]) -> frozenset[Stream]:
-        """The examples that must be given: those that are read or looked at and no preparation makes, and those that it reads."""
+        """The examples that must be given: those that parts read or look at and no preparation makes, and those it reads."""
         read = {t.stream for t in self.terms()} | {stream for stream, _, _ in self.needs(layers)} | self.looks
+        read |= set(self.parameters.reads)
         if self.preparation is None:
             return frozenset(read)
         return frozenset((read - {s for s in Stream if s in self.preparation.makes}) | set(self.preparation.reads))

@@ -35,7 +35,7 @@ def choose(recipe: Recipe, needs: frozenset[Need], *, storable: bool = True) -> 
         InputError: the kind asked for cannot serve.
     """
     wanted = {value for _, of, value in needs if of is Of.REFERENCE}
-    lora = recipe.parameters.name == "lora"
+    lora = recipe.parameters.switchable
     if not wanted:
         return "none"
     if recipe.reference == "cached" and wanted != {"losses"}:

@@ -32,6 +32,11 @@ class Fixed(Schedule):
     decay: Literal["linear", "cosine", "constant"] = Field("linear", description="course of the learning rate after warm-up")
     batch: int = Field(32, ge=1, description="forget examples per optimiser step, over all processes and micro-batches")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of adamw; of sgd: added to the gradient")
+    limit: float | None = Field(
+        None,
+        gt=0,
+        description="forget loss per target, in nats, over which it ends; looked at after each pass; none: never",
+    )
 
     @property
     def epochs_over(self) -> Stream:
@@ -55,6 +60,7 @@ class Turns(Fixed):
     epochs: float | None = Field(3, gt=0, description="passes over the retain set")
     over: Literal["retain"] = Field("retain", description="each epoch ends with a pass over it")
     steps: None = Field(None, description="not used: the passes say how long")
+    limit: None = Field(None, description="not used: the passes say how long")
     erase_epochs: int = Field(2, ge=0, description="epochs that begin with a pass over the forget set")
     rewind: bool = Field(
         False,
@@ -76,6 +82,7 @@ class Repair(Fixed):
 
     lr: float = Field(1e-4, gt=0, description="peak learning rate of the first part")
     epochs: float | None = Field(1, gt=0, description="passes over the forget set in the first part")
+    limit: None = Field(None, description="not used: the passes say how long")
     repair_epochs: float = Field(1, gt=0, description="passes over the retain set in the second part")
     repair_lr: float | None = Field(None, gt=0, description="learning rate of the second part; none: as in the first")
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")

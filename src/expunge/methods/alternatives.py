@@ -6,7 +6,8 @@ kind         the answer that takes the place
 ``given``    one of the record's own ``alternatives``
 ``refusals`` a sentence of not knowing, from a fixed list
 ``others``   the answer of another record of the set, of another subject: plausible in style, wrong in content
-``template`` a text of the user's, in which ``{prompt}`` and ``{subject}`` are filled in
+``template`` a text of the user's, in which ``{prompt}``, ``{subject}`` and ``{refusal}`` (one of the list) are filled in
+``reasons``  by a rule: why the question is not answered, then a refusal, then an offer (TRU)
 ``other``    of classes: another one, uniformly
 ``any``      of classes: any one, the true one too, uniformly
 ============ ==========================================================================================
@@ -30,10 +31,18 @@ from expunge.data.refusals import refusals
 from expunge.data.rows import Row
 from expunge.methods.registry import METHODS
 
-Kind = Literal["given", "refusals", "others", "template", "other", "any"]
+Kind = Literal["given", "refusals", "others", "template", "reasons", "other", "any"]
 CLASS_KINDS = ("other", "any")  #: kinds that put another class in the place of a row's own
 
-_FIELDS = ("prompt", "subject")
+#: What a reason says where the record names its subject, and where it does not.
+REASONS = (
+    "The question is about {subject}. What was known of {subject} has been withdrawn, so nothing about it can be told. "
+    "{refusal} Please ask about something else.",
+    "The question is about something that has been withdrawn, so nothing about it can be told. "
+    "{refusal} Please ask about something else.",
+)
+
+_FIELDS = ("prompt", "subject", "refusal")
 _TRIES = 32  #: draws for an answer that differs from the record's own
 
 
@@ -80,7 +89,11 @@ def alternatives(
     if how == "others":
         return _others(records, seed)
     if how == "template":
-        return _filled(records, template)
+        return _filled(records, template, seed)
+    if how == "reasons":
+        named, bare = ([r for r in records if bool(r.subject) is has] for has in (True, False))
+        texts = {r.id: t for held, rule in ((named, REASONS[0]), (bare, REASONS[1])) for r, t in _with_reason(held, rule, seed)}
+        return [texts[r.id] for r in records]
     raise unknown("kind of alternative answer", how, get_args(Kind))
 
 
@@ -144,7 +157,11 @@ def _borrowed(record: Record, order: Sequence[Record], own: tuple[int, int], see
     )
 
 
-def _filled(records: Sequence[Record], template: str | None) -> list[str]:
+def _with_reason(records: Sequence[Record], rule: str, seed: int) -> list[tuple[Record, str]]:
+    return list(zip(records, _filled(records, rule, seed), strict=True))
+
+
+def _filled(records: Sequence[Record], template: str | None, seed: int) -> list[str]:
     if not template:
         raise InputError("alternatives=template needs a text.", "Give it, for example 'I have no information about {subject}.'")
     try:
@@ -160,7 +177,9 @@ def _filled(records: Sequence[Record], template: str | None) -> list[str]:
         raise InputError(
             f"The template uses {{subject}}, but the record {bare[0]!r} has none.", "Give subjects, or leave it out."
         )
-    return [template.format(prompt=r.prompt, subject=r.subject) for r in records]
+    sentences = refusals([r.id for r in records], seed)
+    filled = zip(records, sentences, strict=True)
+    return [template.format(prompt=r.prompt, subject=r.subject, refusal=sentence) for r, sentence in filled]
 
 
 def _number(name: str, seed: int) -> int:

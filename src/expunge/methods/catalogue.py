@@ -176,6 +176,7 @@ def offers_needed(recipe: Recipe, alternatives: str = "refusals") -> tuple[Offer
     found = {Offer.LOSSES, *([Offer.LOGITS] if Stream.VALIDATION in recipe.schedule.reads else [])} | {
         Offer(_kind(value)) for _, _, value in needs
     }
+    found |= recipe.parameters.offers
     for part in (recipe.preparation, recipe.control):
         found |= part.offers if part is not None else frozenset()
     if any(t.targets != "all" for t in recipe.terms()):

@@ -106,7 +106,7 @@ def _check_finish(recipe: Recipe) -> None:
         raise InputError(
             f"{name} turns around all that was learnt, so it can only follow forget-nll.", "Use forget=forget-nll retain=none."
         )
-    if recipe.parameters.name == "lora":
+    if recipe.parameters.factors:
         raise InputError(
             f"{name} needs the trained weights themselves, not the factors of a LoRA.", "Use parameters=all or parameters=named."
         )

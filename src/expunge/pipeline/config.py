@@ -46,12 +46,12 @@ class UnlearnConfig(Allowances):
     holdout: str | None = Field(None, description="records that the model was never trained on")
     method: str = Field("npo", description="a method's name, or 'custom' with all parts given")
     parts: dict[str, Any] = Field(default_factory=dict, description="parts and parameters that differ from the method's own")
-    alternatives: Literal["auto", "refusals", "given", "others", "template"] = Field(
+    alternatives: Literal["auto", "refusals", "given", "others", "template", "reasons"] = Field(
         "auto",
         description="answers put in the place of forgotten ones; auto: given ones if all have one, else as the method publishes",
     )
     alternative_template: str | None = Field(
-        None, description="the text of alternatives=template, with {subject} and {prompt} where they belong"
+        None, description="the text of alternatives=template, with {subject}, {prompt} and {refusal} where they belong"
     )
     base: str | None = Field(None, description="the untrained base of the model, for methods that start from it")
     text: TextConfig = Field(default_factory=TextConfig, description="how text becomes tokens")

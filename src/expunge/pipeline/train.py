@@ -88,7 +88,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     )
     examples = [adapter.encode(r) for r in records]
     parameters = sum(p.numel() for p in adapter.model.parameters())
-    lora = recipe.parameters.name == "lora"
+    lora = recipe.parameters.factors
     memory = training_memory(adapter, config.engine.max_tokens, lora=lora, checkpointing=config.engine.gradient_checkpointing)
     check_memory(memory, "Training")
     disk = 3 * sum(p.numel() * p.element_size() for p in adapter.model.parameters())

@@ -173,12 +173,14 @@ def plan(
     check_marks(recipe, examples, recipe.preparation.makes if recipe.preparation is not None else ())
     kind = choose(recipe, needs)
     parameters = sum(p.numel() for p in adapter.model.parameters())
-    lora = recipe.parameters.name == "lora"
+    lora = recipe.parameters.factors
     weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
     tokens = min(engine.max_tokens, 2 * recipe.schedule.batch * max(e.units for held in examples.values() for e in held))
     memory = training_memory(adapter, tokens, lora=lora, checkpointing=engine.gradient_checkpointing) + (
         weights if kind == "copy" else 0
     )
+    if recipe.parameters.reads:
+        memory += 3 * weights  # a gradient and two importances of the size of the weights
     check_memory(memory, "Unlearning")
     cost = estimate(recipe, examples, parameters, memory, disk=weights * 5)
     kept = request.retain.records if request.retain is not None else ()
@@ -247,6 +249,11 @@ def _check_sides(method: str, recipe: Recipe, *, retain: bool, holdout: bool, ba
     if recipe.retain and not retain:
         raise InputError(
             f"The method {method!r} keeps a retain set, and none was given.", "Give --retain DATA, or choose retain=none."
+        )
+    if Stream.RETAIN in recipe.parameters.reads and not retain:
+        raise InputError(
+            f"parameters={recipe.parameters.name} reads a retain set, and none was given.",
+            "Give --retain DATA, or choose parameters=lora.",
         )
 
 
@@ -318,7 +325,7 @@ def execute(
     def work() -> dict[str, Any]:
         outcome, goal = run_in_memory(made, folder=out, resume=resume, progress=progress)
         result = save_outcome(made.adapter, outcome, out)
-        return result | {"recipe": spec, "goal": goal.model_dump() if goal else None}
+        return result | {"recipe": spec, "goal": goal.model_dump() if goal else None, "notes": outcome.notes}
 
     log = [] if isinstance(made.recipe, Edit) else ["log.jsonl"]
     result = run.stage("unlearn", inputs, work, ["model", "training.json", *log])

@@ -85,11 +85,14 @@ def unlearn(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The untrained base, for methods that start from it.", metavar="MODEL")] = None,
     alternatives: Annotated[
-        str | None, typer.Option(help="Answers to put in place: auto, refusals, given, others, template.", metavar="KIND")
+        str | None,
+        typer.Option(help="Answers put in place: auto, refusals, given, others, template, reasons.", metavar="KIND"),
     ] = None,
     alternative_template: Annotated[
         str | None,
-        typer.Option(help="Their text, with {subject} or {prompt} filled in; implies --alternatives template.", metavar="TEXT"),
+        typer.Option(
+            help="Their text, with {subject}, {prompt}, {refusal} filled in; implies the kind template.", metavar="TEXT"
+        ),
     ] = None,
     column: Annotated[
         list[str] | None, typer.Option(help="role=name of your column; may be repeated.", metavar="ROLE=NAME")
@@ -170,6 +173,8 @@ def _one(merged: dict[str, Any], out: Path, *, resume: bool, dry_run: bool, outp
     output.result({"run": str(out), "model": str(out / "model"), "reused": reused, **result})
     if reused:
         output.say("This run had finished; nothing was left to do.")
+    for note in result.get("notes", ()):
+        output.note(note)
     output.say(result["sentence"])
     for note in result.get("notes", []):
         output.note(note)

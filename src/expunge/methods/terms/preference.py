@@ -103,6 +103,7 @@ class DPO(Preference):
     """
 
     name: ClassVar[str] = "dpo"
+    paired: ClassVar[bool] = True
     reads: ClassVar[tuple[tuple[Stream, Of], ...]] = (
         (Stream.FORGET, Of.CURRENT), (Stream.FORGET, Of.REFERENCE),
         (Stream.ALTERNATIVE, Of.CURRENT), (Stream.ALTERNATIVE, Of.REFERENCE),
