@@ -52,7 +52,9 @@ class LanguageAdapter(Adapter):
     """
 
     modality: ClassVar[str] = "language"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.GENERATE, Offer.TEXT})
+    offers: ClassVar[frozenset[Offer]] = frozenset(
+        {Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.GENERATE, Offer.TEXT, Offer.ASSISTANT}
+    )
 
     def __init__(
         self,
@@ -227,8 +229,13 @@ class LanguageAdapter(Adapter):
 
     def copy(self) -> LanguageAdapter:
         """An independent copy: same tokenizer and template, own weights."""
-        other = copying.copy(self)
+        other = self.sharing()
         other.model = copying.deepcopy(self.model)
+        return other
+
+    def sharing(self) -> LanguageAdapter:
+        """Another adapter of the same tokenizer and template that holds the same model, which may be exchanged."""
+        other = copying.copy(self)
         other._encoder = copying.copy(self._encoder)
         other._runner = copying.copy(self._runner)
         return other

@@ -118,14 +118,14 @@ def save(folder: Path, model: Any, tokenizer: Any, merge: bool, state: dict[str,
         model = copy.deepcopy(model).merge_and_unload()
     tensors = model.parameters() if not (peft and not merge) else (p for n, p in model.named_parameters() if "lora_" in n)
     check_room(folder.parent, sum(p.numel() * p.element_size() for p in tensors), "Saving the model")
-    with atomic_path(folder) as temporary, _savable(model), quiet():
+    with atomic_path(folder) as temporary, savable(model), quiet():
         temporary.mkdir()
         model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
         tokenizer.save_pretrained(temporary)
 
 
 @contextlib.contextmanager
-def _savable(model: Any) -> Iterator[None]:
+def savable(model: Any) -> Iterator[None]:
     """Generation settings with sampling parameters but no sampling are refused by transformers; write them as sampling."""
     config = getattr(model, "generation_config", None)
     held = None if config is None else config.do_sample

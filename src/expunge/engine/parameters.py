@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from expunge.core.access import Offer
 from expunge.core.errors import InputError, MissingExtra, nearest
 from expunge.core.registry import Registry
 from expunge.engine.parts import Parameters
@@ -147,6 +149,47 @@ class Lora(Parameters):
         return wrapped
 
 
+class Assistant(Lora):
+    """A LoRA on a small model cut from the target: its first blocks, final norm and head (Ji et al. 2024, arXiv 2406.08607).
+
+    The target itself stays as it is: what is learnt stands beside it, until ``finish=subtract`` joins the two. The small model
+    has the target's own weights, not copies, so only the LoRA takes memory.
+    """
+
+    name: ClassVar[str] = "assistant"
+    beside: ClassVar[bool] = True
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.ASSISTANT})
+
+    blocks: int | None = Field(None, ge=1, description="blocks, from the first; none: a quarter of the target's (paper: 8 of 32)")
+    rank: int = Field(16, ge=1, le=4096, description="rank r of the adapters")
+    alpha: float = Field(32.0, gt=0, description="scale: the update is alpha / r * B A")
+
+    def prepare(self, model: nn.Module, layers: Sequence[str]) -> nn.Module:
+        """Cut the small model out and wrap it with peft.
+
+        Raises:
+            InputError: the model has fewer blocks, or is wrapped already.
+        """
+        from expunge.adapters.assistant import first_blocks
+
+        count = self.blocks or max(1, len(layers) // 4)
+        wrapped = super().prepare(first_blocks(model, count), layers)
+        wrapped.expunge_blocks = count  # type: ignore[assignment]
+        return wrapped
+
+
+class Twin(AllParameters):
+    """Every parameter of a second copy of the target, which itself stays as it is: for ``finish=subtract``."""
+
+    name: ClassVar[str] = "copy"
+    beside: ClassVar[bool] = True
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.ASSISTANT})
+
+    def prepare(self, model: nn.Module, layers: Sequence[str]) -> nn.Module:
+        """Copy and unfreeze everything."""
+        return super().prepare(copy.deepcopy(model), layers)
+
+
 class SaliencyMask(AllParameters):
     """The weights that matter most to the forget loss, entry by entry; all others keep their value bit for bit.
 
@@ -206,5 +249,5 @@ class Pruned(AllParameters):
         return parameter.ndim > (2 if self.scope == "convolutions" else 1)
 
 
-for choice in (AllParameters, NamedParameters, LayerWindow, Lora, SaliencyMask, Pruned):
+for choice in (AllParameters, NamedParameters, LayerWindow, Lora, Assistant, Twin, SaliencyMask, Pruned):
     PARAMETERS.add(choice.name, choice)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge.adapters.base import Example, Outputs
-from expunge.core.access import Of, Stream
+from expunge.core.access import Of, Offer, Stream
 from expunge.core.settings import Settings
 from expunge.engine.preparation import Preparation
 
@@ -80,6 +80,7 @@ class Term(Settings, abc.ABC):
     per: ClassVar[Literal["target", "example", "token"]] = "target"  #: what a value belongs to, and is averaged over
     uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
     whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
+    reverse: ClassVar[bool] = False  #: whether it teaches what is to be taken away again: only before a finish that does so
 
     weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
 
@@ -148,6 +149,8 @@ class Parameters(Settings, abc.ABC):
     """Which parameters move."""
 
     name: ClassVar[str]
+    beside: ClassVar[bool] = False  #: whether what is trained stands beside the target, which stays as it is
+    offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
 
     @abc.abstractmethod
     def prepare(self, model: Any, layers: Sequence[str]) -> Any:
@@ -176,13 +179,33 @@ class Penalty(Settings, abc.ABC):
 
 
 class Finish(Settings, abc.ABC):
-    """A change of the weights after training, from those before and after it (task-vector negation)."""
+    """What is made of the trained module at the end. Its strength is given, or the smallest that reaches the schedule's goal."""
 
     name: ClassVar[str]
+
+
+class Reweigh(Finish):
+    """A change of the weights after training, from those before and after it (task-vector negation)."""
 
     @abc.abstractmethod
     def weights(self, before: Tensor, after: Tensor, scale: float) -> Tensor:
         """The final value of one float tensor; integer buffers are left alone by the engine."""
+
+
+class Join(Finish):
+    """A model made of the target and of what was trained beside it (an assistant whose scores are subtracted)."""
+
+    @abc.abstractmethod
+    def join(self, target: nn.Module, trained: nn.Module) -> nn.Module:
+        """The model that is the result, which holds both, not copies.
+
+        Raises:
+            InputError: they do not fit together.
+        """
+
+    @abc.abstractmethod
+    def place(self, joined: nn.Module, scale: float) -> str:
+        """Set the strength of what was trained in what :meth:`join` returned; says in one sentence what was set."""
 
 
 class Schedule(Settings, abc.ABC):
@@ -239,7 +262,7 @@ class Recipe(Settings):
     schedule: Schedule
     preparation: Preparation | None = Field(None, description="what is made from the target and the data before training")
     penalty: Penalty | None = Field(None, description="a summand of the loss on the weights themselves")
-    finish: Finish | None = Field(None, description="a change of the weights after training")
+    finish: Finish | None = Field(None, description="what is made of the trained weights at the end")
     start: Literal["target", "initial"] = Field("target", description="start from the target, or from its untrained base")
 
     def terms(self) -> tuple[Term, ...]:

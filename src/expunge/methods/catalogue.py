@@ -176,6 +176,7 @@ def offers_needed(recipe: Recipe, alternatives: str = "refusals") -> tuple[Offer
     found = {Offer.LOSSES, *([Offer.LOGITS] if Stream.VALIDATION in recipe.schedule.reads else [])} | {
         Offer(_kind(value)) for _, _, value in needs
     }
+    found |= recipe.parameters.offers
     if recipe.preparation is not None:
         found |= recipe.preparation.offers
     if Stream.ALTERNATIVE in recipe.streams(PLACEHOLDER_LAYERS):

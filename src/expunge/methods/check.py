@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
-from expunge.engine.parts import Recipe
+from expunge.engine.parts import Join, Recipe, Reweigh
 from expunge.engine.reference import choose
 from expunge.methods.registry import PLACEHOLDER_LAYERS
-from expunge.methods.terms.likelihood import ForgetNLL
 
 
 def check(recipe: Recipe) -> None:
@@ -85,24 +84,43 @@ def _check_sides(recipe: Recipe) -> None:
 
 
 def _check_finish(recipe: Recipe) -> None:
-    teaching = [t for t in recipe.forget if isinstance(t, ForgetNLL)]
+    _check_reverse(recipe)
     if recipe.finish is None:
-        if teaching:
-            raise InputError(
-                "'forget-nll' teaches the forget set.", "Add finish=negate to turn it around, or use forget=gradascent."
-            )
         return
     name = f"finish={recipe.finish.name}"
-    if recipe.retain or len(teaching) < len(recipe.forget) or not teaching:
+    if isinstance(recipe.finish, Reweigh) and recipe.retain:
         raise InputError(
             f"{name} turns around all that was learnt, so it can only follow forget-nll.", "Use forget=forget-nll retain=none."
         )
-    if recipe.parameters.name == "lora":
+    if isinstance(recipe.finish, Reweigh) and recipe.parameters.name == "lora":
         raise InputError(
             f"{name} needs the trained weights themselves, not the factors of a LoRA.", "Use parameters=all or parameters=named."
         )
-    if recipe.schedule.name == "fixed" and getattr(recipe.finish, "scale", 0.0) is None:
+    if recipe.schedule.name == "fixed" and getattr(recipe.finish, "scale", 0.0) is None and recipe.schedule.lr is not None:
         raise InputError(f"{name} has no scale, and a fixed schedule does not look for one.", "Give finish.scale, for example 1.")
+
+
+def _check_reverse(recipe: Recipe) -> None:
+    """What teaches the forget set is taken away again, and what is taken away teaches it; beside the target or not."""
+    teaching = [t.name for t in recipe.terms() if t.reverse]
+    if recipe.finish is None and teaching:
+        raise InputError(
+            f"{teaching[0]!r} teaches what shall be forgotten, or unteaches what shall be kept.",
+            "Add finish=negate (or parameters=assistant finish=subtract) to turn it around, or use forget=gradascent retain=nll.",
+        )
+    if recipe.finish is not None and (len(teaching) < len(recipe.terms()) or not any(t.reverse for t in recipe.forget)):
+        other = next((t.name for t in recipe.terms() if not t.reverse), "nothing to forget")
+        raise InputError(
+            f"finish={recipe.finish.name} turns around all that was learnt, so it cannot follow {other}.",
+            "Use forget=forget-nll retain=none; with parameters=assistant also retain=uniform.",
+        )
+    if recipe.parameters.beside != isinstance(recipe.finish, Join):
+        beside = f"parameters={recipe.parameters.name} trains a model beside the target"
+        joins = f"finish={recipe.finish.name if recipe.finish else ''} joins the target with a model trained beside it"
+        raise InputError(
+            f"{beside}, and nothing joins the two." if recipe.parameters.beside else f"{joins}, and there is none.",
+            "Use both: parameters=assistant (or copy) and finish=subtract.",
+        )
 
 
 def _check_start(recipe: Recipe) -> None:

@@ -45,7 +45,7 @@ def open_adapter(source: str, text: TextConfig, *, dropout: bool = False) -> Lan
         config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
         held = text.model_copy(update={"template": config.get("text", {}).get("template")})
     place = Path(resolve(source))
-    check_memory(sum(p.stat().st_size for p in place.glob("*.safetensors")) if place.is_dir() else 0, f"Loading {source!r}")
+    check_memory(sum(p.stat().st_size for p in place.rglob("*.safetensors")) if place.is_dir() else 0, f"Loading {source!r}")
     return load(
         resolve(source), dtype=held.dtype, template=held.template, max_length=held.max_length, truncate=held.truncate,
         dropout=dropout,
