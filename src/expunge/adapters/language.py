@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from expunge.adapters.head import bare, base
 from expunge.adapters.passes import Runner, evaluating
 from expunge.adapters.registry import adapter
 from expunge.adapters.tokenise import Encoder, Tokens
+from expunge.adapters.translate import Dictionary, Translation
 from expunge.core.access import Offer
 from expunge.core.errors import InputError, unknown
 from expunge.data.records import Record
@@ -142,6 +143,27 @@ class LanguageAdapter(Adapter):
             token_supervised=torch.from_numpy(supervised[real]),
             token_counts=tuple(sizes.tolist()),
         )
+
+    def translate(self, examples: Sequence[Example], terms: Mapping[str, str]) -> list[tuple[Example, Translation]]:
+        """Examples with terms of their text replaced; see :meth:`expunge.adapters.base.Adapter.translate`."""
+
+        def read(ids: Sequence[int]) -> str:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            return text
+
+        dictionary = Dictionary(terms, self._encoder.spell, read)
+        out = []
+        for example in examples:
+            found = dictionary.translate(example.data, self.context)
+            size = len(found.tokens.ids)
+            if size <= found.tokens.start:
+                raise InputError(
+                    f"The example {example.id!r} is longer than the model's context once its terms are replaced.",
+                    "Use shorter counterparts, or shorter texts.",
+                )
+            made = Example(example.id + "#translated", example.cluster, size - found.tokens.start, size, found.tokens)
+            out.append((made, found))
+        return out
 
     def _pad(self) -> int:
         # Masks rule, so any id will do where the tokenizer has none for padding.
