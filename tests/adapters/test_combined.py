@@ -59,7 +59,10 @@ def test_the_formula_by_hand():
         got = Combination(target_weight=a, weight=b, centred=centred).scores(z1, z2)
         for n in range(5):
             mean = sum(z2[n].tolist()) / 7 if centred else 0.0
-            close(got[n], torch.tensor([a * x + b * (y - mean) for x, y in zip(z1[n].tolist(), z2[n].tolist(), strict=True)]).double())
+            close(
+                got[n],
+                torch.tensor([a * x + b * (y - mean) for x, y in zip(z1[n].tolist(), z2[n].tolist(), strict=True)]).double(),
+            )
 
 
 def test_generic_scores_of_whos_harry_potter():
@@ -193,7 +196,9 @@ def test_the_processor_serves_generate_on_its_own(llama, records):
         for cached in (True, False):
             processor = AssistantScores(made.model.assistant, made.model.combination)
             processor._cached = cached
-            found.append(llama.model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, logits_processor=[processor], **options))
+            found.append(
+                llama.model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, logits_processor=[processor], **options)
+            )
         assert torch.equal(*found)
     held = made.model.processor()
     for length in (3, 4, 5):

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from expunge.adapters.composite import Composite
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.presets import build as preset
 from expunge.adapters.words import word_tokenizer
@@ -115,11 +116,16 @@ def test_a_small_step_down_the_forget_gradient_raises_the_forget_loss(target, na
 def test_every_method_runs_through_the_engine_and_moves_the_model(target, name):
     adapter = target.copy()
     before = copy.deepcopy(adapter.model.state_dict())
-    overrides = {"finish": {"scale": 1.0}} if name == "task-vector" else {}
+    overrides = {"finish": {"scale": 1.0}} if build(name).finish is not None else {}
     outcome = run(adapter, name, schedule={"name": "fixed", "lr": 1e-3, "steps": 2, "batch": 6, "warmup": 0}, **overrides)
     assert outcome.steps == 2
     after = outcome.model.state_dict()
-    assert any(not torch.equal(before[k], after[k]) for k in before)
+    if isinstance(outcome.model, Composite):  # the target stays, and another model speaks
+        assert all(torch.equal(before[k], after["target." + k]) for k in before)
+        held, adapter.model = losses(adapter, facts()), outcome.model
+        assert losses(adapter, facts()) != held
+    else:
+        assert any(not torch.equal(before[k], after[k]) for k in before)
     assert all(torch.isfinite(v).all() for v in after.values())
 
 

@@ -244,7 +244,9 @@ def test_a_run_that_was_killed_prepares_the_same(target, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         run_preparation(part, target, forget, engine, scratch=tmp_path / "cut", tell=kill)
     steps: list[int] = []
-    again = run_preparation(part, target, forget, engine, scratch=tmp_path / "cut", tell=lambda d, _t, s: steps.append(d) if "reinf" in s else None)
+    again = run_preparation(
+        part, target, forget, engine, scratch=tmp_path / "cut", tell=lambda d, _t, s: steps.append(d) if "reinf" in s else None
+    )
     assert steps[0] == 13, "reinforcement began anew"
     third = run_preparation(part, target, forget, engine, scratch=tmp_path / "cut", tell=lambda *_: pytest.fail("prepared twice"))
     for other in (again, third):

@@ -81,9 +81,7 @@ class Combined(Composite):
     ) -> Any:
         """Combined ``logits`` ``[B, T, V]``."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
-        states = [
-            reader.states(model, given) for reader, model in zip(self._readers, (self.target, self.assistant), strict=True)
-        ]
+        states = [reader.states(model, given) for reader, model in zip(self._readers, (self.target, self.assistant), strict=True)]
         self._head.widths = [s.shape[-1] for s in states]
         logits = self._head(torch.cat(states, -1))
         return need("transformers", "A language model").modeling_outputs.CausalLMOutput(logits=logits)

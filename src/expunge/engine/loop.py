@@ -206,7 +206,9 @@ class _Loop:
         if not isinstance(self.recipe.finish, Join):
             return None
         if self.devices.sharded:
-            raise InputError(f"The method {self.recipe.name!r} trains a model beside the target.", "Run it without sharding (FSDP).")
+            raise InputError(
+                f"The method {self.recipe.name!r} trains a model beside the target.", "Run it without sharding (FSDP)."
+            )
         return self.recipe.finish.join(target, self.devices.unwrap(self.model))
 
     def _rewind(self) -> Rewind | None:

@@ -84,6 +84,13 @@ class Preparation(Settings, abc.ABC):
     makes: ClassVar[frozenset[str]]  #: streams, models (``Of``) and names of things that are there afterwards
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
 
+    def check(self) -> None:  # noqa: B027  (most have nothing to look at)
+        """Refuse files that it names and that are not what they should be; asked before anything starts.
+
+        Raises:
+            InputError: naming the file.
+        """
+
     @abc.abstractmethod
     def prepare(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None) -> Prepared:
         """Make it. The result must depend on the arguments and torch's random state alone, which is set from the seed before.

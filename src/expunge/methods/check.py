@@ -84,43 +84,56 @@ def _check_sides(recipe: Recipe) -> None:
 
 
 def _check_finish(recipe: Recipe) -> None:
-    _check_reverse(recipe)
     if recipe.finish is None:
-        return
-    name = f"finish={recipe.finish.name}"
-    if isinstance(recipe.finish, Reweigh) and recipe.retain:
+        _check_nothing_reversed(recipe)
+    elif isinstance(recipe.finish, Reweigh):
+        _check_reweigh(recipe, f"finish={recipe.finish.name}")
+    elif any(not t.reverse for t in recipe.terms()) or not recipe.forget:
+        other = next((t.name for t in recipe.terms() if not t.reverse), "a recipe that forgets nothing")
         raise InputError(
-            f"{name} turns around all that was learnt, so it can only follow forget-nll.", "Use forget=forget-nll retain=none."
+            f"finish={recipe.finish.name} takes away all that was learnt, so it cannot follow {other}.",
+            "Use forget=forget-nll, with retain=uniform or retain=none.",
         )
-    if isinstance(recipe.finish, Reweigh) and recipe.parameters.name == "lora":
-        raise InputError(
-            f"{name} needs the trained weights themselves, not the factors of a LoRA.", "Use parameters=all or parameters=named."
-        )
-    if recipe.schedule.name == "fixed" and getattr(recipe.finish, "scale", 0.0) is None and recipe.schedule.lr is not None:
+    _check_beside(recipe)
+    unknown = recipe.finish is not None and getattr(recipe.finish, "scale", 0.0) is None
+    if unknown and recipe.schedule.name == "fixed" and recipe.schedule.lr is not None:
+        name = f"finish={recipe.finish.name}" if recipe.finish else ""
         raise InputError(f"{name} has no scale, and a fixed schedule does not look for one.", "Give finish.scale, for example 1.")
 
 
-def _check_reverse(recipe: Recipe) -> None:
-    """What teaches the forget set is taken away again, and what is taken away teaches it; beside the target or not."""
-    teaching = [t.name for t in recipe.terms() if t.reverse]
-    if recipe.finish is None and teaching:
+def _check_nothing_reversed(recipe: Recipe) -> None:
+    for term in recipe.terms():
+        if term.reverse and term in recipe.forget:
+            raise InputError(
+                f"{term.name!r} teaches the forget set.", "Add finish=negate to turn it around, or use forget=gradascent."
+            )
+        if term.reverse:
+            raise InputError(
+                f"{term.name!r} unteaches the retain set.", "Add parameters=assistant finish=subtract, or use retain=nll."
+            )
+
+
+def _check_reweigh(recipe: Recipe, name: str) -> None:
+    if recipe.retain or not recipe.forget or any(not t.reverse for t in recipe.forget):
         raise InputError(
-            f"{teaching[0]!r} teaches what shall be forgotten, or unteaches what shall be kept.",
-            "Add finish=negate (or parameters=assistant finish=subtract) to turn it around, or use forget=gradascent retain=nll.",
+            f"{name} turns around all that was learnt, so it can only follow forget-nll.", "Use forget=forget-nll retain=none."
         )
-    if recipe.finish is not None and (len(teaching) < len(recipe.terms()) or not any(t.reverse for t in recipe.forget)):
-        other = next((t.name for t in recipe.terms() if not t.reverse), "nothing to forget")
+    if recipe.parameters.name == "lora":
         raise InputError(
-            f"finish={recipe.finish.name} turns around all that was learnt, so it cannot follow {other}.",
-            "Use forget=forget-nll retain=none; with parameters=assistant also retain=uniform.",
+            f"{name} needs the trained weights themselves, not the factors of a LoRA.", "Use parameters=all or parameters=named."
         )
-    if recipe.parameters.beside != isinstance(recipe.finish, Join):
-        beside = f"parameters={recipe.parameters.name} trains a model beside the target"
-        joins = f"finish={recipe.finish.name if recipe.finish else ''} joins the target with a model trained beside it"
-        raise InputError(
-            f"{beside}, and nothing joins the two." if recipe.parameters.beside else f"{joins}, and there is none.",
-            "Use both: parameters=assistant (or copy) and finish=subtract.",
-        )
+
+
+def _check_beside(recipe: Recipe) -> None:
+    """What is trained beside the target is joined with it, and what is joined was trained beside it."""
+    part, joins = f"parameters={recipe.parameters.name}", isinstance(recipe.finish, Join)
+    if recipe.parameters.beside == joins:
+        return
+    if joins and recipe.finish is not None:
+        said = f"finish={recipe.finish.name} joins the target with a model trained beside it, and {part} trains none."
+    else:
+        said = f"{part} trains a model beside the target, and nothing joins the two."
+    raise InputError(said, "Use both: parameters=assistant (or copy) and finish=subtract.")
 
 
 def _check_start(recipe: Recipe) -> None:

@@ -135,6 +135,21 @@ def _texts(record: Record) -> tuple[str, ...]:
     return (record.prompt, record.answer, *turns, *more)
 
 
+def refuse_composite(adapter: LanguageAdapter) -> None:
+    """Refuse to train what is more than one network: a target with what an earlier request put beside it.
+
+    Raises:
+        InputError: the adapter holds such a model.
+    """
+    from expunge.adapters.composite import Composite
+
+    if isinstance(adapter.model, Composite):
+        raise InputError(
+            f"This model is a target with an assistant beside it ({adapter.model.kind}), and only one network can be trained.",
+            "Start from the target again, with the forget sets of all requests; it is in the folder target/ of the model.",
+        )
+
+
 def check_memory(needed: int, what: str) -> None:
     """Check an estimate of memory against what is free now.
 

@@ -170,6 +170,8 @@ def _one(merged: dict[str, Any], out: Path, *, resume: bool, dry_run: bool, outp
     if reused:
         output.say("This run had finished; nothing was left to do.")
     output.say(result["sentence"])
+    for note in result.get("notes", ()):
+        output.say(note)
     output.say(f"Model: {out / 'model'}   Next: expunge audit {out} --retrain 3")
     return 0 if result["reached"] else 3
 

@@ -69,6 +69,15 @@ class GenericLabels(Preparation):
     lr: float | None = Field(None, gt=0, description="their learning rate; none: found by a range test (paper: 3e-6)")
     batch: int = Field(128, ge=1, description="forget examples per step (paper: 8 in 16 portions)")
 
+    def check(self) -> None:
+        """Read the dictionary.
+
+        Raises:
+            InputError: the file holds none.
+        """
+        if self.anchors:
+            read_anchors(self.anchors)
+
     def prepare(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None) -> Prepared:
         """Reinforce a copy, compare, choose the labels; or read those that are in ``scratch``.
 
@@ -89,7 +98,9 @@ class GenericLabels(Preparation):
             shutil.rmtree(scratch / "reinforced", ignore_errors=True)
         return Prepared(made={MADE: made.labels}, notes=self._notes(adapter, forget, made))
 
-    def _reinforced(self, adapter: Adapter, forget: Sequence[Example], engine: Engine, folder: Path, tell: Tell | None) -> Adapter:
+    def _reinforced(
+        self, adapter: Adapter, forget: Sequence[Example], engine: Engine, folder: Path, tell: Tell | None
+    ) -> Adapter:
         """A copy of the target that has been trained further on the forget set."""
         strong = adapter.copy()
         schedule = Fixed(lr=self.lr, epochs=self.epochs, batch=self.batch, warmup=0, decay="constant", weight_decay=0)
@@ -107,7 +118,13 @@ class GenericLabels(Preparation):
 
     @torch.no_grad()
     def _labels(
-        self, adapter: Adapter, strong: Adapter, forget: Sequence[Example], terms: Mapping[str, str], engine: Engine, tell: Tell | None
+        self,
+        adapter: Adapter,
+        strong: Adapter,
+        forget: Sequence[Example],
+        terms: Mapping[str, str],
+        engine: Engine,
+        tell: Tell | None,
     ) -> _Made:
         formula = Combination(weight=-self.alpha, link="relu", against="target", centred=False)
         made = _Made({}, dict.fromkeys(terms, 0))
@@ -158,7 +175,11 @@ class GenericLabels(Preparation):
         path.parent.mkdir(parents=True, exist_ok=True)
         counts = torch.tensor([len(x) for x in held])
         with atomic_path(path) as temporary:
-            tensors = {"labels": torch.cat(held), "counts": counts, "found": torch.tensor(list(made.found.values()), dtype=torch.int64)}
+            tensors = {
+                "labels": torch.cat(held),
+                "counts": counts,
+                "found": torch.tensor(list(made.found.values()), dtype=torch.int64),
+            }
             save_file(tensors, temporary)
 
     def _notes(self, adapter: Adapter, forget: Sequence[Example], made: _Made) -> tuple[str, ...]:
@@ -168,7 +189,9 @@ class GenericLabels(Preparation):
         said = f"{int((labels != true)[~dropped].sum())} of {len(labels)} forget tokens get another label"
         notes = [said + (f", {int(dropped.sum())} are left out." if bool(dropped.any()) else ".")]
         if not self.anchors:
-            notes.append("No dictionary of anchors was given (preparation.anchors=FILE): names are replaced by what follows from alpha.")
+            notes.append(
+                "No dictionary of anchors was given (preparation.anchors=FILE): names are replaced by what follows from alpha."
+            )
         elif sum(made.found.values()) == 0:
             notes.append(f"None of the {len(made.found)} anchored terms occurs in the forget set.")
         else:
