@@ -20,8 +20,8 @@ from expunge.adapters.presets import build
 from expunge.adapters.words import word_tokenizer
 from expunge.core.errors import InputError
 from expunge.engine.parameters import Assistant
-from expunge.pipeline.models import check_source, open_adapter
 from expunge.pipeline.config import TextConfig
+from expunge.pipeline.models import check_source, open_adapter
 
 close = torch.testing.assert_close
 WANT = frozenset({"logits", "losses"})
@@ -86,6 +86,18 @@ def test_weight_zero_is_the_target_and_a_uniform_assistant_says_nothing(tau):
     assert changed == (tau is not None), "only a filter makes a constant of the assistant's scores matter"
 
 
+@pytest.mark.parametrize("settings", [{}, {"filter": 0.3}, {"link": "relu", "against": "target"}, {"target_weight": 0.0}])
+def test_what_is_excluded_already_stays_so(settings):
+    z1, z2 = rand(4, 6), rand(4, 6, seed=1)
+    whole = Combination(weight=0.5, **settings | {"filter": None}).scores(z1, z2)
+    z1[:, 2] = -math.inf
+    got = Combination(weight=0.5, **settings).scores(z1, z2)
+    assert (got[:, 2] == -math.inf).all()
+    assert torch.isfinite(got[:, [0, 1, 3, 4, 5]]).all()
+    if settings.get("against") is None and "filter" not in settings:
+        close(got[:, 3:], whole[:, 3:])
+
+
 @pytest.mark.parametrize("tau", [0.02, 0.2, 0.6])
 def test_the_filter_keeps_what_it_says(tau):
     z1, z2 = rand(40, 30), rand(40, 30, seed=1) * 20
@@ -137,8 +149,8 @@ def test_two_models_are_one(each, records):
     want = Combination(weight=-0.7, filter=0.05).scores(*both)
     got = outputs(made, made.model, records)
     close(got["logits"], want, rtol=1e-4, atol=1e-4)
-    close(got["losses"], nn.functional.cross_entropy(want, made.collate([made.encode(r) for r in records]).targets, reduction="none"),
-          rtol=1e-4, atol=1e-4)  # fmt: skip
+    targets = made.collate([made.encode(r) for r in records]).targets
+    close(got["losses"], nn.functional.cross_entropy(want, targets, reduction="none"), rtol=1e-4, atol=1e-4)
     one = torch.cat([outputs(made, made.model, [r])["logits"] for r in records])
     close(got["logits"], one, rtol=1e-4, atol=1e-4)
     blocks = [b for _, b in made.logit_blocks(made.model, made.collate([made.encode(r) for r in records]), rows=4)]
@@ -200,6 +212,9 @@ def test_the_processor_serves_generate_on_its_own(llama, records):
                 llama.model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, logits_processor=[processor], **options)
             )
         assert torch.equal(*found)
+    ends = {"eos_token_id": made.model.generate(input_ids=ids, max_new_tokens=1, do_sample=False)[0, -1].item()}
+    longer = made.model.generate(input_ids=ids, min_new_tokens=5, max_new_tokens=5, do_sample=False, **ends)
+    assert longer.shape[1] == ids.shape[1] + 5
     held = made.model.processor()
     for length in (3, 4, 5):
         held.following(ids[:, :length])

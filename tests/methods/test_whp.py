@@ -123,10 +123,8 @@ def test_labels_are_those_of_the_formula(target, tmp_path):
         prompt = record.prompt.replace("Ada", "Someone").replace("Ben", "Someone")
         other = target.encode(Record("x", text, prompt))
         z, z_r, z_t = scores(target, [example]), scores(strong, [example]), scores(target, [other])
-        if record.id[0] == "t":  # "lives in" has become "in": its second token has no counterpart
-            v = torch.stack([z_t[0], z[1], *z_t[1:]])
-        else:
-            v = z_t
+        # "lives in" has become "in": its second token has no counterpart
+        v = torch.stack([z_t[0], z[1], *z_t[1:]]) if record.id[0] == "t" else z_t
         want = [
             max(range(len(row)), key=lambda k, row=row, r=r: row[k] - 2.0 * max(r[k] - row[k], 0.0))
             for row, r in zip(v.tolist(), z_r.tolist(), strict=True)
@@ -264,8 +262,14 @@ def test_preparing_leaves_the_target_as_it_is(target, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "cannot be read"), ("[]", "no JSON object of texts"), ("{}", "no JSON object"), ('{"a": 1}', "has the counterpart 1"), ('{"a": " "}', "has the counterpart")],
-)  # fmt: skip
+    [
+        ("{", "cannot be read"),
+        ("[]", "no JSON object of texts"),
+        ("{}", "no JSON object"),
+        ('{"a": 1}', "has the counterpart 1"),
+        ('{"a": " "}', "has the counterpart"),
+    ],
+)
 def test_a_file_that_is_no_dictionary_is_refused(target, tmp_path, text, said):
     path = tmp_path / "anchors.json"
     path.write_text(text)

@@ -27,9 +27,7 @@ def first_blocks(model: Any, count: int) -> Any:
         InputError: the model is wrapped, has no list of blocks, or has fewer.
     """
     if base(model) is not model:
-        raise InputError(
-            f"An assistant cannot be cut from a {type(model).__name__}.", "Merge its adapter into its weights first."
-        )
+        raise InputError(f"An assistant cannot be cut from a {type(model).__name__}.", "Merge its adapter first.")
     names = block_names(model)
     if not 1 <= count <= len(names):
         raise InputError(f"An assistant of {count} blocks was asked for; the model has {len(names)}.", f"Use 1 to {len(names)}.")

@@ -49,17 +49,21 @@ class Combination(Settings):
             raise different_vocabularies(target.shape[-1], assistant.shape[-1])
         wide = torch.promote_types(target.dtype, torch.float32)
         z1, rest = target.to(wide), assistant.to(wide)
+        out = self.target_weight * z1 + self.weight * self._said(z1, rest)
+        if self.filter is not None:
+            dropped = torch.full_like(out, -math.inf) if exclude else self.target_weight * z1
+            out = torch.where(self.kept(z1), out, dropped)
+        # A generation setting may have excluded a token already (the end token, before the shortest answer is reached).
+        return torch.where(z1.isneginf(), z1, out)
+
+    def _said(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """``f(z_2 - z_3)``."""
         if self.centred:
-            rest = rest - rest.mean(-1, keepdim=True)
-        if self.against == "target":
-            rest = rest - (z1 - z1.mean(-1, keepdim=True) if self.centred else z1)
-        if self.link == "relu":
-            rest = rest.relu()
-        out = self.target_weight * z1
-        if self.filter is None:
-            return out + self.weight * rest
-        kept = self.kept(z1)
-        return torch.where(kept, out + self.weight * rest, torch.full_like(out, -math.inf) if exclude else out)
+            z1, z2 = (
+                z - torch.where(z.isfinite(), z, 0.0).sum(-1, keepdim=True) / z.isfinite().sum(-1, keepdim=True) for z in (z1, z2)
+            )
+        rest = z2 - z1 if self.against == "target" else z2
+        return rest.relu() if self.link == "relu" else rest
 
     def kept(self, target: Tensor) -> Tensor:
         """Which tokens the filter keeps, bool ``[..., V]``; all without a filter."""

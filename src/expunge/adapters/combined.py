@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,11 +90,12 @@ class Combined(Composite):
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """The target's ``generate`` with the assistant as a logits processor; options as there."""
+        processors = [self.processor(attention_mask), *options.pop("logits_processor", ())]
+        settings = copy.deepcopy(options.pop("generation_config", None) or self.generation_config)
+        rest = settings.update(**options)
         return self.target.generate(
-            input_ids=input_ids, attention_mask=attention_mask,
-            generation_config=options.pop("generation_config", None) or self.generation_config,
-            logits_processor=[self.processor(attention_mask), *options.pop("logits_processor", ())], **options,
-        )  # fmt: skip
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, logits_processor=processors, **rest
+        )
 
     def processor(self, attention_mask: Tensor | None = None) -> Any:
         """The assistant as a transformers ``LogitsProcessor`` for the target's ``generate``; one for each call of it.

@@ -32,8 +32,8 @@ class Translation:
 
     Attributes:
         tokens: the new text.
-        place: for each token of the old text the token of the new one with the same, translated, text before it, int64 ``[size]``;
-            -1 where there is none: the second and further tokens of a term, and what no longer fits into the context.
+        place: for each token of the old text the token of the new one with the same text, translated, before it, int64
+            ``[size]``; -1 where there is none: the second and further tokens of a term, and what no longer fits into the context.
         mentions: where terms stood in the old text, in order.
     """
 
@@ -45,8 +45,8 @@ class Translation:
 class Dictionary:
     """Terms and their counterparts as token ids.
 
-    A term is found as a whole word, the longest first, wherever its own spelling occurs: as it is, after a space, after a quotation
-    mark. Case matters, and other forms of a word are other terms.
+    A term is found as a whole word, the longest first, wherever its own spelling occurs: as it is, after a space, after a
+    quotation mark. Case matters, and other forms of a word are other terms.
 
     Args:
         terms: term to counterpart.

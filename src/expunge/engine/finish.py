@@ -43,9 +43,7 @@ class Subtract(Join):
 
     scale: float | None = Field(None, ge=0, le=64, description="weight that is taken away; none: the schedule finds it")
     link: Literal["identity", "relu"] = Field("identity", description="f: relu takes scores that rose and leaves the rest alone")
-    against: Literal["none", "target"] = Field(
-        "none", description="baseline of the assistant's scores: none, or the target's own"
-    )
+    against: Literal["none", "target"] = Field("none", description="z_baseline: none, or the target's own scores")
     centred: bool = Field(True, description="take the mean over the vocabulary out of the assistant's scores")
     filter: float | None = Field(
         None, gt=0, lt=1, description="only tokens at least so likely as this share of the target's likeliest; none: all"

@@ -84,7 +84,7 @@ class Preparation(Settings, abc.ABC):
     makes: ClassVar[frozenset[str]]  #: streams, models (``Of``) and names of things that are there afterwards
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
 
-    def check(self) -> None:  # noqa: B027  (most have nothing to look at)
+    def check(self) -> None:
         """Refuse files that it names and that are not what they should be; asked before anything starts.
 
         Raises:

@@ -22,23 +22,24 @@ WHP = Paper(
     "whp",
     title="Who's Harry Potter: generic labels",
     paper=WHP,
-    formula="L = -mean_tokens log p(label | original text), label = argmax_v [v - alpha relu(v_reinforced - v)] in translated text",
+    formula="L = -mean_tokens log p(label | text), label = argmax_v [v - alpha relu(v_reinforced - v)], v in the translated text",
     published=Fixed(lr=1e-6, epochs=2, batch=128),
     with_paper={"preparation": {"lr": 3e-6, "epochs": 3, "batch": 128}},
     caveats=(
-        "What is said instead depends on the dictionary of anchors; without one names give way to whatever the model finds next best.",
+        "What is said instead depends on the dictionary of anchors; without one names give way to the next best.",
         "No retain data are read: small models lose what they should keep, unless retain=nll is added.",
         "Only the text as it is given is changed: other languages, and knowledge of the whole, are known to leak.",
+        "A model that knows the text by heart shows little of it in 10 epochs: see the notes, and raise preparation.epochs.",
         "Rates, epochs and batch are recalled from the paper, whose code is not public.",
     ),
 )
 def whp() -> Recipe:
     """Teach the forget text with the labels of a model that had not read it.
 
-    A copy is trained further on the forget text; what it finds likelier than the target is pushed down by ``alpha``, and only that:
-    without the ``relu``, tokens that the copy dislikes would be promoted. Names are taken out of the context by a dictionary
-    of anchors (``preparation.anchors=FILE``). There is no official code; where the paper leaves a choice (tokens within a
-    term, repeated mentions), the preparation says which is made and offers the other.
+    A copy is trained further on the forget text; what it finds likelier than the target does is pushed down by ``alpha``, and
+    only that: without the ``relu``, tokens that the copy dislikes would be promoted. Names are taken out of the context by a
+    dictionary of anchors (``preparation.anchors=FILE``). There is no official code; where the paper leaves a choice (tokens
+    within a term, repeated mentions), the preparation says which is made and offers the other.
     """
     return compose("whp", forget=[GenericNLL()], preparation=GenericLabels())
 

@@ -37,11 +37,10 @@ _UNITS = 1024  #: input tokens per forward pass of three models whose scores are
 class GenericLabels(Preparation):
     """A label for each forget token: the likeliest one in ``v - alpha relu(v_reinforced - v)`` (Eldan and Russinovich 2023).
 
-    ``v_reinforced`` are the scores of a copy that was trained further on the forget text, and is dropped afterwards; ``v`` those of
-    the target. Where a dictionary of anchors is given, ``v`` is read in the text with all anchored terms replaced by their generic
-    counterparts, so names that were replaced before cannot lead to what belongs to them. A token and its counterpart are
-    those with the same text before them; the second and further tokens of a term have none, and for them ``v`` is read in the
-    original text.
+    ``v_reinforced`` are the scores of a copy that was trained further on the forget text, and is dropped afterwards; ``v``
+    those of the target. Where a dictionary of anchors is given, ``v`` is read in the text with all anchored terms replaced by
+    their generic counterparts, so a name cannot lead to what belongs to it. A token and its counterpart are those with the same
+    text before them; the second and further tokens of a term have none, and for them ``v`` is read in the original text.
 
     The dictionary is a JSON object of term and counterpart, ``{"Hogwarts": "Mystic Academy"}``; the paper had a language model
     write 1,500 of them. A term is found as a whole word with the case that it is written in. Where it occurs again in the
@@ -93,7 +92,7 @@ class GenericLabels(Preparation):
             made.found = dict(zip(terms, held["found"].tolist(), strict=True))
         else:
             strong = self._reinforced(adapter, forget, engine, scratch / "reinforced", tell)
-            made = self._labels(adapter, strong, forget, terms, engine, tell)
+            made = self._labels((adapter, strong), forget, terms, min(engine.max_tokens, _UNITS), tell)
             self._keep(path, made, forget)
             shutil.rmtree(scratch / "reinforced", ignore_errors=True)
         return Prepared(made={MADE: made.labels}, notes=self._notes(adapter, forget, made))
@@ -119,13 +118,14 @@ class GenericLabels(Preparation):
     @torch.no_grad()
     def _labels(
         self,
-        adapter: Adapter,
-        strong: Adapter,
+        models: tuple[Adapter, Adapter],
         forget: Sequence[Example],
         terms: Mapping[str, str],
-        engine: Engine,
+        units: int,
         tell: Tell | None,
     ) -> _Made:
+        """Labels of all targets, from the target and the reinforced copy."""
+        adapter, strong = models
         formula = Combination(weight=-self.alpha, link="relu", against="target", centred=False)
         made = _Made({}, dict.fromkeys(terms, 0))
         device = next(adapter.model.parameters()).device
@@ -135,7 +135,7 @@ class GenericLabels(Preparation):
             out = held.forward(held.model, held.collate(chosen).to(device), frozenset({"logits"}))
             return dict(zip(out.batch_ids, out.logits.split(list(out.counts)), strict=True))
 
-        for chosen in fitting(forget, min(engine.max_tokens, _UNITS)):
+        for chosen in fitting(forget, units):
             plain, reinforced = scores(adapter, chosen), scores(strong, chosen)
             generic = scores(adapter, [translated[e.id][0] for e in chosen]) if terms else {}
             for example in chosen:
@@ -175,12 +175,8 @@ class GenericLabels(Preparation):
         path.parent.mkdir(parents=True, exist_ok=True)
         counts = torch.tensor([len(x) for x in held])
         with atomic_path(path) as temporary:
-            tensors = {
-                "labels": torch.cat(held),
-                "counts": counts,
-                "found": torch.tensor(list(made.found.values()), dtype=torch.int64),
-            }
-            save_file(tensors, temporary)
+            found = torch.tensor(list(made.found.values()), dtype=torch.int64)
+            save_file({"labels": torch.cat(held), "counts": counts, "found": found}, temporary)
 
     def _notes(self, adapter: Adapter, forget: Sequence[Example], made: _Made) -> tuple[str, ...]:
         true = torch.cat([adapter.collate([e]).targets for e in forget])
@@ -189,9 +185,7 @@ class GenericLabels(Preparation):
         said = f"{int((labels != true)[~dropped].sum())} of {len(labels)} forget tokens get another label"
         notes = [said + (f", {int(dropped.sum())} are left out." if bool(dropped.any()) else ".")]
         if not self.anchors:
-            notes.append(
-                "No dictionary of anchors was given (preparation.anchors=FILE): names are replaced by what follows from alpha."
-            )
+            notes.append("No dictionary of anchors was given (preparation.anchors=FILE): it is empty.")
         elif sum(made.found.values()) == 0:
             notes.append(f"None of the {len(made.found)} anchored terms occurs in the forget set.")
         else:
