@@ -1,8 +1,8 @@
 """What a generated token costs where a model's answer is made by more than one network, beside the target alone.
 
 One target (Llama shape, 8 blocks of width 384, vocabulary 32,000, untied, float32, random weights) continues the same prompts
-greedily, by its own ``generate`` and by that of each kind of result. Target and results take turns, so that a busy machine disturbs
-all alike; reported are medians over the repeats of the processor's milliseconds per generated token, how often the target's that
+greedily, by its own ``generate`` and by that of each kind of result. Target and results take turns, so that a busy machine
+disturbs all alike; reported are medians over the repeats of the processor's milliseconds per generated token, how often the target's that
 is, and the same of scoring (a forward pass over the prompts with all targets' losses). Weights are counted once, where they are
 shared.
 
