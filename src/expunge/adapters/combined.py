@@ -45,9 +45,10 @@ class Combined(Composite):
         self, target: Any, assistant: Any, combination: Combination, *, blocks: int | None = None, keep_target: bool = True
     ) -> None:
         super().__init__(target, keep_target=keep_target)
-        sizes = [int(base(m).get_input_embeddings().weight.shape[0]) for m in (target, assistant)]  # type: ignore[operator, union-attr]
+        sizes = [int(base(m).get_input_embeddings().weight.shape[0]) for m in (target, assistant)]  # type: ignore[operator]
         if sizes[0] != sizes[1]:
             raise different_vocabularies(*sizes)
+        self.assistant: Any
         self.assistant = assistant
         self.blocks = blocks
         self._readers = (_Reader(target), _Reader(assistant))
@@ -158,7 +159,7 @@ class _Heads(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         owner = self.owner[0]
-        parts = states.split(list(self.widths), -1)
+        parts = torch.split(states, list(self.widths), -1)
         models = zip(owner._readers, (owner.target, owner.assistant), parts, strict=True)
         first, second = (reader.scores(model, part) for reader, model, part in models)
         return owner.combination.scores(first, second)

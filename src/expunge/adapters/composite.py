@@ -62,6 +62,7 @@ class Composite(nn.Module, abc.ABC):
             )
         if not keep_target and not getattr(target.config, "_name_or_path", ""):
             raise InputError("The target has no name under which it could be found again.", "Keep its weights: keep_target=true.")
+        self.target: Any
         self.target = target
         self.keep_target = keep_target
         self.config: Any = copy.deepcopy(target.config)
@@ -90,12 +91,14 @@ class Composite(nn.Module, abc.ABC):
     @property
     def device(self) -> torch.device:
         """Where the target is."""
-        return next(self.target.parameters()).device
+        found: torch.device = next(self.target.parameters()).device
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
         """The number type of the target's weights."""
-        return next(self.target.parameters()).dtype
+        found: torch.dtype = next(self.target.parameters()).dtype
+        return found
 
     def get_input_embeddings(self) -> nn.Module:
         """The target's."""

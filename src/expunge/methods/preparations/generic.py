@@ -88,7 +88,7 @@ class GenericLabels(Preparation):
         path = scratch / "generic-labels.safetensors"
         if path.is_file():
             held = load_file(path)
-            made = _Made(dict(zip([e.id for e in forget], held["labels"].split(held["counts"].tolist()), strict=True)))
+            made = _Made(dict(zip([e.id for e in forget], torch.split(held["labels"], held["counts"].tolist()), strict=True)))
             made.found = dict(zip(terms, held["found"].tolist(), strict=True))
         else:
             strong = self._reinforced(adapter, forget, engine, scratch / "reinforced", tell)
@@ -133,7 +133,7 @@ class GenericLabels(Preparation):
 
         def scores(held: Adapter, chosen: Sequence[Example]) -> dict[str, Tensor]:
             out = held.forward(held.model, held.collate(chosen).to(device), frozenset({"logits"}))
-            return dict(zip(out.batch_ids, out.logits.split(list(out.counts)), strict=True))
+            return dict(zip(out.batch_ids, torch.split(out.logits, list(out.counts)), strict=True))
 
         for chosen in fitting(forget, units):
             plain, reinforced = scores(adapter, chosen), scores(strong, chosen)
