@@ -2,9 +2,9 @@
 
 One target (Llama shape, 8 blocks of width 384, vocabulary 32,000, untied, float32, random weights) continues the same prompts
 greedily, by its own ``generate`` and by that of each kind of result. Target and results take turns, so that a busy machine
-disturbs all alike; reported are medians over the repeats of the processor's milliseconds per generated token, how often the target's that
-is, and the same of scoring (a forward pass over the prompts with all targets' losses). Weights are counted once, where they are
-shared.
+disturbs all alike; reported are medians over the repeats of the processor's milliseconds per generated token, how often the
+target's that is, and the same of scoring (a forward pass over the prompts with all targets' losses). Weights are counted once,
+where they are shared.
 
 - ``uld``: the target and its first quarter with a LoRA of rank 16, scores subtracted;
 - ``uld, filtered``: the same with the relative top filter at 0.01;

@@ -222,6 +222,17 @@ def test_the_processor_serves_generate_on_its_own(llama, records):
     assert held._past.get_seq_length() == 5
 
 
+def test_models_of_different_number_types_are_joined(llama, records):
+    other = llama.copy()
+    other.model.bfloat16()
+    made = join(llama, other, Combination(weight=-0.5))
+    both = [outputs(a, a.model, records)["logits"] for a in (llama, other)]
+    close(outputs(made, made.model, records)["logits"], Combination(weight=-0.5).scores(*both), rtol=3e-2, atol=3e-2)
+    low = with_assistant(other, Combination(weight=-0.5))
+    assert torch.isfinite(outputs(low, low.model, records)["logits"]).all()
+    assert len(low.generate(low.model, [low.encode(records[0])], 4)) == 1
+
+
 # ---- folders
 
 

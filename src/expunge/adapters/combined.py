@@ -135,7 +135,10 @@ class _Reader:
 
     def scores(self, model: Any, states: Tensor) -> Tensor:
         """Scores from :meth:`states`."""
-        out: Tensor = _present(head_of(model))(states) if self.bare else states
+        if not self.bare:
+            return states
+        head: Any = _present(head_of(model))
+        out: Tensor = head(states.to(head.weight.dtype))  # side by side, states have the wider type of both models
         return out
 
 
