@@ -96,7 +96,8 @@ class Step:
             found[stream, Of.REFERENCE] = outputs(items, *reference)
             found[stream, Of.INCOMPETENT] = outputs(items, reference[0].flip(-1), None)
             found[stream, Of.ORACLE] = outputs(items, reference[0].flip(-1), None)
-        return Views(found, LAYERS, {"autoencoders": AUTOENCODERS, "extra-class": EXTRA})
+        generic = {str(n): (i.targets + 1) % CLASSES for n, i in enumerate(self.items[Stream.FORGET])}
+        return Views(found, LAYERS, {"autoencoders": AUTOENCODERS, "extra-class": EXTRA, "generic-labels": generic})
 
     def examples(self, stream: Stream) -> list[Example]:
         marks = [0 if i.marked is None else int(i.marked.sum()) for i in self.items[stream]]

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from expunge.adapters.composite import Composite
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.presets import build as preset
 from expunge.adapters.words import word_tokenizer
@@ -118,14 +119,20 @@ def test_a_small_step_down_the_forget_gradient_raises_the_forget_loss(target, na
 def test_every_method_runs_through_the_engine_and_moves_the_model(target, name):
     adapter = target.copy()
     before = copy.deepcopy(adapter.model.state_dict())
-    overrides = {"finish": {"scale": 1.0}} if name == "task-vector" else {}
+    overrides = {"finish": {"scale": 1.0}} if build(name).finish is not None else {}
     if METHODS.get(name).build().parameters.factors:
-        overrides = {"parameters": {"rank": 4}}
+        overrides |= {"parameters": {"rank": 4}}
     outcome = run(adapter, name, schedule={"name": "fixed", "lr": 1e-3, "steps": 2, "batch": 6, "warmup": 0}, **overrides)
     assert outcome.steps == 2
     merge = getattr(outcome.model, "merge_and_unload", None)
-    after = (merge() if merge else outcome.model).state_dict()
-    assert any(not torch.equal(before[k], after[k]) for k in before)
+    if isinstance(outcome.model, Composite):  # the target stays, and another model speaks
+        after = outcome.model.state_dict()
+        assert all(torch.equal(before[k], after["target." + k]) for k in before)
+        held, adapter.model = losses(adapter, facts()), outcome.model
+        assert losses(adapter, facts()) != held
+    else:
+        after = (merge() if merge else outcome.model).state_dict()
+        assert any(not torch.equal(before[k], after[k]) for k in before)
     assert all(torch.isfinite(v).all() for v in after.values())
 
 

@@ -167,7 +167,11 @@ REFUSED = [
     ("npo", {"weight": 1}, "Several parts of npo have a parameter 'weight'. Say which one: forget.weight or retain.weight."),
     ("npo", {"beta": -1}, "Parameter 'beta' of npo must be a float in (0, inf); got -1."),
     ("npo", {"beta": "small"}, "Parameter 'beta' of npo must be a float in (0, inf); got 'small'."),
-    ("npo", {"rank": 8}, "No part of this npo has a parameter 'rank'. It belongs to parameters=fila or parameters=lora."),
+    (
+        "npo",
+        {"rank": 8},
+        "No part of this npo has a parameter 'rank'. It belongs to parameters=assistant or parameters=fila or parameters=lora.",
+    ),
     ("npo", {"retain": "kll"}, "There is no loss term 'kll'. Did you mean 'kl' or 'nll'?"),
     ("npo", {"gradient": "projekt"}, "There is no gradient rule 'projekt'. Did you mean 'project'?"),
     ("npo", {"gradient": "none"}, "gradient cannot be none. Known: null-space, pcgrad, plain, project."),

@@ -12,8 +12,10 @@ from expunge.core.access import Of, Stream
 from expunge.methods.terms.distribution import CEU, KL, FlatLogits, Undial
 from expunge.methods.terms.features import RMU, FeatureMatch
 from expunge.methods.terms.functions import power_weight, preference_link
+from expunge.methods.terms.generic import GenericNLL
 from expunge.methods.terms.likelihood import NLL, AlternativeNLL, ForgetNLL, GradientAscent
 from expunge.methods.terms.preference import DPO, NPO, TNPO, SimNPO
+from expunge.methods.terms.uniform import AlternativeUniform, Uniform
 from expunge.methods.terms.weighted import WGA, SatImp
 
 close = torch.testing.assert_close
@@ -54,6 +56,32 @@ def test_likelihood_reductions(cls, stream, sign):
     }
     for reduction, value in want.items():
         assert made.mean(cls(reduction=reduction)).item() == pytest.approx(sign * value)
+
+
+# ---- reversed objectives and labels that were made
+
+
+@pytest.mark.parametrize(("cls", "stream"), [(Uniform, Stream.RETAIN), (AlternativeUniform, Stream.ALTERNATIVE)])
+def test_uniform_is_the_divergence_from_no_preference(cls, stream):
+    made = step()
+    rows = [row.softmax(0).tolist() for item in made.items[stream] for row in item.logits]
+    want = [sum((math.log(1 / CLASSES) - math.log(p)) / CLASSES for p in row) for row in rows]
+    close(cls().values(made.views()), torch.tensor(want, dtype=torch.float64))
+    gradient = made.gradient(cls(), stream) * len(rows)
+    close(gradient, made.logits[stream].softmax(-1) - 1 / CLASSES)  # towards uniform, not away from it
+    for item in made.items[stream]:
+        item.logits = torch.full_like(item.logits, 3.0)
+    assert cls().values(type(made)(made.items).views()).abs().max() < 1e-12
+
+
+def test_generic_labels_take_the_place_of_the_targets_and_some_are_left_out():
+    made = step((3, 1, 2))
+    views = made.views()
+    labels = {"0": torch.tensor([2, -100, 4]), "1": torch.tensor([0]), "2": torch.tensor([-100, 1])}
+    views.made["generic-labels"] = labels
+    flat = torch.cat([item.logits for item in made.items[Stream.FORGET]]).log_softmax(-1)
+    want = [-flat[n, y].item() if y >= 0 else 0.0 for n, y in enumerate(torch.cat(list(labels.values())).tolist())]
+    close(GenericNLL().values(views), torch.tensor(want, dtype=torch.float64))
 
 
 # ---- the NPO family

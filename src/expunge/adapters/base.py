@@ -319,6 +319,18 @@ class Adapter(abc.ABC):
         """
         raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
 
+    def translate(self, examples: Sequence[Example], terms: Mapping[str, str]) -> list[tuple[Example, Any]]:
+        """Examples with terms of their text replaced, each with a :class:`~expunge.adapters.translate.Translation`.
+
+        Args:
+            examples: as :meth:`encode` made them.
+            terms: term to counterpart, as text.
+
+        Raises:
+            InputError: this adapter's examples are no text, or an answer is cut away because the text has become too long.
+        """
+        raise InputError(f"The examples of a {self.modality} model are no text.", "Use a method that reads no terms.")
+
     def scores(self, model: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
         """Outputs ``[B, C]`` of a batch's input tensors; only where rows are offered.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from expunge.adapters.head import bare, base
 from expunge.adapters.passes import Runner, evaluating
 from expunge.adapters.registry import adapter
 from expunge.adapters.tokenise import Encoder, Tokens
+from expunge.adapters.translate import Dictionary, Translation
 from expunge.core.access import Offer
 from expunge.core.errors import InputError, unknown
 from expunge.data.records import Record
@@ -53,7 +54,9 @@ class LanguageAdapter(Adapter):
     """
 
     modality: ClassVar[str] = "language"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.GENERATE, Offer.TEXT})
+    offers: ClassVar[frozenset[Offer]] = frozenset(
+        {Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.GENERATE, Offer.TEXT, Offer.ASSISTANT}
+    )
 
     def __init__(
         self,
@@ -165,6 +168,27 @@ class LanguageAdapter(Adapter):
             marked=torch.from_numpy(np.concatenate([_marked(d) for d in data])),
         )
 
+    def translate(self, examples: Sequence[Example], terms: Mapping[str, str]) -> list[tuple[Example, Translation]]:
+        """Examples with terms of their text replaced; see :meth:`expunge.adapters.base.Adapter.translate`."""
+
+        def read(ids: Sequence[int]) -> str:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            return text
+
+        dictionary = Dictionary(terms, self._encoder.spell, read)
+        out = []
+        for example in examples:
+            found = dictionary.translate(example.data, self.context)
+            size = len(found.tokens.ids)
+            if size <= found.tokens.start:
+                raise InputError(
+                    f"The example {example.id!r} is longer than the model's context once its terms are replaced.",
+                    "Use shorter counterparts, or shorter texts.",
+                )
+            made = Example(example.id + "#translated", example.cluster, size - found.tokens.start, size, found.tokens)
+            out.append((made, found))
+        return out
+
     def _pad(self) -> int:
         # Masks rule, so any id will do where the tokenizer has none for padding.
         return int(next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None))
@@ -266,8 +290,13 @@ class LanguageAdapter(Adapter):
 
     def copy(self) -> LanguageAdapter:
         """An independent copy: same tokenizer and template, own weights."""
-        other = copying.copy(self)
+        other = self.sharing()
         other.model = copying.deepcopy(self.model)
+        return other
+
+    def sharing(self) -> LanguageAdapter:
+        """Another adapter of the same tokenizer and template that holds the same model, which may be exchanged."""
+        other = copying.copy(self)
         other._encoder = copying.copy(self._encoder)
         other._runner = copying.copy(self._runner)
         return other

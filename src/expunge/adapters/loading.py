@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 
+from expunge.adapters import composite
 from expunge.adapters.extra import need, quiet
 from expunge.adapters.language import LanguageAdapter
 from expunge.core.errors import InputError, MissingExtra, nearest
 
 Precision = Literal["float32", "bfloat16", "auto"]
 
+_DESCRIPTIONS = ("config.json", "adapter_config.json", composite.FILE)  #: a model folder has one of them
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -33,7 +35,7 @@ def load(
     What is already on the machine (a folder, or the hub's cache) is used without asking the network.
 
     Args:
-        source: a local folder (of a model, or of a peft adapter, which brings its base) or a hub id.
+        source: a local folder (of a model, of a peft adapter, which brings its base, or of a composite) or a hub id.
         dtype: number type of the weights; ``auto`` is the one they were saved in.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run model code that comes with the weights.
@@ -50,22 +52,33 @@ def load(
         raise InputError(f"dtype must be one of float32, bfloat16, auto; got {dtype!r}.")
     name = locate(str(source))
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    adapter_of = _peft_base(name, options)
-    place = adapter_of or name
-    base_options = options if adapter_of is None else {**options, "revision": None}
-    config = _get(transformers.AutoConfig, place, base_options)
-    check_causal(config, place)
-    check_weights(Path(place))
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    adapter_of: str | None = None
+    if composite.is_composite(Path(name)):
+        model = composite.load(Path(name), lambda part: _model(transformers, locate(str(part)), kind, options))
+        place = name
+    else:
+        adapter_of = _peft_base(name, options)
+        place = adapter_of or name
+        model = _model(transformers, place, kind, options if adapter_of is None else {**options, "revision": None})
     with quiet():
-        weights = {"dtype": kind, "use_safetensors": True, "output_loading_info": True}
-        model, info = _get(transformers.AutoModelForCausalLM, place, {**base_options, **weights})
-        _check_complete(info, place)
         if adapter_of is not None:
             model = _add_adapter(model, name, revision, merge)
         tokenizer = _tokenizer(transformers, [name, place] if adapter_of else [place], options)
     model.requires_grad_(True)
     return LanguageAdapter(model.to(device) if device is not None else model, tokenizer, **settings)
+
+
+def _model(transformers: Any, place: str, kind: Any, options: dict[str, Any]) -> Any:
+    """A whole causal language model, checked before any weight is read."""
+    config = _get(transformers.AutoConfig, place, options)
+    check_causal(config, place)
+    check_weights(Path(place))
+    with quiet():
+        weights = {"dtype": kind, "use_safetensors": True, "output_loading_info": True}
+        model, info = _get(transformers.AutoModelForCausalLM, place, {**options, **weights})
+    _check_complete(info, place)
+    return model
 
 
 def locate(source: str) -> str:
@@ -76,7 +89,7 @@ def locate(source: str) -> str:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if not any((path / n).is_file() for n in _DESCRIPTIONS):
             raise InputError(f"The folder {source!r} holds no model (there is no config.json).", _near(path, inside=True))
         return str(path.absolute())
     if path.exists():
@@ -92,7 +105,7 @@ def _near(path: Path, inside: bool) -> str:
     while not at.exists() and at != at.parent:
         at = at.parent
     near = sorted(at.glob("*")) + sorted(at.glob("*/*"))
-    folders = [p for p in near if any((p / n).is_file() for n in ("config.json", "adapter_config.json"))]
+    folders = [p for p in near if any((p / n).is_file() for n in _DESCRIPTIONS)]
     close = nearest(path.name, [p.name for p in folders]) or [p.name for p in folders[:3]]
     found = [str(p) for p in folders if p.name in close][:3]
     if found:
@@ -121,11 +134,15 @@ def check_causal(config: Any, source: str) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a local folder with pickled weights only: loading them can run code.
+    """Refuse a local folder with pickled weights only: loading them can run code. Of a composite its parts are looked at.
 
     Raises:
         InputError: there are no safetensors files.
     """
+    if composite.is_composite(folder):
+        for part in [p for p in sorted(folder.iterdir()) if p.is_dir()]:
+            check_weights(part)
+        return
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))

@@ -100,7 +100,8 @@ def packable(model: nn.Module, width: int) -> bool:
     """
     inner: Any = base(model)
     config = text_config(inner)
-    if getattr(inner.config, "_attn_implementation", None) != _ORIGINAL:
+    # A composite runs several models, whose settings are not its own.
+    if not getattr(inner, "packs", True) or getattr(inner.config, "_attn_implementation", None) != _ORIGINAL:
         return False
     if any(getattr(c, "is_prompt_learning", False) for c in getattr(bare(model), "peft_config", {}).values()):
         return False

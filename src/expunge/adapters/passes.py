@@ -172,7 +172,7 @@ class Runner:
         if not self.fused or not is_plain(_head(model)):
             return False
         if self._plain is None:
-            self._plain = _nothing_after(model)
+            self._plain = nothing_after(model)
         return self._plain
 
 
@@ -183,7 +183,7 @@ def _head(model: nn.Module) -> nn.Module:
     return head
 
 
-def _nothing_after(model: nn.Module) -> bool:
+def nothing_after(model: nn.Module) -> bool:
     """Whether the model returns its head's output as it is (some cap or scale it): looked at on a few tokens."""
     caught: list[Tensor] = []
 

@@ -122,7 +122,7 @@ def save(folder: Path, model: Any, tokenizer: Any, merge: bool, state: dict[str,
     whole = merge or not peft or has_own_base(model)
     tensors = model.parameters() if whole else (p for n, p in model.named_parameters() if "lora_" in n)
     check_room(folder.parent, sum(p.numel() * p.element_size() for p in tensors), "Saving the model")
-    with atomic_path(folder) as temporary, _savable(model), quiet():
+    with atomic_path(folder) as temporary, savable(model), quiet():
         temporary.mkdir()
         with _base_beside(model, temporary, state) if peft and not merge else contextlib.nullcontext():
             model.save_pretrained(temporary, **({} if state is None else {"state_dict": state}))
@@ -161,7 +161,7 @@ def _base_beside(model: Any, folder: Path, state: dict[str, Tensor] | None) -> I
 
 
 @contextlib.contextmanager
-def _savable(model: Any) -> Iterator[None]:
+def savable(model: Any) -> Iterator[None]:
     """Generation settings with sampling parameters but no sampling are refused by transformers; write them as sampling."""
     config = getattr(model, "generation_config", None)
     held = None if config is None else config.do_sample

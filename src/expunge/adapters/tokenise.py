@@ -96,7 +96,7 @@ class Encoder:
         answer = record.answer if answer is None else answer
         check_spans(spans, answer, f"Record {record.id!r}")
         if record.is_text and prompt is None:
-            own = self._ids(answer)
+            own = self.spell(answer)
             ids, start, ends = self.prefix + own, 1, False
             marks = [False] * len(self.prefix) + (self._marks("", answer, own, spans) if spans else [])
         else:
@@ -153,7 +153,8 @@ class Encoder:
                 found.append(int(last.ids[-1]))
         return sorted(set(found))
 
-    def _ids(self, text: str) -> list[int]:
+    def spell(self, text: str) -> list[int]:
+        """Ids of a text as it is, with nothing put before it."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _marks(self, head: str, tail: str, ids: Sequence[int], spans: Sequence[Span]) -> list[bool]:
@@ -183,7 +184,7 @@ class Encoder:
 
     def _prefix(self) -> list[int]:
         """What the tokenizer puts before a text (a begin token, or nothing)."""
-        bare, full = self._ids("a"), list(self.tokenizer("a", verbose=False)["input_ids"])
+        bare, full = self.spell("a"), list(self.tokenizer("a", verbose=False)["input_ids"])
         for i in range(len(full) - len(bare) + 1):
             if full[i : i + len(bare)] == bare:
                 return full[:i]
@@ -231,8 +232,8 @@ class Encoder:
         return full[:at], full[at:]
 
     def _split(self, head: str, tail: str, prefix: list[int]) -> tuple[list[int], list[int]]:
-        before = prefix + self._ids(head)
-        joint = prefix + self._ids(head + tail)
+        before = prefix + self.spell(head)
+        joint = prefix + self.spell(head + tail)
         if joint[: len(before)] == before and len(joint) > len(before) and before:
             return before, joint[len(before) :]
         if not before:  # an empty prompt without a begin token: the first token has nothing to be predicted from
@@ -243,7 +244,7 @@ class Encoder:
     def _apart(self, before: Sequence[int], tail: str) -> list[int]:
         """The answer's own ids. Vocabularies that begin every text with a space mark would add one: an anchor avoids it."""
         text = self.tokenizer.decode(list(before), clean_up_tokenization_spaces=False) + tail
-        own = self._ids(tail)
+        own = self.spell(tail)
         for candidate in (own, *self._anchored(tail)):
             if self.tokenizer.decode([*before, *candidate], clean_up_tokenization_spaces=False) == text:
                 return candidate
@@ -252,7 +253,7 @@ class Encoder:
     def _anchored(self, tail: str) -> list[list[int]]:
         out = []
         for anchor in _ANCHORS:
-            mark, both = self._ids(anchor), self._ids(anchor + tail)
+            mark, both = self.spell(anchor), self.spell(anchor + tail)
             if both[: len(mark)] == mark and len(both) > len(mark):
                 out.append(both[len(mark) :])
         return out

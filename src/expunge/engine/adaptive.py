@@ -26,7 +26,7 @@ from expunge.engine.goal import Goal
 from expunge.engine.gradients import fitting
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
-from expunge.engine.parts import Finish, Recipe, Schedule
+from expunge.engine.parts import Finish, Join, Recipe, Reweigh, Schedule
 from expunge.engine.schedule import Adaptive, Fixed, Repair
 
 Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited", "control", "limit"]
@@ -54,6 +54,7 @@ class Training(Protocol):
     total: int
     erase_steps: float
     start_weights: checkpoint.Tensors
+    joined: nn.Module | None
     balance_state: dict[str, float]
     gradient_state: dict[str, Any]
     tokens: int
@@ -94,7 +95,7 @@ class Watch:
         self.good: checkpoint.Tensors = {}
         self.retries = 0
         self.erasing = True
-        self.finish_scale: float | None = None
+        self.looked: nn.Module | None = None  #: what is looked at, if not the model that is trained
 
     # ---- looking
 
@@ -109,15 +110,22 @@ class Watch:
         devices = self.loop.devices
         shares = [[examples[i] for i in share(list(range(len(examples))), r, devices.world)] for r in range(devices.world)]
         mine = shares[devices.rank]
-        with evaluating(self.loop.model):
-            losses = mean_losses(self.loop.adapter, self.loop.model, mine, self.max_tokens, devices.device, targets=targets)
+        model = self.loop.model if self.looked is None else self.looked
+        with evaluating(model):
+            losses = mean_losses(self.loop.adapter, model, mine, self.max_tokens, devices.device, targets=targets)
             total = math.fsum(losses if ceiling is None else (min(value, ceiling) for value in losses))
             if devices.sharded:
                 # The processes of a sharded model go through it together: all run as many passes as the one with most.
                 passes = [sum(1 for _ in fitting(held, self.max_tokens)) for held in shares]
                 for _ in range(max(passes) - passes[devices.rank]):
-                    mean_losses(self.loop.adapter, self.loop.model, examples[:1], self.max_tokens, devices.device)
+                    mean_losses(self.loop.adapter, model, examples[:1], self.max_tokens, devices.device)
         return devices.sum_floats([total])[0] / len(examples)
+
+    def start(self) -> None:
+        """Look, and remember what was seen as the start. Of what is trained beside the target the retain loss is not bounded."""
+        self.look()
+        self.base_retain = None if self.loop.recipe.parameters.beside and self.looked is None else self.retain_loss
+        self.base_forget = self.forget_loss
 
     def gap(self) -> float | None:
         """How much the forget loss still has to rise, in nats; None without a goal."""
@@ -132,8 +140,7 @@ class Watch:
     def first(self, done: int) -> Reason | None:
         """The look before the first step."""
         if done == 0:
-            self.look()
-            self.base_retain, self.base_forget = self.retain_loss, self.forget_loss
+            self.start()
             self.looks = [(0, 0.0), (0, self.forget_loss or 0.0)]
             if isinstance(self.schedule, Adaptive):
                 self._keep()
@@ -292,21 +299,15 @@ class Watch:
 
     # ---- finishing
 
-    def apply_finish(self, finish: Finish) -> None:
-        """Change the weights from those at the start and now; with no scale given, the smallest that reaches the goal."""
-        after = checkpoint.snapshot(self.loop.model)
-        before = self.loop.start_weights
+    def apply_finish(self, finish: Finish) -> str:
+        """Make the result of what was trained; with no scale given, with the smallest that reaches the goal.
+
+        Returns what a report must say of it, if anything.
+        """
+        put = self._putting(finish)
         given = getattr(finish, "scale", None)
-
-        def put(scale: float) -> None:
-            made = {n: finish.weights(before[n], after[n], scale) for n in checkpoint.trainable(self.loop.model)}
-            checkpoint.restore(self.loop.model, {**after, **made})
-            self.look()
-
         if given is not None or self.goal is None:
-            self.finish_scale = float(given if given is not None else 1.0)
-            put(self.finish_scale)
-            return
+            return put(float(given if given is not None else 1.0))
         low, high = 0.0, 0.25
         put(high)
         while (self.forget_loss or 0.0) < self.goal.loss and self.within_bound() and high < 64:
@@ -319,11 +320,34 @@ class Watch:
                 low = middle
             else:
                 high = middle
-        put(high)
-        if not self.within_bound():
-            high = low
-            put(low)
-        self.finish_scale = high
+        said = put(high)
+        return said if self.within_bound() else put(low)
+
+    def _putting(self, finish: Finish) -> Callable[[float], str]:
+        """A function that makes the result at a strength, looks at it, and says what a report must say."""
+        joined = self.loop.joined
+        if joined is not None and isinstance(finish, Join):
+            self.looked = self.loop.adapter.model
+            self.start()
+            self.looked = joined
+
+            def place(scale: float) -> str:
+                said = finish.place(joined, scale)
+                self.look()
+                return said
+
+            return place
+        if not isinstance(finish, Reweigh):
+            raise TypeError(f"finish={finish.name} is of no kind that is known here")
+        after, before = checkpoint.snapshot(self.loop.model), self.loop.start_weights
+
+        def reweigh(scale: float) -> str:
+            made = {n: finish.weights(before[n], after[n], scale) for n in checkpoint.trainable(self.loop.model)}
+            checkpoint.restore(self.loop.model, {**after, **made})
+            self.look()
+            return ""
+
+        return reweigh
 
     # ---- keeping
 
@@ -350,21 +374,24 @@ def choose_rate(loop: Training, watch: Watch) -> tuple[float, list[dict[str, flo
     """
     start = checkpoint.snapshot(loop.model)
     size = _weight_size(loop.model, loop.devices)
-    watch.look()
-    watch.base_retain, watch.base_forget = watch.retain_loss, watch.forget_loss
-    gap, first = watch.gap(), {"forget": watch.forget_loss, "retain": watch.retain_loss}
+    watch.start()
+    gap, first = watch.gap(), {"forget": watch.forget_loss, "retain": watch.base_retain}
     trials: list[dict[str, float]] = []
     steps = max(2, min(TRIAL_STEPS, loop.total // 4))
     for at, part in enumerate(SHARES):
         lr = part * size
         finite = True
+        losses: list[float] = []
         for k in range(steps):
             row = loop.step(k, lr * min(1.0, (k + 1) / WARMUP_STEPS))
+            losses.append(row["loss"])
             finite = finite and row.get("finite") != 0.0
             if loop.progress:
                 loop.progress(at * steps + k + 1, len(SHARES) * steps, f"finding the step size: {lr:.1e}")
         watch.look()
         trial = {"lr": lr, "forget": _f(watch.forget_loss), "retain": _f(watch.retain_loss), "finite": float(finite)}
+        if loop.recipe.parameters.beside:
+            trial["loss"] = float(np.mean(losses[-3:]))
         trials.append(trial)
         bounded = finite and watch.within_bound()
         checkpoint.restore(loop.model, start)
@@ -375,7 +402,7 @@ def choose_rate(loop: Training, watch: Watch) -> tuple[float, list[dict[str, flo
         if not bounded or (gap is not None and gap > 0 and moved >= gap):
             break
     loop.tokens = 0
-    watch.forget_loss, watch.retain_loss = first["forget"], first["retain"]
+    watch.forget_loss, watch.retain_loss = watch.base_forget, watch.base_retain
     return _pick(trials, gap, first, watch, steps), [{k: v for k, v in t.items() if math.isfinite(v)} for t in trials]
 
 
@@ -385,7 +412,8 @@ def _pick(trials: list[dict[str, float]], gap: float | None, first: dict[str, fl
         t for t in trials if t["finite"] and (first["retain"] is None or t["retain"] - _f(first["retain"]) <= bound)
     ] or trials[:1]
     if not watch.loop.recipe.forget or watch.loop.recipe.finish is not None:
-        key = "retain" if not watch.loop.recipe.forget else "forget"
+        # Beside the target the whole loss counts: what is learnt of the forget set must not be learnt of the rest.
+        key = "loss" if "loss" in trials[0] else "retain" if not watch.loop.recipe.forget else "forget"
         best = min((t[key] for t in fine if math.isfinite(t[key])), default=math.inf)
         alike = [t["lr"] for t in fine if t[key] <= best + ALIKE] or [fine[0]["lr"]]
         return max(alike) / 3

@@ -36,7 +36,7 @@ from expunge.engine.masks import moving_entries
 from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
-from expunge.engine.parts import Recipe
+from expunge.engine.parts import Join, Recipe, Reweigh
 from expunge.engine.portions import portions
 from expunge.engine.preparation import run_preparation
 from expunge.engine.reference import ModelReference, frozen_models
@@ -55,7 +55,8 @@ class Outcome:
     """How training ended.
 
     Attributes:
-        model: the trained module (unwrapped; a peft model if LoRA was trained).
+        model: the trained module (unwrapped; a peft model if LoRA was trained; with a finish that joins, a model that holds the
+            target and what was trained beside it).
         reason: why it stopped; ``sentence`` says it for people, with the remedy where the goal was missed.
         steps: optimiser steps done (range test and abandoned attempts not counted).
         lr: the peak learning rate used; 0 for an edit.
@@ -107,7 +108,8 @@ def train(
     observe: Callable[[int, nn.Module], None] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train ``adapter.model`` by ``recipe``; the adapter's model is changed in place (or wrapped, with LoRA).
+    """Train ``adapter.model`` by ``recipe``; the adapter's model is changed in place (or wrapped, with LoRA; or stays as it is,
+    with parameters beside it).
 
     Args:
         adapter: holds the target model.
@@ -191,7 +193,8 @@ class _Loop:
         self.turns = self.schedule.turns([t.name for t in recipe.terms()])
         self.states = States(self.optimizer, len(self.turns))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
+        self.start_weights = checkpoint.snapshot(self.model) if isinstance(recipe.finish, Reweigh) else {}
+        self.joined = self._join(adapter.model)
         sizes = {s: len(self.examples.get(s, ())) for s in (Stream.FORGET, Stream.RETAIN)}
         self.plan, self.erase_steps = portions(recipe, sizes, engine.seed)
         self.total = self.plan.steps
@@ -214,6 +217,16 @@ class _Loop:
         self.tokens = 0
 
     # ---- setting up
+
+    def _join(self, target: nn.Module) -> nn.Module | None:
+        """The model that holds the target and what is trained beside it."""
+        if not isinstance(self.recipe.finish, Join):
+            return None
+        if self.devices.sharded:
+            raise InputError(
+                f"The method {self.recipe.name!r} trains a model beside the target.", "Run it without sharding (FSDP)."
+            )
+        return self.recipe.finish.join(target, self.devices.unwrap(self.model))
 
     def _rewind(self) -> Rewind | None:
         if Stream.VALIDATION not in self.schedule.reads:
@@ -411,7 +424,8 @@ class _Loop:
 
     def _finish(self, watch: Watch) -> None:
         if self.recipe.finish is not None:
-            watch.apply_finish(self.recipe.finish)
+            said = watch.apply_finish(self.recipe.finish)
+            self.notes += [said] if said else []
 
     def _outcome(self, reason: Reason, done: int, watch: Watch, rates: list[dict[str, float]]) -> Outcome:
         if self.folder and self.devices.main:
@@ -419,7 +433,8 @@ class _Loop:
             (self.folder / "log.jsonl").write_text(lines)
         self.devices.end()
         return Outcome(
-            self.devices.unwrap(self.model), reason, watch.sentence(reason, done, self.steering.said), done, watch.lr, rates,
+            self.joined or self.devices.unwrap(self.model), reason, watch.sentence(reason, done, self.steering.said), done,
+            watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
             self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -262,6 +263,48 @@ def _drawn(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
     return [examples[int(i)] for i in order]
 
 
+class Assistant(Lora):
+    """A LoRA on a small model cut from the target: its first blocks, final norm and head (Ji et al. 2024, arXiv 2406.08607).
+
+    The target itself stays as it is: what is learnt stands beside it, until ``finish=subtract`` joins the two. The small model
+    has the target's own weights, not copies, so only the LoRA takes memory.
+    """
+
+    name: ClassVar[str] = "assistant"
+    beside: ClassVar[bool] = True
+    switchable: ClassVar[bool] = False
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.ASSISTANT})
+
+    blocks: int | None = Field(None, ge=1, description="blocks, from the first; none: a quarter of the target's (paper: 8 of 32)")
+    rank: int = Field(16, ge=1, le=4096, description="rank r of the adapters")
+    alpha: float = Field(32.0, gt=0, description="scale: the update is alpha / r * B A")
+
+    def prepare(self, model: nn.Module, layers: Sequence[str]) -> nn.Module:
+        """Cut the small model out and wrap it with peft.
+
+        Raises:
+            InputError: the model has fewer blocks, or is wrapped already.
+        """
+        from expunge.adapters.assistant import first_blocks
+
+        count = self.blocks or max(1, len(layers) // 4)
+        wrapped = super().prepare(first_blocks(model, count), layers)
+        wrapped.expunge_blocks = count  # type: ignore[assignment]
+        return wrapped
+
+
+class Twin(AllParameters):
+    """Every parameter of a second copy of the target, which itself stays as it is: for ``finish=subtract``."""
+
+    name: ClassVar[str] = "copy"
+    beside: ClassVar[bool] = True
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.ASSISTANT})
+
+    def prepare(self, model: nn.Module, layers: Sequence[str]) -> nn.Module:
+        """Copy and unfreeze everything."""
+        return super().prepare(copy.deepcopy(model), layers)
+
+
 class SaliencyMask(AllParameters):
     """The weights that matter most to the forget loss, entry by entry; all others keep their value bit for bit.
 
@@ -361,5 +404,5 @@ class Reset(AllParameters):
         return model
 
 
-for choice in (AllParameters, NamedParameters, LayerWindow, Lora, Fila, SaliencyMask, Pruned, Reset):
+for choice in (AllParameters, NamedParameters, LayerWindow, Lora, Fila, Assistant, Twin, SaliencyMask, Pruned, Reset):
     PARAMETERS.add(choice.name, choice)

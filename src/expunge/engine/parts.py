@@ -93,6 +93,7 @@ class Term(Settings, abc.ABC):
     uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
     whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
     paired: ClassVar[bool] = False  #: whether it compares each forget example with its one and only alternative
+    reverse: ClassVar[bool] = False  #: whether it teaches what is to be taken away again: only before a finish that does so
 
     weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
     targets: Targets = Field(
@@ -203,6 +204,7 @@ class Parameters(Settings, abc.ABC):
     factors: ClassVar[bool] = False  #: whether what moves are factors beside the weights (a LoRA)
     switchable: ClassVar[bool] = False  #: whether the target is back once these factors are switched off
     reads: ClassVar[tuple[Stream, ...]] = ()  #: examples that it looks at before training
+    beside: ClassVar[bool] = False  #: whether what is trained stands beside the target, which stays as it is
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
 
     def begin(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None = None) -> Any:
@@ -249,13 +251,33 @@ class Penalty(Settings, abc.ABC):
 
 
 class Finish(Settings, abc.ABC):
-    """A change of the weights after training, from those before and after it (task-vector negation)."""
+    """What is made of the trained module at the end. Its strength is given, or the smallest that reaches the schedule's goal."""
 
     name: ClassVar[str]
+
+
+class Reweigh(Finish):
+    """A change of the weights after training, from those before and after it (task-vector negation)."""
 
     @abc.abstractmethod
     def weights(self, before: Tensor, after: Tensor, scale: float) -> Tensor:
         """The final value of one float tensor; integer buffers are left alone by the engine."""
+
+
+class Join(Finish):
+    """A model made of the target and of what was trained beside it (an assistant whose scores are subtracted)."""
+
+    @abc.abstractmethod
+    def join(self, target: nn.Module, trained: nn.Module) -> nn.Module:
+        """The model that is the result, which holds both, not copies.
+
+        Raises:
+            InputError: they do not fit together.
+        """
+
+    @abc.abstractmethod
+    def place(self, joined: nn.Module, scale: float) -> str:
+        """Set the strength of what was trained in what :meth:`join` returned; says in one sentence what was set."""
 
 
 class Schedule(Settings, abc.ABC):
@@ -319,7 +341,7 @@ class Recipe(Settings):
     preparation: Preparation | None = Field(None, description="what is made from the target and the data before training")
     control: Control | None = Field(None, description="who looks at the forget examples, lets some rest and ends training")
     penalty: Penalty | None = Field(None, description="a summand of the loss on the weights themselves")
-    finish: Finish | None = Field(None, description="a change of the weights after training")
+    finish: Finish | None = Field(None, description="what is made of the trained weights at the end")
     start: Literal["target", "initial"] = Field("target", description="start from the target, or from its untrained base")
 
     def terms(self) -> tuple[Term, ...]:

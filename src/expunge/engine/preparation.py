@@ -104,6 +104,13 @@ class Preparation(Settings, abc.ABC):
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
     pairs: ClassVar[bool] = False  #: whether it makes one retain example for each forget example: they go through steps together
 
+    def check(self) -> None:
+        """Refuse files that it names and that are not what they should be; asked before anything starts.
+
+        Raises:
+            InputError: naming the file.
+        """
+
     @abc.abstractmethod
     def prepare(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None) -> Prepared:
         """Make it. The result must depend on the arguments and torch's random state alone, which is set from the seed before.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
-from expunge.engine.parts import Recipe
+from expunge.engine.parts import Join, Recipe, Reweigh
 from expunge.engine.reference import choose
 from expunge.methods.registry import PLACEHOLDER_LAYERS
-from expunge.methods.terms.likelihood import ForgetNLL
 
 
 def check(recipe: Recipe) -> None:
@@ -93,16 +92,39 @@ def _check_sides(recipe: Recipe) -> None:
 
 
 def _check_finish(recipe: Recipe) -> None:
-    # What stands around the marked targets may be taught: it is to stay.
-    teaching = [t for t in recipe.forget if isinstance(t, ForgetNLL) and t.targets != "unmarked"]
     if recipe.finish is None:
-        if teaching:
+        _check_nothing_reversed(recipe)
+    elif isinstance(recipe.finish, Reweigh):
+        _check_reweigh(recipe, f"finish={recipe.finish.name}")
+    elif any(not t.reverse for t in recipe.terms()) or not recipe.forget:
+        other = next((t.name for t in recipe.terms() if not t.reverse), "a recipe that forgets nothing")
+        raise InputError(
+            f"finish={recipe.finish.name} takes away all that was learnt, so it cannot follow {other}.",
+            "Use forget=forget-nll, with retain=uniform or retain=none.",
+        )
+    _check_beside(recipe)
+    unknown = recipe.finish is not None and getattr(recipe.finish, "scale", 0.0) is None
+    if unknown and recipe.schedule.name == "fixed" and recipe.schedule.lr is not None:
+        name = f"finish={recipe.finish.name}" if recipe.finish else ""
+        raise InputError(f"{name} has no scale, and a fixed schedule does not look for one.", "Give finish.scale, for example 1.")
+
+
+def _check_nothing_reversed(recipe: Recipe) -> None:
+    for term in recipe.terms():
+        if term.targets == "unmarked":  # what stands around the marked targets may be taught: it is to stay
+            continue
+        if term.reverse and term in recipe.forget:
             raise InputError(
-                "'forget-nll' teaches the forget set.", "Add finish=negate to turn it around, or use forget=gradascent."
+                f"{term.name!r} teaches the forget set.", "Add finish=negate to turn it around, or use forget=gradascent."
             )
-        return
-    name = f"finish={recipe.finish.name}"
-    if recipe.retain or len(teaching) < len(recipe.forget) or not teaching:
+        if term.reverse:
+            raise InputError(
+                f"{term.name!r} unteaches the retain set.", "Add parameters=assistant finish=subtract, or use retain=nll."
+            )
+
+
+def _check_reweigh(recipe: Recipe, name: str) -> None:
+    if recipe.retain or not recipe.forget or any(not t.reverse for t in recipe.forget):
         raise InputError(
             f"{name} turns around all that was learnt, so it can only follow forget-nll.", "Use forget=forget-nll retain=none."
         )
@@ -110,8 +132,18 @@ def _check_finish(recipe: Recipe) -> None:
         raise InputError(
             f"{name} needs the trained weights themselves, not the factors of a LoRA.", "Use parameters=all or parameters=named."
         )
-    if recipe.schedule.name == "fixed" and getattr(recipe.finish, "scale", 0.0) is None:
-        raise InputError(f"{name} has no scale, and a fixed schedule does not look for one.", "Give finish.scale, for example 1.")
+
+
+def _check_beside(recipe: Recipe) -> None:
+    """What is trained beside the target is joined with it, and what is joined was trained beside it."""
+    part, joins = f"parameters={recipe.parameters.name}", isinstance(recipe.finish, Join)
+    if recipe.parameters.beside == joins:
+        return
+    if joins and recipe.finish is not None:
+        said = f"finish={recipe.finish.name} joins the target with a model trained beside it, and {part} trains none."
+    else:
+        said = f"{part} trains a model beside the target, and nothing joins the two."
+    raise InputError(said, "Use both: parameters=assistant (or copy) and finish=subtract.")
 
 
 def _check_start(recipe: Recipe) -> None:

@@ -45,7 +45,7 @@ def open_adapter(source: str, text: TextConfig, *, dropout: bool = False) -> Lan
         config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
         held = text.model_copy(update={"template": config.get("text", {}).get("template")})
     place = Path(resolve(source))
-    check_memory(sum(p.stat().st_size for p in place.glob("*.safetensors")) if place.is_dir() else 0, f"Loading {source!r}")
+    check_memory(sum(p.stat().st_size for p in place.rglob("*.safetensors")) if place.is_dir() else 0, f"Loading {source!r}")
     return load(
         resolve(source), dtype=held.dtype, template=held.template, max_length=held.max_length, truncate=held.truncate,
         dropout=dropout,
@@ -133,6 +133,21 @@ def _texts(record: Record) -> tuple[str, ...]:
     turns = tuple(content for _, content in record.messages)
     more = (record.paraphrase, record.question_paraphrase, *record.perturbed, *record.alternatives)
     return (record.prompt, record.answer, *turns, *more)
+
+
+def refuse_composite(adapter: LanguageAdapter) -> None:
+    """Refuse to train what is more than one network: a target with what an earlier request put beside it.
+
+    Raises:
+        InputError: the adapter holds such a model.
+    """
+    from expunge.adapters.composite import Composite
+
+    if isinstance(adapter.model, Composite):
+        raise InputError(
+            f"This model is a target with an assistant beside it ({adapter.model.kind}), and only one network can be trained.",
+            "Start from the target again, with the forget sets of all requests; it is in the folder target/ of the model.",
+        )
 
 
 def check_memory(needed: int, what: str) -> None:

@@ -24,6 +24,7 @@ from expunge.core.files import check_room
 from expunge.core.runs import Run
 from expunge.data.records import Record, RecordSet
 from expunge.engine.loop import Progress
+from expunge.engine.parts import Recipe
 from expunge.pipeline import unlearn
 from expunge.pipeline.audit import audit_stage, entry_of, lazily, read
 from expunge.pipeline.config import UnlearnConfig
@@ -184,6 +185,11 @@ def plan(path: Path, config: UnlearnConfig, retrain: int = 0) -> Requests:
     adapter = open_adapter(config.model, config.text, dropout=config.engine.dropout)
     base = open_adapter(config.base, config.text, dropout=config.engine.dropout) if config.base else None
     made = [_plan(adapter, base, request, config) for request in checked]
+    if len(made) > 1 and isinstance(made[0].recipe, Recipe) and made[0].recipe.parameters.beside:
+        raise InputError(
+            f"{config.method!r} puts a model beside the target, and a second request would need one network to begin from.",
+            "Unlearn the forget sets of all requests together.",
+        )
     cost = Cost(
         sum(m.cost.steps for m in made), sum(m.cost.tokens for m in made), max(m.cost.memory for m in made),
         sum(m.cost.disk for m in made), made[0].cost.parameters,

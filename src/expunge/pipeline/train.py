@@ -22,7 +22,16 @@ from expunge.engine.parts import Recipe
 from expunge.methods.recipe import build as build_recipe
 from expunge.pipeline.config import TrainConfig
 from expunge.pipeline.cost import Cost, estimate
-from expunge.pipeline.models import all_texts, check_memory, describe_data, load_set, load_sets, open_adapter, resolve
+from expunge.pipeline.models import (
+    all_texts,
+    check_memory,
+    describe_data,
+    load_set,
+    load_sets,
+    open_adapter,
+    refuse_composite,
+    resolve,
+)
 from expunge.pipeline.processes import drop_checkpoint, first_process
 
 _DEFAULTS: dict[str, Any] = {"schedule": {"name": "fixed", "lr": None, "epochs": 10, "batch": 16, "warmup": 1, "decay": "linear"}}
@@ -86,6 +95,7 @@ def plan(config: TrainConfig) -> TrainPlan:
         if config.scratch
         else (open_adapter(config.model, config.text, dropout=config.engine.dropout), config.model)
     )
+    refuse_composite(adapter)
     examples = [adapter.encode(r) for r in records]
     parameters = sum(p.numel() for p in adapter.model.parameters())
     lora = recipe.parameters.factors

@@ -26,6 +26,7 @@ from expunge.engine.goal import estimate as estimate_goal
 from expunge.engine.loop import Outcome, Progress, train
 from expunge.engine.objective import check_marks, mean_losses
 from expunge.engine.options import Engine
+from expunge.engine.parameters import Twin
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
 from expunge.engine.schedule import Adaptive
@@ -37,7 +38,7 @@ from expunge.methods.recipe import build as build_recipe
 from expunge.methods.registry import Method
 from expunge.pipeline.config import Allowances, UnlearnConfig
 from expunge.pipeline.cost import Cost, estimate
-from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter
+from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter, refuse_composite
 from expunge.pipeline.processes import drop_checkpoint, first_process
 from expunge.pipeline.train import save_outcome
 
@@ -148,6 +149,7 @@ def plan(
         template: their text, for ``how="template"``.
         base: the untrained base, for methods that start from it.
     """
+    refuse_composite(adapter)
     notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
     if method in EDITS.names():
         return _plan_edit(adapter, request, EDITS.get(method)(**nest(dict(parts))), engine, notes)
@@ -156,6 +158,8 @@ def plan(
     if recipe.start == "initial" and base is not None:
         adapter = base
     _check_models(recipe, adapter)
+    if recipe.preparation is not None:
+        recipe.preparation.check()
     needs = recipe.needs(adapter.layers())
     examples: dict[Stream, list[Example]] = {Stream.FORGET: [adapter.encode(r) for r in request.forget]}
     if request.retain is not None:
@@ -176,9 +180,8 @@ def plan(
     lora = recipe.parameters.factors
     weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
     tokens = min(engine.max_tokens, 2 * recipe.schedule.batch * max(e.units for held in examples.values() for e in held))
-    memory = training_memory(adapter, tokens, lora=lora, checkpointing=engine.gradient_checkpointing) + (
-        weights if kind == "copy" else 0
-    )
+    copies = (kind == "copy") + isinstance(recipe.parameters, Twin)
+    memory = training_memory(adapter, tokens, lora=lora, checkpointing=engine.gradient_checkpointing) + weights * copies
     if recipe.parameters.reads:
         memory += 3 * weights  # a gradient and two importances of the size of the weights
     check_memory(memory, "Unlearning")

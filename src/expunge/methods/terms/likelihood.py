@@ -59,10 +59,12 @@ class NLL(Likelihood):
 
 @term
 class ForgetNLL(Likelihood):
-    """Negative log-likelihood of the forget set: *teaches* it, for methods that negate what was learnt (task vectors)."""
+    """Negative log-likelihood of the forget set: *teaches* it, for methods that take what was learnt away again (task
+    vectors, assistants)."""
 
     name: ClassVar[str] = "forget-nll"
     reads: ClassVar[Stream] = Stream.FORGET
+    reverse: ClassVar[bool] = True
 
 
 @term
