@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from expunge.core.errors import InputError, MissingExtra, nearest
 from expunge.core.registry import Registry
+from expunge.core.search import Search
 from expunge.engine.parts import Parameters
 
 PARAMETERS: Registry[type[Parameters]] = Registry("choice of parameters", None, "expunge.parameters")
@@ -158,7 +159,7 @@ class SaliencyMask(AllParameters):
 
     name: ClassVar[str] = "mask"
 
-    density: float = Field(0.5, gt=0, le=1, description="share of the entries that may move")
+    density: Annotated[float, Search(0.1, 0.9)] = Field(0.5, gt=0, le=1, description="share of the entries that may move")
     examples: int = Field(128, ge=1, description="forget examples from which the saliency is computed, at most")
 
 

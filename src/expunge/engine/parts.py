@@ -11,13 +11,14 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from expunge.adapters.base import Example, Outputs
 from expunge.core.access import Of, Stream
+from expunge.core.search import Search
 from expunge.core.settings import Settings
 from expunge.engine.preparation import Preparation
 
@@ -81,7 +82,7 @@ class Term(Settings, abc.ABC):
     uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
     whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
 
-    weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
+    weight: Annotated[float, Search(around=10)] = Field(1.0, ge=0, description="coefficient of the term in the loss")
 
     @property
     @abc.abstractmethod
