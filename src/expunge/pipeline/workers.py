@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -60,9 +61,18 @@ def run_jobs(jobs: Sequence[Job], progress: Progress | None = None, workers: int
 def _start(steps: Any, threads: int) -> None:
     global _steps  # noqa: PLW0603 - the only way for a pool to hand shared memory to its workers
     _steps = steps
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next job for ever, or work on beside the one that resumes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _in_worker(job: Job, index: int) -> None:
