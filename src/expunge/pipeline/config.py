@@ -10,6 +10,7 @@ from pydantic import Field
 from expunge.core.errors import InputError
 from expunge.core.settings import Settings, load_yaml
 from expunge.engine.options import Engine
+from expunge.pipeline.tuned import Tuned
 
 
 class TextConfig(Settings):
@@ -55,6 +56,7 @@ class UnlearnConfig(Allowances):
     base: str | None = Field(None, description="the untrained base of the model, for methods that start from it")
     text: TextConfig = Field(default_factory=TextConfig, description="how text becomes tokens")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
+    tuned: Tuned | None = Field(None, description="where the settings come from, if `expunge sweep` has chosen them")
 
 
 class TrainConfig(Settings):
