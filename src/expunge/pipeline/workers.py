@@ -24,7 +24,7 @@ _steps: Any = None  #: in a worker: steps done and steps in all, two numbers per
 class Job:
     """A run to be done: the configuration of its kind, and its folder."""
 
-    kind: Literal["train", "unlearn", "rows", "rows-audit"]
+    kind: Literal["train", "unlearn", "rows", "rows-audit", "trial"]
     config: dict[str, Any]
     out: str
 
@@ -83,10 +83,13 @@ def _in_worker(job: Job, index: int) -> None:
 
 
 def _work(job: Job, progress: Progress | None) -> None:
-    from expunge.pipeline import row_audit, row_runs, train, unlearn
+    from expunge.pipeline import row_audit, row_runs, sweep_trial, train, unlearn
     from expunge.pipeline.config import TrainConfig, UnlearnConfig
 
     out = Path(job.out)
+    if job.kind == "trial":
+        sweep_trial.execute(job.config, out, progress)
+        return
     resume = (out / "manifest.json").is_file()
     if job.kind == "train":
         train.execute(train.plan(TrainConfig(**job.config)), out, resume=resume, progress=progress)
