@@ -11,8 +11,10 @@ import psutil
 import pytest
 import yaml
 
+from expunge import load
 from expunge.core.files import digest_file
-from tests.command import Run, Town, cold, refused, start, stop_when
+from expunge.pipeline.tuned import used_text
+from tests.command import Run, Town, cold, refused, rows, start, stop_when, write_rows
 from tests.entries import Desk, desk
 
 __all__ = ["desk"]
@@ -258,3 +260,27 @@ def test_people_are_forgotten_by_halves_and_audited_on_the_others(expunge: Run, 
     assert data["forget"]["digest"] != digest_file(town.forget)
     plan = json.loads((tmp_path / "out" / "used.json").read_text())["sets"]
     assert plan["forget"]["records"] == 8
+
+
+def test_requests_in_order_leave_out_what_was_chosen_on(expunge: Run, town: Town, tmp_path: Path) -> None:
+    held = load(str(town.forget), name="forget")
+    names = sorted(set(held.clusters()))
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "used.json").write_text(used_text({"forget": [r for r in held if r.subject == names[0]]}))
+    tuned = {"sweep": "sweep", "digest": digest_file(tmp_path / "sweep" / "used.json")}
+    (tmp_path / "chosen.json").write_text(json.dumps({"method": "graddiff", "tuned": tuned}))
+    every = write_rows(tmp_path / "all.jsonl", [*rows("forget"), *rows("rest")])
+    request = tmp_path / "requests.jsonl"
+    words = [
+        "unlearn", town.target, "--config", "chosen.json", "--requests", request, "--retain", every, "--out", "out",
+        "schedule.steps=5", "schedule.epochs=1", "schedule.lr=0.001", "audit.relearn=none", "audit.quantise=[]",
+        "audit.metrics=[probability]",
+    ]  # fmt: skip
+    request.write_text(json.dumps({"id": "one", "subjects": names[:1]}) + "\n")
+    refused(expunge(*words, "--dry-run"), "none would be left to judge by", "'one'")
+    request.write_text(json.dumps({"id": "both", "subjects": names[:2]}) + "\n")
+    done = expunge(*words)
+    assert done.code in (0, 3), done.err
+    document = json.loads((tmp_path / "out" / "01-both" / "audit.json").read_text())
+    assert document["data"]["forget"]["records"] == 4
+    assert "4 of 8 forget records" in document["not_shown"][0]
