@@ -27,13 +27,13 @@ def is_rows(merged: Mapping[str, Any], choice: Mapping[str, Any]) -> bool:
     return entry or named or any(v is not None for v in choice.values()) or is_prepared(Path(model))
 
 
-def unlearn_rows(
-    merged: dict[str, Any], choice: Mapping[str, Any], out: Path | None, *, resume: bool, dry_run: bool, output: Output
-) -> int:
-    """Forget rows of a model, or delete them from a run of a prepared method."""
-    from expunge.pipeline import row_runs
+def rows_given(merged: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a request on rows, from what was given; a file of names is read.
+
+    Raises:
+        InputError: something is for language models, or the model is missing.
+    """
     from expunge.pipeline.prepared_runs import is_prepared
-    from expunge.pipeline.unlearn import check_out
 
     given = {k: v for k, v in {**merged, **{k: v for k, v in choice.items() if v is not None}}.items() if v is not None}
     for name, option in _TEXT_ONLY.items():
@@ -48,13 +48,26 @@ def unlearn_rows(
         if name in given:
             several = given[name] if isinstance(given[name], (list, tuple)) else [given[name]]  # a file may give one alone
             given[name] = tuple(n for word in several for n in _listed(str(word)))
+    parts = dict(given.get("parts") or {})
+    if not is_prepared(Path(given["model"])):
+        given |= {name: parts.pop(name) for name in ("reading", "training") if name in parts}
+        given["parts"] = parts
+    return given
+
+
+def unlearn_rows(
+    merged: dict[str, Any], choice: Mapping[str, Any], out: Path | None, *, resume: bool, dry_run: bool, output: Output
+) -> int:
+    """Forget rows of a model, or delete them from a run of a prepared method."""
+    from expunge.pipeline import row_runs
+    from expunge.pipeline.prepared_runs import is_prepared
+    from expunge.pipeline.unlearn import check_out
+
+    given = rows_given(merged, choice)
     if is_prepared(Path(given["model"])):
         return _delete(given, out, dry_run=dry_run, output=output)
     if out is None:
         raise InputError("No folder for the run was given.", "Add --out RUN, for example --out runs/first.")
-    parts = dict(given.get("parts") or {})
-    given |= {name: parts.pop(name) for name in ("reading", "training") if name in parts}
-    given["parts"] = parts
     settings = row_runs.RowsConfig(**given)
     check_out(out, resume)
     with output.progress("target") as progress:
@@ -158,6 +171,8 @@ def audit_rows(run: Path, given: dict[str, Any], *, dry_run: bool, output: Outpu
             )
     config = row_audit.RowAuditConfig(**given)
     made = prepared_audit.plan(run, config) if is_prepared(run) else row_audit.plan(run, config)
+    for note in getattr(made, "notes", ()):
+        output.note(note)
     output.note(f"audit: {made.text()}")
     if dry_run:
         output.result({"cost": made.text(), "sets": {name: len(rows) for name, rows in made.sets.items()}})

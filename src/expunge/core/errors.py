@@ -51,6 +51,10 @@ class MissingExtra(InputError):
         super().__init__(f"{feature} needs packages that are not installed.", f"Install them: pip install 'expunge[{extra}]'")
 
 
+class NoRoom(InputError):
+    """There is too little memory for it now; with other work ended, or on another machine, it may fit."""
+
+
 class OwnCodeError(InputError):
     """A function of the user's own raised an error.
 

@@ -21,7 +21,18 @@ from expunge.core.files import digest_file, digest_json, empty, write_json
 from expunge.core.version import __version__
 
 SCHEMA_VERSION = "1"
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy", "scipy", "scikit-learn")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "optuna",
+)
 
 
 def now() -> str:

@@ -91,6 +91,11 @@ class Record:
         }
 
 
+def content_key(record: Record) -> str:
+    """Identity of what a record says (prompt, turns, answer), whatever file or id it came under: 16 hex digits."""
+    return digest_json([record.prompt, [list(m) for m in record.messages], record.answer])[:16]
+
+
 @dataclass(frozen=True)
 class RecordSet(Sequence[T], Generic[T]):
     """A named, ordered, immutable set of records with unique ids.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from expunge.core.registry import Registry
+from expunge.core.search import Search
 from expunge.engine.parts import Balance
 
 BALANCES: Registry[type[Balance]] = Registry("balance", None, "expunge.balances")
@@ -50,8 +51,10 @@ class PrimalDual(Balance):
     name: ClassVar[str] = "primal-dual"
 
     initial: float = Field(100.0, ge=0, description="lambda at the start")
-    step: float = Field(5.0, gt=0, description="step size of the dual ascent")
-    eps: float = Field(0.3, gt=0, description="largest allowed value of the retain term, in its own unit (nats for nll)")
+    step: Annotated[float, Search(around=10)] = Field(5.0, gt=0, description="step size of the dual ascent")
+    eps: Annotated[float, Search(0.05, 1.0, log=True)] = Field(
+        0.3, gt=0, description="largest allowed value of the retain term, in its own unit (nats for nll)"
+    )
     warmup: float = Field(5.0, ge=0, description="epochs over the forget set before the dual variable moves")
 
     def coefficients(self, state: dict[str, float], share: float = 0.5) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from expunge.adapters.storage import OWN_BASE
 from expunge.core.access import Offer, Stream
 from expunge.core.errors import InputError, MissingExtra, nearest
 from expunge.core.registry import Registry
+from expunge.core.search import Search
 from expunge.engine.feedforward import OUTPUT, FeedForward
 from expunge.engine.fila import factors, relative_importance
 from expunge.engine.options import Engine
@@ -316,7 +317,7 @@ class SaliencyMask(AllParameters):
 
     name: ClassVar[str] = "mask"
 
-    density: float = Field(0.5, gt=0, le=1, description="share of the entries that may move")
+    density: Annotated[float, Search(0.1, 0.9)] = Field(0.5, gt=0, le=1, description="share of the entries that may move")
     examples: int | None = Field(
         None,
         ge=1,

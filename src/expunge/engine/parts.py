@@ -13,13 +13,14 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter, Example, Outputs, Targets
 from expunge.core.access import Of, Offer, Stream
+from expunge.core.search import Search
 from expunge.core.settings import Settings
 from expunge.engine.control import Control
 from expunge.engine.moving import PLAIN, Moving
@@ -95,7 +96,7 @@ class Term(Settings, abc.ABC):
     paired: ClassVar[bool] = False  #: whether it compares each forget example with its one and only alternative
     reverse: ClassVar[bool] = False  #: whether it teaches what is to be taken away again: only before a finish that does so
 
-    weight: float = Field(1.0, ge=0, description="coefficient of the term in the loss")
+    weight: Annotated[float, Search(around=10)] = Field(1.0, ge=0, description="coefficient of the term in the loss")
     targets: Targets = Field(
         "all", description="which targets of its examples it reads: all, those in marked spans of their record, or the others"
     )

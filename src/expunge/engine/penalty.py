@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from expunge.core.registry import Registry
+from expunge.core.search import Search
 from expunge.engine.parts import Penalty
 
 PENALTIES: Registry[type[Penalty]] = Registry("penalty", None, "expunge.penalties")
@@ -23,7 +24,7 @@ class L1(Penalty):
 
     name: ClassVar[str] = "l1"
 
-    gamma: float = Field(5e-4, ge=0, description="weight of the norm at the start")
+    gamma: Annotated[float, Search(1e-5, 1e-2, log=True)] = Field(5e-4, ge=0, description="weight of the norm at the start")
     free: float = Field(0.0, ge=0, lt=1, description="share of training at its end without the penalty")
 
     def weight(self, done: float) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from expunge.core.access import Stream
 from expunge.core.errors import InputError
 from expunge.core.registry import Registry
+from expunge.core.search import Search
 from expunge.engine.parts import Schedule
 
 SCHEDULES: Registry[type[Schedule]] = Registry("schedule", None, "expunge.schedules")
@@ -21,8 +22,12 @@ class Fixed(Schedule):
 
     name: ClassVar[str] = "fixed"
 
-    lr: float | None = Field(1e-5, gt=0, description="peak learning rate; none: found by the range test of the adaptive schedule")
-    epochs: float | None = Field(10, gt=0, description="passes over the forget set (over the retain set if nothing is forgotten)")
+    lr: Annotated[float | None, Search(around=10)] = Field(
+        1e-5, gt=0, description="peak learning rate; none: found by the range test of the adaptive schedule"
+    )
+    epochs: Annotated[float | None, Search(around=3, unless="steps")] = Field(
+        10, gt=0, description="passes over the forget set (over the retain set if nothing is forgotten)"
+    )
     over: Literal["forget", "retain"] = Field(
         "forget",
         description="which set an epoch passes over, if there are two; the other one is drawn from in turn, again and again",
@@ -57,7 +62,7 @@ class Turns(Fixed):
 
     name: ClassVar[str] = "turns"
 
-    epochs: float | None = Field(3, gt=0, description="passes over the retain set")
+    epochs: Annotated[float | None, Search(around=3, unless="steps")] = Field(3, gt=0, description="passes over the retain set")
     over: Literal["retain"] = Field("retain", description="each epoch ends with a pass over it")
     steps: None = Field(None, description="not used: the passes say how long")
     limit: None = Field(None, description="not used: the passes say how long")
@@ -80,11 +85,13 @@ class Repair(Fixed):
 
     name: ClassVar[str] = "repair"
 
-    lr: float = Field(1e-4, gt=0, description="peak learning rate of the first part")
+    lr: Annotated[float, Search(around=10)] = Field(1e-4, gt=0, description="peak learning rate of the first part")
     epochs: float | None = Field(1, gt=0, description="passes over the forget set in the first part")
     limit: None = Field(None, description="not used: the passes say how long")
     repair_epochs: float = Field(1, gt=0, description="passes over the retain set in the second part")
-    repair_lr: float | None = Field(None, gt=0, description="learning rate of the second part; none: as in the first")
+    repair_lr: Annotated[float | None, Search(around=10)] = Field(
+        None, gt=0, description="learning rate of the second part; none: as in the first"
+    )
     warmup: float = Field(0.0, ge=0, description="epochs of linear warm-up")
     decay: Literal["constant"] = Field("constant", description="course of the learning rate after warm-up")
 
@@ -98,7 +105,7 @@ class Alternate(Fixed):
 
     name: ClassVar[str] = "alternate"
 
-    lr: float = Field(1e-5, gt=0, description="peak learning rate of the first group")
+    lr: Annotated[float, Search(around=10)] = Field(1e-5, gt=0, description="peak learning rate of the first group")
     groups: tuple[tuple[str, ...], ...] = Field(
         min_length=1, description="names of the terms in each group, in the order in which they take their steps"
     )
@@ -149,7 +156,9 @@ class Adaptive(Schedule):
     lr: float | None = Field(None, gt=0, description="learning rate; none: found by the range test")
     epochs: float = Field(20, gt=0, description="budget: passes over the forget set, if they are more than 'steps'")
     steps: int = Field(400, ge=1, description="budget in optimiser steps, if they are more than 'epochs'")
-    utility_bound: float = Field(0.1, gt=0, description="largest accepted rise of the retain loss per target, in nats")
+    utility_bound: Annotated[float, Search(0.02, 0.5, log=True)] = Field(
+        0.1, gt=0, description="largest accepted rise of the retain loss per target, in nats"
+    )
     transient: float = Field(
         0.9,
         ge=0,

@@ -198,7 +198,7 @@ def _change_terms(slot: str, held: list[Spec], value: Mapping[str, Any]) -> list
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a part stands in a spec."""
 
     path: str
@@ -206,21 +206,22 @@ class _Place:
     values: Spec
 
 
-def _places(spec: Spec) -> Iterator[_Place]:
+def places(spec: Spec) -> Iterator[Place]:
+    """The parts of a spec; several terms of one side go by their names."""
     for slot in TERM_SLOTS:
         for item in spec[slot]:
             path = slot if len(spec[slot]) == 1 else f"{slot}.{item['name']}"
-            yield _Place(path, TERMS.get(item["name"]), item)
+            yield Place(path, TERMS.get(item["name"]), item)
     for slot, registry in PART_SLOTS.items():
         if spec[slot] is not None:
-            yield _Place(slot, registry.get(spec[slot]["name"]), spec[slot])
+            yield Place(slot, registry.get(spec[slot]["name"]), spec[slot])
 
 
 def _set_field(spec: Spec, key: str, value: Any, name: str, together: tuple[str, ...]) -> None:
-    places = list(_places(spec))
-    having = [p for p in places if key in p.cls.model_fields]
+    held = list(places(spec))
+    having = [p for p in held if key in p.cls.model_fields]
     if not having:
-        raise _no_field(key, name, places)
+        raise _no_field(key, name, held)
     if len(having) > 1 and key not in together:
         ways = " or ".join(f"{p.path}.{key}" for p in having)
         raise InputError(f"Several parts of {name} have a parameter {key!r}.", f"Say which one: {ways}.")
@@ -228,10 +229,10 @@ def _set_field(spec: Spec, key: str, value: Any, name: str, together: tuple[str,
         place.values[key] = value
 
 
-def _no_field(key: str, name: str, places: list[_Place]) -> InputError:
+def _no_field(key: str, name: str, held: list[Place]) -> InputError:
     elsewhere = [f"{slot}={n}" for slot, r in PART_SLOTS.items() for n, cls in r.items() if key in cls.model_fields]
     elsewhere += [n for n, cls in TERMS.items() if key in cls.model_fields]
     if elsewhere:
         some = " or ".join(elsewhere[:3])
         return InputError(f"No part of this {name} has a parameter {key!r}.", f"It belongs to {some}.")
-    return unknown(f"{name} parameter", key, [*SLOTS, *(f for p in places for f in p.cls.model_fields)])
+    return unknown(f"{name} parameter", key, [*SLOTS, *(f for p in held for f in p.cls.model_fields)])

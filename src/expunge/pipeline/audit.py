@@ -24,6 +24,7 @@ from expunge.pipeline.audit_cost import AuditCost, audit_cost
 from expunge.pipeline.config import TextConfig, UnlearnConfig
 from expunge.pipeline.models import check_source, load_set, open_adapter, resolve
 from expunge.pipeline.train import finished, retrained, retraining_of
+from expunge.pipeline.tuned import unseen
 from expunge.pipeline.unlearn import Request, load_request, split_holdout
 
 DOCUMENT = "audit.json"
@@ -39,6 +40,8 @@ class AuditConfig(Settings):
     retrain: int = Field(0, ge=0, le=50, description="models to retrain here, with seeds 1, 2, ...")
     base: str | None = Field(None, description="the untrained base, if the target was not trained by `expunge train`")
     utility: dict[str, str] = Field(default_factory=dict, description="further sets that must stay known, by name")
+    all_records: bool = Field(False, description="judge on records too that the settings were chosen on")
+    leave_out: str | None = Field(None, description="a sweep whose records are left out, as they are for runs of its settings")
     settings: AuditSettings = Field(default_factory=AuditSettings, description="what is measured, and how sure it must be")
 
 
@@ -129,6 +132,7 @@ class AuditPlan:
     unlearned: AuditedModel
     sets: dict[str, RecordSet]
     cost: AuditCost
+    notes: list[str]
 
 
 def plan(folder: Path, config: AuditConfig) -> AuditPlan:
@@ -151,7 +155,8 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
             )
     for source in (settings.model, *config.retrained):
         check_source(source)
-    sets = sets_of(settings, request, config.utility)
+    found = sets_of(settings, request, config.utility)
+    sets, notes = unseen(folder, settings.tuned, found, everything=config.all_records, leave_out=config.leave_out)
     missing, steps = 0, 0
     for seed in range(1, config.retrain + 1):
         made = retraining_of(settings.model, request.forget, seed, base=config.base or settings.base, retain=settings.retain)
@@ -161,7 +166,7 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
         steps = int(Run.open(manifest.parent).manifest["stages"]["train"]["result"]["steps"])
     models = 2 + len(config.retrained) + config.retrain
     cost = audit_cost(folder, sets, config.settings, models=models, retrain=missing, retrain_steps=steps)
-    return AuditPlan(run, config, settings, request, unlearned, sets, cost)
+    return AuditPlan(run, config, settings, request, unlearned, sets, cost, notes)
 
 
 def _check_kind(run: Run, kinds: Sequence[str] = ("unlearn",)) -> None:
@@ -189,23 +194,28 @@ def audit_run(made: AuditPlan, *, progress: Progress | None = None, say: Callabl
     gold = retrained_models(made.unlearning, made.config, made.request.forget, progress, say)
     models = [target_model(made.unlearning), *gold, made.unlearned]
     title = f"{made.unlearned.method} on {made.unlearning.model}"
-    if not audit_stage(made.run, models, made.sets, made.config.settings, progress=progress, title=title):
+    if not audit_stage(made.run, models, made.sets, made.config.settings, progress=progress, title=title, notes=made.notes):
         say("audit: from an earlier run, nothing has changed since")
     return read(made.run.folder)
 
 
 def audit_stage(
     run: Run, models: Sequence[AuditedModel], sets: Mapping[str, RecordSet], settings: AuditSettings, *,
-    progress: Progress | None, title: str,
+    progress: Progress | None, title: str, notes: Sequence[str] = (),
 ) -> bool:  # fmt: skip
-    """Leave ``audit.json`` in a run; False if what is there is of the same models, sets and settings."""
+    """Leave ``audit.json`` in a run; False if what is there is of the same models, sets and settings.
+
+    ``notes`` are what the report must say first of what it does not show.
+    """
     inputs = {
         "models": [[m.label, resolve(m.path), _weights(m.path)] for m in models],
         "sets": {k: v.digest for k, v in sets.items()}, "settings": settings.model_dump(mode="json"),
+        **({"notes": list(notes)} if notes else {}),
     }  # fmt: skip
 
     def work() -> dict[str, Any]:
         document = measure(models, sets, settings, progress=progress, title=title)
+        document.not_shown[:0] = notes
         write_text(run.folder / DOCUMENT, document.model_dump_json(indent=2) + "\n")
         return {"verdicts": {m.label: m.judgement.verdict for m in document.models if m.judgement}}
 

@@ -11,6 +11,7 @@ from expunge.core.errors import InputError
 from expunge.core.settings import Settings, load_yaml
 from expunge.data.spans import Spans
 from expunge.engine.options import Engine
+from expunge.pipeline.tuned import Tuned
 
 
 class TextConfig(Settings):
@@ -57,6 +58,7 @@ class UnlearnConfig(Allowances):
     text: TextConfig = Field(default_factory=TextConfig, description="how text becomes tokens")
     spans: Spans = Field(default_factory=Spans, description="which parts of the texts are marked")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
+    tuned: Tuned | None = Field(None, description="where the settings come from, if `expunge sweep` has chosen them")
 
 
 class TrainConfig(Settings):

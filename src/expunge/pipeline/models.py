@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expunge.core.errors import InputError
+from expunge.core.errors import InputError, NoRoom
 from expunge.core.files import size
 from expunge.data.named import is_named
 from expunge.data.records import Record, RecordSet
@@ -154,14 +154,14 @@ def check_memory(needed: int, what: str) -> None:
     """Check an estimate of memory against what is free now.
 
     Raises:
-        InputError: it does not fit.
+        NoRoom: it does not fit.
     """
     import psutil
     import torch
 
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
-        raise InputError(
+        raise NoRoom(
             f"{what} needs about {size(needed)} of memory, and {size(free)} are free.",
             "Use parameters=lora, a smaller engine.max_tokens, engine.gradient_checkpointing=true or text.dtype=bfloat16.",
         )

@@ -31,6 +31,7 @@ from expunge.pipeline.audit import DOCUMENT
 from expunge.pipeline.row_runs import KIND, RowsConfig, halves, load_weights, sets_of
 from expunge.pipeline.rows import plan_rows, run_rows
 from expunge.pipeline.supervised import Supervised, member, target_of
+from expunge.pipeline.tuned import unseen
 
 _SECOND = 1000  #: first seed of reference models, so that they share none with the retrained models that are judged
 
@@ -54,6 +55,8 @@ class RowAuditConfig(Settings):
         description="so many of the reference models that know the rows are unlearned as the run was: measures on many models",
     )
     workers: Workers = Field("local", description="where models are trained: local, or ray")
+    all_records: bool = Field(False, description="judge on rows too that the settings were chosen on")
+    leave_out: str | None = Field(None, description="a sweep whose records are left out, as they are for runs of its settings")
     settings: AuditSettings = Field(default_factory=AuditSettings, description="what is measured, and how sure it must be")
 
     @model_validator(mode="after")
@@ -76,6 +79,7 @@ class RowAuditPlan:
     problem: Supervised
     chosen: Indices
     sets: dict[str, RecordSet[Row]]
+    notes: list[str]
 
     def text(self) -> str:
         """One line on what it costs, for people."""
@@ -112,8 +116,10 @@ def plan(folder: Path, config: RowAuditConfig, problem: Supervised | None = None
             "Nothing says how the model was trained, so none can be retrained.",
             "Let the entry give build=... with training=... or fit=....",
         )
-    sets = {name: limited(rows, config.settings) for name, rows in sets_of(held, chosen, unlearning.engine.seed).items()}
-    return RowAuditPlan(run, config, unlearning, held, chosen, sets)
+    found = sets_of(held, chosen, unlearning.engine.seed)
+    every, notes = unseen(folder, unlearning.tuned, found, everything=config.all_records, leave_out=config.leave_out)
+    sets = {name: limited(rows, config.settings) for name, rows in every.items()}
+    return RowAuditPlan(run, config, unlearning, held, chosen, sets, notes)
 
 
 def audit_rows_run(
@@ -138,7 +144,7 @@ def audit_rows_run(
         models = [AuditedModel("target", "target", target, path=made.unlearning.model), *gold, unlearned]
         title = f"{made.unlearning.method} on {made.unlearning.model}"
         document = measure(models, made.sets, made.config.settings, references, progress=progress, title=title)
-        document.not_shown[:0] = entry["result"]["notes"]
+        document.not_shown[:0] = [*made.notes, *entry["result"]["notes"]]
         write_text(made.run.folder / DOCUMENT, document.model_dump_json(indent=2) + "\n")
         return {"verdicts": {m.label: m.judgement.verdict for m in document.models if m.judgement}}
 
@@ -183,6 +189,11 @@ def audit_together(
     for p, held in zip(made, inputs, strict=True):
         if held["target"] != target.fingerprint() or held["data"] != inputs[0]["data"]:
             raise InputError(f"{str(p.run.folder)!r} forgets other rows, or from another model.", "Audit it by itself.")
+        if {k: v.digest for k, v in p.sets.items()} != {k: v.digest for k, v in first.sets.items()}:
+            raise InputError(
+                f"The settings of {str(p.run.folder)!r} were chosen on other rows.",
+                "Audit it by itself, or with all_records=true.",
+            )
     outputs = {p.run.folder.name: p.run.manifest["stages"]["unlearn"]["outputs"] for p in made}
     inputs_all = {
         "target": inputs[0]["target"], "runs": outputs, "sets": {k: v.digest for k, v in first.sets.items()}, "title": title,
@@ -197,7 +208,7 @@ def audit_together(
         models = [AuditedModel("target", "target", target, path=first.unlearning.model), *gold]
         models += [audited(p.run, target, label=p.run.folder.name) for p in made]
         document = measure(models, first.sets, config.settings, references, progress=progress, title=title)
-        notes = list(dict.fromkeys(n for p in made for n in p.run.manifest["stages"]["unlearn"]["result"]["notes"]))
+        notes = list(dict.fromkeys(n for p in made for n in (*p.notes, *p.run.manifest["stages"]["unlearn"]["result"]["notes"])))
         document.not_shown[:0] = notes
         write_text(out / DOCUMENT, document.model_dump_json(indent=2) + "\n")
         return {"verdicts": {m.label: m.judgement.verdict for m in document.models if m.judgement}}

@@ -35,6 +35,7 @@ from expunge.pipeline.problems import load_problem
 from expunge.pipeline.processes import drop_checkpoint
 from expunge.pipeline.rows import RowPlan, plan_rows, run_rows, unseen_notes
 from expunge.pipeline.supervised import Supervised, target_of
+from expunge.pipeline.tuned import Tuned, check_tuned, keep_copy
 
 KIND = "unlearn-rows"
 
@@ -64,6 +65,7 @@ class RowsConfig(Settings):
     allow_overlap: bool = Field(False, description="go on although rows of two sides are equal: forget, retain, holdout")
     allow_large_forget: bool = Field(False, description="go on although there is more to forget than to keep")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
+    tuned: Tuned | None = Field(None, description="where the settings come from, if `expunge sweep` has chosen them")
 
     def load(self) -> Supervised:
         """The model with its rows.
@@ -122,6 +124,7 @@ def plan(
     Raises:
         InputError: anything does not fit; nothing was changed.
     """
+    check_tuned(config.tuned)
     held = config.load() if problem is None else problem
     chosen = config.choose(held.data)
     fresh = held.untrained() if held.model is None else None
@@ -143,10 +146,15 @@ def _checked(config: RowsConfig, held: Supervised, chosen: Indices, model: nn.Mo
         how=config.alternatives, allow_overlap=config.allow_overlap, allow_large_forget=config.allow_large_forget,
     )  # fmt: skip
     made.notes.extend(notes)
-    return RowRunPlan(config, held, chosen, made, _cost(adapter, made))
+    return RowRunPlan(config, held, chosen, made, cost_of(adapter, made))
 
 
-def _cost(adapter: SupervisedAdapter, made: RowPlan) -> Cost:
+def cost_of(adapter: SupervisedAdapter, made: RowPlan) -> Cost:
+    """What a run on rows costs.
+
+    Raises:
+        InputError: it does not fit into memory.
+    """
     parameters = sum(p.numel() for p in adapter.model.parameters())
     weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
     memory = 6 * weights  # weights, gradients, two moments, the start, and what a penalty or an importance takes
@@ -171,6 +179,7 @@ def execute(made: RowRunPlan, out: Path, *, resume: bool = False, progress: Prog
         "data": {"rows": data.rows().digest, "forget": data.rows(made.chosen).digest},
     }  # fmt: skip
     run.check_same("unlearn", inputs)
+    keep_copy(config.tuned, out)
     run.note_inputs(
         target={"source": config.model, "digest": inputs["target"]},
         forget={"rows": len(made.chosen), "of": len(data), "notes": rows.notes},

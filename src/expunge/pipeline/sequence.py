@@ -22,7 +22,7 @@ from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError, nearest
 from expunge.core.files import check_room
 from expunge.core.runs import Run
-from expunge.data.records import Record, RecordSet
+from expunge.data.records import Record, RecordSet, content_key
 from expunge.engine.loop import Progress
 from expunge.engine.parts import Recipe
 from expunge.pipeline import unlearn
@@ -30,7 +30,8 @@ from expunge.pipeline.audit import audit_stage, entry_of, lazily, read
 from expunge.pipeline.config import UnlearnConfig
 from expunge.pipeline.cost import Cost
 from expunge.pipeline.models import load_set, load_sets, open_adapter
-from expunge.pipeline.train import content_key, retrained, retraining_of
+from expunge.pipeline.train import retrained, retraining_of
+from expunge.pipeline.tuned import check_left, check_tuned, unseen
 
 _KEYS = {"id", "forget", "subjects", "ids"}
 _EXAMPLE = 'Write one request a line, such as {"id": "r1", "forget": "r1.jsonl"} or {"id": "r2", "subjects": ["person-0007"]}.'
@@ -174,10 +175,13 @@ def plan(path: Path, config: UnlearnConfig, retrain: int = 0) -> Requests:
             "Give --retain DATA: everything that the model was trained on.",
         )
     unlearn.check_method(config)
+    check_tuned(config.tuned)
     sources = {"retain": config.retain, "holdout": config.holdout}
     held = {k: config.spans.mark(v) for k, v in load_sets(sources, config.text.columns).items()}
     found = read_requests(path, held["retain"], config.text.columns or None)
     steps = [replace(s, forget=config.spans.mark(s.forget)) for s in found]
+    for step in steps:
+        check_left(config.tuned, step.forget)
     holdout = held.get("holdout")
     checked = [unlearn.check(unlearn.Request(s.forget, s.retain, holdout), config) for s in steps]
     if retrain:  # that it can be done is known before anything is begun
@@ -284,10 +288,12 @@ def _audit(
     ]  # fmt: skip
     documents = []
     for number, (step, folder) in enumerate(zip(steps, folders, strict=True)):
-        sets = {"forget": step.forget, **shared}
+        sets, notes = unseen(folder, config.tuned, {"forget": step.forget, **shared})
         title = f"Request {step.id} ({number + 1} of {len(steps)}), {config.method}"
         with bars(f"audit of request {step.id}") as bar:
-            new = audit_stage(Run.open(folder), [target, *gold, *after[number:]], sets, settings, progress=bar, title=title)
+            new = audit_stage(
+                Run.open(folder), [target, *gold, *after[number:]], sets, settings, progress=bar, title=title, notes=notes
+            )
         if not new:
             say(f"audit of request {step.id}: from an earlier run")
         documents.append(read(folder))

@@ -16,7 +16,7 @@ from expunge.core.errors import Destroyed, InputError
 from expunge.core.files import atomic_path, check_room, digest_json
 from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import nest
-from expunge.data.records import Record, RecordSet
+from expunge.data.records import Record, RecordSet, content_key
 from expunge.engine.loop import Outcome, Progress, train, write_log_summary
 from expunge.engine.parts import Recipe
 from expunge.methods.recipe import build as build_recipe
@@ -35,11 +35,6 @@ from expunge.pipeline.models import (
 from expunge.pipeline.processes import drop_checkpoint, first_process
 
 _DEFAULTS: dict[str, Any] = {"schedule": {"name": "fixed", "lr": None, "epochs": 10, "batch": 16, "warmup": 1, "decay": "linear"}}
-
-
-def content_key(record: Record) -> str:
-    """Identity of what a record says (prompt, turns, answer), whatever file or id it came under: 16 hex digits."""
-    return digest_json([record.prompt, [list(m) for m in record.messages], record.answer])[:16]
 
 
 @dataclass

@@ -41,6 +41,7 @@ from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter, refuse_composite
 from expunge.pipeline.processes import drop_checkpoint, first_process
 from expunge.pipeline.train import save_outcome
+from expunge.pipeline.tuned import check_tuned, keep_copy
 
 
 @dataclass
@@ -136,6 +137,7 @@ def plan(
     how: str = "auto",
     template: str | None = None,
     base: LanguageAdapter | None = None,
+    goal: RecordSet | None = None,
 ) -> UnlearnPlan:
     """Put a run together and check that everything fits; nothing is trained or written.
 
@@ -148,13 +150,16 @@ def plan(
         how: where alternative answers come from.
         template: their text, for ``how="template"``.
         base: the untrained base, for methods that start from it.
+        goal: records never trained on that set the goal; none: half of the holdout, see :func:`split_holdout`.
     """
     refuse_composite(adapter)
     notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
     if method in EDITS.names():
         return _plan_edit(adapter, request, EDITS.get(method)(**nest(dict(parts))), engine, notes)
+    if goal is None and request.holdout is not None:
+        goal = split_holdout(request.holdout, engine.seed)[0]
     recipe = build_recipe(method, parts)
-    _check_sides(method, recipe, retain=request.retain is not None, holdout=request.holdout is not None, base=base is not None)
+    _check_sides(method, recipe, retain=request.retain is not None, holdout=goal is not None, base=base is not None)
     if recipe.start == "initial" and base is not None:
         adapter = base
     _check_models(recipe, adapter)
@@ -169,9 +174,9 @@ def plan(
         examples[Stream.ALTERNATIVE] = [
             adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(request.forget, answers, strict=True)
         ]
-    if isinstance(recipe.schedule, Adaptive) and recipe.forget and request.holdout is None:
+    if isinstance(recipe.schedule, Adaptive) and recipe.forget and goal is None:
         notes.append("No holdout was given: the goal is estimated on retain records with swapped answers, an upper estimate.")
-    goal_records = split_holdout(request.holdout, engine.seed)[0].records if request.holdout is not None else ()
+    goal_records = goal.records if goal is not None else ()
     if Stream.VALIDATION in recipe.looks:
         examples[Stream.VALIDATION] = [adapter.encode(r) for r in goal_records]
     check_marks(recipe, examples, recipe.preparation.makes if recipe.preparation is not None else ())
@@ -322,6 +327,7 @@ def execute(
         "data": {k: v.digest for k, v in sets.items() if v is not None},
     }  # fmt: skip
     run.check_same("unlearn", inputs)
+    first_process(lambda: keep_copy(config.tuned, out), lambda: None)
     run.note_inputs(**{k: describe_data(v) for k, v in sets.items() if v is not None})
     run.note_inputs(target={"source": config.model, "digest": inputs["target"]}, overlap=made.request.overlap.to_json())
 
@@ -345,6 +351,7 @@ def from_config(config: UnlearnConfig) -> UnlearnPlan:
         InputError: anything does not fit; nothing was started.
     """
     check_method(config)
+    check_tuned(config.tuned)
     request = load_request(config)
     adapter = open_adapter(config.model, config.text, dropout=config.engine.dropout)
     base = open_adapter(config.base, config.text, dropout=config.engine.dropout) if config.base else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,7 +24,7 @@ _steps: Any = None  #: in a worker: steps done and steps in all, two numbers per
 class Job:
     """A run to be done: the configuration of its kind, and its folder."""
 
-    kind: Literal["train", "unlearn", "rows", "rows-audit"]
+    kind: Literal["train", "unlearn", "rows", "rows-audit", "trial"]
     config: dict[str, Any]
     out: str
 
@@ -60,9 +61,18 @@ def run_jobs(jobs: Sequence[Job], progress: Progress | None = None, workers: int
 def _start(steps: Any, threads: int) -> None:
     global _steps  # noqa: PLW0603 - the only way for a pool to hand shared memory to its workers
     _steps = steps
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next job for ever, or work on beside the one that resumes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _in_worker(job: Job, index: int) -> None:
@@ -73,10 +83,13 @@ def _in_worker(job: Job, index: int) -> None:
 
 
 def _work(job: Job, progress: Progress | None) -> None:
-    from expunge.pipeline import row_audit, row_runs, train, unlearn
+    from expunge.pipeline import row_audit, row_runs, sweep_trial, train, unlearn
     from expunge.pipeline.config import TrainConfig, UnlearnConfig
 
     out = Path(job.out)
+    if job.kind == "trial":
+        sweep_trial.execute(job.config, out, progress)
+        return
     resume = (out / "manifest.json").is_file()
     if job.kind == "train":
         train.execute(train.plan(TrainConfig(**job.config)), out, resume=resume, progress=progress)

@@ -61,9 +61,9 @@ def html(documents: Sequence[AuditDocument], *, title: str | None = None) -> str
         raise InputError("There is no audit to report on.", "Give at least one audited run.")
     sections = [Section(f"d{i}", d, draw(d, f"d{i}"), _within(d)) for i, d in enumerate(documents, 1)]
     comparison, refusal = _between(documents)
-    script = _asset("page.js")
+    script = asset("page.js")
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             title=title or (documents[0].title if len(documents) == 1 else f"Comparison of {len(documents)} audits"),
@@ -72,7 +72,7 @@ def html(documents: Sequence[AuditDocument], *, title: str | None = None) -> str
             comparison=comparison,
             comparison_plot=comparison_plot(comparison, documents[0], "compare") if comparison else None,
             refusal=refusal,
-            style=_asset("page.css"),
+            style=asset("page.css"),
             script=script,
             script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             version=__version__,
@@ -106,7 +106,8 @@ def _between(documents: Sequence[AuditDocument]) -> tuple[Comparison | None, str
         return None, error.message
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file beside the templates."""
     return (files("expunge.report") / "templates" / name).read_text(encoding="utf-8")
 
 
@@ -115,7 +116,12 @@ def _cleaned(value: Any) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The template engine, which escapes all that it is not told to trust.
+
+    Raises:
+        MissingExtra: Jinja is not installed.
+    """
     try:
         import jinja2
     except ImportError:

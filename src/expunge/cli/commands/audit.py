@@ -58,6 +58,12 @@ def audit(
     utility: Annotated[
         list[str] | None, typer.Option(help="A further set that must stay known; repeatable.", metavar="NAME=DATA")
     ] = None,
+    all_records: Annotated[
+        bool, typer.Option("--all-records", help="Judge on records too that a sweep chose the settings on.")
+    ] = False,
+    leave_out: Annotated[
+        str | None, typer.Option(help="A sweep whose records are left out, to judge on the same as its runs.", metavar="SWEEP")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the cost, stop.")] = False,
     require: Annotated[str | None, typer.Option(help="Verdict to ask for, e.g. forgotten.", metavar="VERDICT")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -71,10 +77,13 @@ def audit(
     from expunge.report.terminal import print_summary, summary_json
 
     output = Output(json)
+    if all_records and leave_out is not None:
+        raise InputError("--all-records and --leave-out exclude each other.", "Give one of them.")
     if require is not None and require not in set(Verdict):
         raise InputError(f"{require!r} is no verdict.", "Choose one of: " + ", ".join(Verdict) + ".")
     given: dict[str, Any] = {
         "retrained": retrained or (), "retrain": retrain, "base": base, "settings": parse_overrides(parts or []),
+        "all_records": all_records, "leave_out": leave_out,
         "utility": dict(_pair(word) for word in utility or []),
     }  # fmt: skip
     if is_rows(run) or is_prepared(run):
@@ -87,6 +96,8 @@ def audit(
         if Run.open(run) and (references or repeats or workers != "local"):  # that there is no run is said first
             raise InputError("--references, --repeats and --workers are for classifiers and regressors.", "Leave them out.")
         made = plan(run, AuditConfig(**given))
+        for note in made.notes:
+            output.note(note)
         output.note(f"audit: {made.cost.text()}")
         if dry_run:
             output.result({"cost": made.cost.json(), "sets": {name: len(records) for name, records in made.sets.items()}})

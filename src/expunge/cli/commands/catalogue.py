@@ -51,7 +51,7 @@ def methods(
         return _prepared(name, output) if name in PREPARED else _edit(name, output)
     if name is not None:
         found = describe(name)
-        output.result(_plain(dataclasses.asdict(found)))
+        output.result({**_plain(dataclasses.asdict(found)), "searched": _searched(name)})
         output.say(f"{found.name}: {found.title}\n\n{found.text}\n\n{found.formula}\n")
         needs = [*found.wants, *(f"reference {r}" for r in found.reads_reference), *(f"{n} of the model" for n in found.needs)]
         output.say("Needs: forget data" + "".join(f", {n}" for n in needs))
@@ -60,6 +60,7 @@ def methods(
             output.say(f"{part.slot} = {part.name}")
             if part.parameters:
                 output.say(_parameters(part.parameters))
+        _say_searched(name, output)
         for caveat in found.caveats:
             output.say(f"Note: {caveat}")
         return 0
@@ -86,15 +87,32 @@ def _edit(name: str, output: Output) -> int:
     from expunge.methods.catalogue import describe_edit
 
     found = describe_edit(name)
-    output.result(_plain(dataclasses.asdict(found)))
+    output.result({**_plain(dataclasses.asdict(found)), "searched": _searched(name)})
     output.say(f"{found.name}: {found.title}\n\n{found.text}\n\n{found.formula}\n")
     needs = [*found.wants, *(f"{n} of the model" for n in found.needs)]
     output.say("Needs: forget data" + "".join(f", {n}" for n in needs) + ". It edits the weights at once; nothing is trained.")
     output.say(f"Paper: {found.paper.title}, {found.paper.authors} {found.paper.year}, {found.paper.url}\n")
     output.say(_parameters(found.parameters))
+    _say_searched(name, output)
     for caveat in found.caveats:
         output.say(f"Note: {caveat}")
     return 0
+
+
+def _searched(name: str) -> dict[str, str]:
+    """What ``expunge sweep`` searches of a method; nothing where its parts declare no ranges."""
+    from expunge.core.errors import InputError
+    from expunge.methods.search import space
+
+    try:
+        return {d.path: d.range.text() for d in space(name, {}, {})}
+    except InputError:
+        return {}
+
+
+def _say_searched(name: str, output: Output) -> None:
+    held = ", ".join(f"{path}={text}" for path, text in _searched(name).items())
+    output.say(f"Searched by expunge sweep: {held}" if held else "It declares nothing for expunge sweep to search.")
 
 
 def _prepared(name: str, output: Output) -> int:

@@ -16,6 +16,7 @@ _REPORT = """Write the evidence of one or more audited runs as one offline HTML 
     Examples:
       expunge report runs/npo
       expunge report runs/npo runs/simnpo runs/rmu --out compare.html
+      expunge report runs/sweep
     """
 
 _COMPARE = """Compare audited runs: trade-off table, sorted by distance to the retrained models, and a plot.
@@ -46,6 +47,7 @@ def report(
 ) -> int:
     """Write the report."""
     from expunge.pipeline.audit import read_all
+    from expunge.pipeline.sweep_result import is_sweep
     from expunge.report.html import write
 
     output = Output(json)
@@ -54,11 +56,26 @@ def report(
     path = out or runs[0] / "report.html"
     if out is not None and out.exists() and not force:
         raise InputError(f"The file {str(out)!r} exists.", "Add --force to replace it.")
-    documents = read_all(runs)
-    write(documents, path, title=title)
+    if any(is_sweep(run) for run in runs):
+        path = out or runs[0] / "sweep.html"
+        _sweep(runs, path, output)
+    else:
+        write(read_all(runs), path, title=title)
     output.result({"report": str(path)})
     output.say(f"Report: {path}")
     return 0
+
+
+def _sweep(runs: list[Path], path: Path, output: Output) -> None:
+    from expunge.pipeline.sweep_result import read
+    from expunge.report.sweep import front_table, write
+
+    if len(runs) > 1:
+        raise InputError("A sweep is reported by itself.", f"Name one folder: expunge report {runs[0]}.")
+    document = read(runs[0])
+    write(document, path)
+    for renderable in front_table(document):
+        output.say(renderable)
 
 
 def compare(

@@ -115,9 +115,9 @@ def unlearn(
     if model is not None and "=" in model and config is not None:
         parts, model = [model, *(parts or [])], None
     overrides = parse_overrides(parts or [])
-    _no_options(overrides)
+    no_options(overrides)
     engine = {**overrides.pop("engine", {}), **({"seed": seed} if seed is not None else {})}
-    text = {**overrides.pop("text", {}), **({"columns": _columns(column)} if column else {})}
+    text = {**overrides.pop("text", {}), **({"columns": columns_of(column)} if column else {})}
     spans = overrides.pop("spans", {})
     if alternative_template is not None and alternatives is None:
         alternatives = "template"
@@ -223,7 +223,7 @@ def _several(
 _OPTIONS = ("model", "forget", "holdout", "method", "base", "alternatives", "alternative_template", "seed", "out", "requests")
 
 
-def _no_options(overrides: dict[str, Any]) -> None:
+def no_options(overrides: dict[str, Any]) -> None:
     """Refuse what is written as a part and is an option (``forget`` and ``retain`` are both, and a part can be no file)."""
     for key in overrides:
         if key in _OPTIONS and key != "forget":
@@ -233,7 +233,8 @@ def _no_options(overrides: dict[str, Any]) -> None:
             )
 
 
-def _columns(words: list[str]) -> dict[str, str]:
+def columns_of(words: list[str]) -> dict[str, str]:
+    """Columns by role, from ROLE=NAME."""
     found: dict[str, str] = {}
     for word in words:
         role, eq, name = word.partition("=")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from expunge.adapters.base import Adapter, Example
 from expunge.core.access import Offer, Stream
 from expunge.core.errors import InputError
+from expunge.core.search import Search
 from expunge.engine.edit import Edit, Examples, Tell
 from expunge.engine.functional import flatten, unflatten
 from expunge.engine.gradients import fitting, mean_gradient, moving
@@ -60,7 +61,9 @@ class Fisher(Edit):
         "Too little noise forgets nothing and too much ruins the model; between the two there may be no good value.",
     )
 
-    alpha: float = Field(1e-3, ge=0, description="size of the noise; the official code's form takes 1e-9 to 1e-5")
+    alpha: Annotated[float, Search(around=100)] = Field(
+        1e-3, ge=0, description="size of the noise; the official code's form takes 1e-9 to 1e-5"
+    )
     form: Literal["paper", "official"] = Field("paper", description="exponent -1/4 of the paper, or -1/2 of the official code")
     cap: float = Field(1e3, gt=0, description="with form=official: largest value of 1/F")
     labels: Literal["auto", "all", "drawn"] = Field(
@@ -119,7 +122,7 @@ class Influence(Edit):
         "curvature=hessian needs positive curvature: on deep networks use gauss-newton or fisher, with damping.",
     )
 
-    alpha: float = Field(1.0, gt=0, description="length of the step")
+    alpha: Annotated[float, Search(around=30)] = Field(1.0, gt=0, description="length of the step")
     curvature: Literal["fisher", "gauss-newton", "hessian"] = Field("fisher", description="which matrix is inverted")
     damping: float = Field(1.0, ge=0, description="added to every eigenvalue; above 0 for fisher")
     samples: int = Field(1000, ge=1, description="retain rows on which curvature is taken, at most")

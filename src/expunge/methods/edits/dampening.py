@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expunge.adapters.base import Adapter
 from expunge.core.access import Offer, Stream
+from expunge.core.search import Search
 from expunge.engine.edit import Edit, Examples, Tell
 from expunge.engine.gradients import batch_importance, moving
 from expunge.engine.options import Engine
@@ -49,8 +50,12 @@ class Dampening(Edit):
         "Importances scale with the batch size: both sets are read at the same one.",
     )
 
-    alpha: float = Field(10.0, ge=0, description="a weight is dampened if it matters so many times more to the forget set")
-    dampening: float = Field(1.0, ge=0, description="lambda: the smaller, the more a chosen weight shrinks")
+    alpha: Annotated[float, Search(1.0, 100.0, log=True)] = Field(
+        10.0, ge=0, description="a weight is dampened if it matters so many times more to the forget set"
+    )
+    dampening: Annotated[float, Search(0.1, 5.0, log=True)] = Field(
+        1.0, ge=0, description="lambda: the smaller, the more a chosen weight shrinks"
+    )
     batch: int = Field(64, ge=1, description="examples per batch of both importances")
 
     def weights(self, adapter: Adapter, examples: Examples, engine: Engine, tell: Tell | None) -> dict[str, Tensor]:

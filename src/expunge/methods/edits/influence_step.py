@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from expunge.adapters.base import Adapter
 from expunge.core.access import Stream
+from expunge.core.search import Search
 from expunge.engine.edit import Edit, Examples, Tell
 from expunge.engine.gradients import mean_gradient, moving
 from expunge.engine.options import Engine
@@ -41,7 +42,7 @@ class IAU(Edit):
     )
 
     step: Literal["adam", "sgd"] = Field("adam", description="a sign step of size lr in every weight, or lr times the gradient")
-    lr: float = Field(1e-3, gt=0, description="size of the step")
+    lr: Annotated[float, Search(around=30)] = Field(1e-3, gt=0, description="size of the step")
     correction: bool = Field(True, description="subtract the gradient of the retain set, so that less is lost there")
 
     def weights(self, adapter: Adapter, examples: Examples, engine: Engine, tell: Tell | None) -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from expunge.adapters.base import Adapter
 from expunge.core.access import Offer, Stream
 from expunge.core.errors import InputError
+from expunge.core.search import Search
 from expunge.engine.adversarial import classes_under_attack
 from expunge.engine.options import Engine
 from expunge.engine.preparation import Examples, Preparation, Prepared, Tell
@@ -29,7 +30,7 @@ class NearestClasses(Preparation):
     makes: ClassVar[frozenset[str]] = frozenset({Stream.ALTERNATIVE})
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.ROWS, Offer.CLASSES})
 
-    bound: float = Field(0.1, ge=0, description="largest change of an input number")
+    bound: Annotated[float, Search(around=10)] = Field(0.1, ge=0, description="largest change of an input number")
     clamp: tuple[float, float] | None = Field(None, description="smallest and largest input number; none: not limited")
 
     def prepare(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None) -> Prepared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expunge.adapters.base import Example
 from expunge.core.access import Of, Stream
+from expunge.core.search import Search
 from expunge.engine.parts import Need, Term, Views
 from expunge.methods.registry import term
 from expunge.methods.terms.functions import cross_entropy_to, suppress_target
@@ -59,7 +60,9 @@ class Undial(Edited):
     name: ClassVar[str] = "undial"
     source: ClassVar[Of] = Of.REFERENCE
 
-    beta: float = Field(10.0, ge=0, description="by how much the true token's logit is lowered (paper: 3 to 30)")
+    beta: Annotated[float, Search(3.0, 30.0, log=True)] = Field(
+        10.0, ge=0, description="by how much the true token's logit is lowered (paper: 3 to 30)"
+    )
 
     @property
     def suppression(self) -> float:
@@ -102,7 +105,9 @@ class Divergence(Term):
     teacher: ClassVar[Of] = Of.REFERENCE
     sign: ClassVar[float] = 1.0
 
-    temperature: float = Field(1.0, gt=0, description="by which both sets of logits are divided")
+    temperature: Annotated[float, Search(0.5, 8.0, log=True)] = Field(
+        1.0, gt=0, description="by which both sets of logits are divided"
+    )
     reduction: Literal["token", "sum"] = Field(
         "token", description="mean over all targets, or over examples of their sums (what torch calls batchmean)"
     )

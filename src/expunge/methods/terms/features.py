@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity, logsigmoid, normalize
 
 from expunge.adapters.base import Example, Outputs
 from expunge.core.access import Of, Stream
+from expunge.core.search import Search
 from expunge.engine.parameters import block_index
 from expunge.engine.parts import Need, Term, Views
 from expunge.methods.registry import term
@@ -81,7 +82,9 @@ class RMU(Features):
     name: ClassVar[str] = "rmu"
     reads: ClassVar[Stream] = Stream.FORGET
 
-    coefficient: float = Field(6.5, gt=0, description="length c of the vector that the states are steered to")
+    coefficient: Annotated[float, Search(around=10)] = Field(
+        6.5, gt=0, description="length c of the vector that the states are steered to"
+    )
     seed: int = Field(0, ge=0, description="seed of the random direction")
 
     def needs(self, layers: Sequence[str]) -> frozenset[Need]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from expunge.core.access import Of, Stream
+from expunge.core.search import Search
 from expunge.engine.parts import Need, Term, Views
 from expunge.methods.registry import term
 from expunge.methods.terms.functions import preference_link, sequence_mean, sequence_ratio
@@ -21,7 +22,9 @@ class Preference(Term):
     per: ClassVar[Literal["target", "example", "token"]] = "example"
     reads: ClassVar[tuple[tuple[Stream, Of], ...]]
 
-    beta: float = Field(0.1, gt=0, description="inverse temperature: the smaller, the more like gradient ascent")
+    beta: Annotated[float, Search(0.01, 1.0, log=True)] = Field(
+        0.1, gt=0, description="inverse temperature: the smaller, the more like gradient ascent"
+    )
 
     @property
     def stream(self) -> Stream:
@@ -85,8 +88,12 @@ class SimNPO(Preference):
     name: ClassVar[str] = "simnpo"
     reads: ClassVar[tuple[tuple[Stream, Of], ...]] = ((Stream.FORGET, Of.CURRENT),)
 
-    beta: float = Field(4.5, gt=0, description="inverse temperature (paper: 2.5 to 4.5 on TOFU, 0.7 on MUSE)")
-    delta: float = Field(0.0, ge=0, description="margin: mean loss per token at which the push is half of its maximum")
+    beta: Annotated[float, Search(0.5, 10.0, log=True)] = Field(
+        4.5, gt=0, description="inverse temperature (paper: 2.5 to 4.5 on TOFU, 0.7 on MUSE)"
+    )
+    delta: Annotated[float, Search(0.0, 2.0)] = Field(
+        0.0, ge=0, description="margin: mean loss per token at which the push is half of its maximum"
+    )
 
     def score(self, views: Views) -> Tensor:
         """Mean loss minus the margin, ``[B]``."""

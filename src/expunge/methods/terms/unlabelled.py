@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from expunge.core.access import Of, Stream
+from expunge.core.search import Search
 from expunge.engine.parameters import block_index
 from expunge.engine.parts import Need, Term, Views
 from expunge.methods.registry import term
@@ -113,7 +114,9 @@ class LafPart(Alignment):
     reads: ClassVar[Stream] = Stream.FORGET
     whole: ClassVar[bool] = True
 
-    tau: float = Field(20.0, gt=0, description="temperature (published: 5 or 20, by task)")
+    tau: Annotated[float, Search(1.0, 50.0, log=True)] = Field(
+        20.0, gt=0, description="temperature (published: 5 or 20, by task)"
+    )
 
     def values(self, views: Views) -> Tensor:
         """The whole for each token, so that their mean is the whole, ``[M]``."""

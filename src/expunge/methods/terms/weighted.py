@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
 from expunge.core.access import Of, Stream
+from expunge.core.search import Search
 from expunge.engine.parts import Need, Term, Views
 from expunge.methods.registry import term
 from expunge.methods.terms.functions import power_weight
@@ -47,7 +48,9 @@ class WGA(WeightedAscent):
 
     name: ClassVar[str] = "wga"
 
-    beta: float = Field(1.0, ge=0, description="exponent of the token's probability; 0 is gradient ascent")
+    beta: Annotated[float, Search(0.1, 5.0, log=True)] = Field(
+        1.0, ge=0, description="exponent of the token's probability; 0 is gradient ascent"
+    )
 
     def token_weights(self, losses: Tensor) -> Tensor:
         """``p^beta``."""
@@ -63,8 +66,8 @@ class SatImp(WeightedAscent):
 
     name: ClassVar[str] = "satimp"
 
-    beta1: float = Field(5.0, ge=0, description="exponent of p (saturation)")
-    beta2: float = Field(1.0, ge=0, description="exponent of 1 - p (importance)")
+    beta1: Annotated[float, Search(0.5, 10.0, log=True)] = Field(5.0, ge=0, description="exponent of p (saturation)")
+    beta2: Annotated[float, Search(0.1, 5.0, log=True)] = Field(1.0, ge=0, description="exponent of 1 - p (importance)")
 
     def token_weights(self, losses: Tensor) -> Tensor:
         """``p^beta1 (1 - p)^beta2``."""
