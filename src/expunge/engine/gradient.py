@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -23,11 +23,12 @@ from expunge.engine.parts import Gradient, Recipe
 GRADIENTS: Registry[type[Gradient]] = Registry("gradient rule", None, "expunge.gradients")
 
 _ROUNDS = 12  # in which the step and the metric that depends on it must agree
-_AGREED = 1e-6
-_HALVINGS = 60
-_FAR = 1e4  # share of the retain gradient, in lengths of the forget gradient, beyond which the root never lies
+_AGREED = 1e-5
+_HALVINGS = 40
+_FAR = 1e3  # share of the retain gradient, in lengths of the forget gradient, beyond which the root never lies
 _TINY = 1e-300
-_DEPENDENT = 1e-10  # share of the largest eigenvalue below which directions count as dependent
+_BLOCK = 2**16  # numbers of each direction at a time
+_DEPENDENT = 1e-7  # share of the largest eigenvalue below which directions count as dependent
 
 
 class Plain(Gradient):
@@ -41,11 +42,14 @@ class Plain(Gradient):
         return [f + r for f, r in zip(forget, retain, strict=True)]
 
 
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor], metric: Sequence[Tensor] | None = None) -> float:
-    """``sum a m b`` in float64."""
-    if metric is None:
-        return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)))
-    return float(sum((x.double() * m.double() * y.double()).sum() for x, y, m in zip(a, b, metric, strict=True)))
+    """``sum a m b``: tensor by tensor in the type of ``a``, at least float32, and over tensors in float64."""
+    left = [_flat(x) for x in a] if metric is None else [_flat(x) * _flat(m) for x, m in zip(a, metric, strict=True)]
+    return float(torch.stack([torch.dot(x, _flat(y).to(x.dtype)) for x, y in zip(left, b, strict=True)]).double().sum())
 
 
 def project_off(
@@ -53,26 +57,53 @@ def project_off(
 ) -> list[Tensor]:
     """``vector`` without its part in the span of some directions: the result ``v`` has ``<d, v> = sum d m v = 0`` for each.
 
-    By the Gram matrix of the directions in float64, so no orthogonal basis is held beside them; dependent directions (and ones
-    that are 0) do no harm.
+    By the Gram matrix of the directions, so no orthogonal basis is held beside them; dependent directions (and ones that are 0)
+    do no harm. Beside the result it holds a few blocks of numbers.
 
     Args:
         vector: one tensor per parameter.
         directions: each in the same shapes.
         metric: positive factors of the inner product, in the same shapes; none: all 1.
     """
+
+    def rows(at: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The directions' part of one tensor in blocks ``[k, <=_BLOCK]``, and the same times the metric."""
+        flat = [_flat(d[at]) for d in directions]
+        factors = None if metric is None else _flat(metric[at]).to(flat[0].dtype)
+        for start in range(0, len(flat[0]), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            held = torch.stack([f[part] for f in flat])
+            yield part, held, held if factors is None else held * factors[part]
+
     found = list(vector)
-    gram = torch.tensor([[_dot(a, b, metric) for b in directions] for a in directions], dtype=torch.float64)
+    count = len(directions)
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    inverse = gram
+    for passes in range(1 if count == 1 else 2):  # the second pass removes what rounding left
+        shares = torch.zeros(count, dtype=torch.float64)
+        for at, value in enumerate(found):
+            flat = _flat(value)
+            for part, held, weighed in rows(at):
+                shares += (weighed @ flat[part].to(held.dtype)).double().cpu()
+                if passes == 0:
+                    gram += (weighed @ held.T).double().cpu()
+        if passes == 0:
+            inverse = _inverse(gram)
+        weights = inverse @ shares
+        for at, value in enumerate(found):
+            flat = _flat(value).clone()
+            for part, held, _ in rows(at):
+                flat[part] -= (weights.to(held) @ held).to(flat.dtype)
+            found[at] = flat.view(value.shape).to(value.dtype)
+    return found
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """Pseudo-inverse of a Gram matrix, after its directions are brought to length 1."""
     sizes = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     values, vectors = torch.linalg.eigh(gram / sizes[:, None] / sizes)
-    kept = values > _DEPENDENT * len(directions)
-    inverse = vectors[:, kept] / values[kept] @ vectors[:, kept].T
-    for _ in range(1 if len(directions) == 1 else 2):  # the second pass removes what rounding left
-        shares = torch.tensor([_dot(d, found, metric) for d in directions], dtype=torch.float64) / sizes
-        weights = (inverse @ shares / sizes).tolist()
-        for w, direction in zip(weights, directions, strict=True):
-            found = [f - w * d for f, d in zip(found, direction, strict=True)]
-    return found
+    kept = values > _DEPENDENT * len(gram)
+    return (vectors[:, kept] / values[kept] @ vectors[:, kept].T) / sizes[:, None] / sizes
 
 
 class Project(Gradient):
@@ -149,12 +180,13 @@ class Project(Gradient):
     def combine(self, forget: list[Tensor], retain: list[Tensor], state: dict[str, Any], moving: Moving = PLAIN) -> list[Tensor]:
         """Project the forget gradient off the last retain gradients and add this step's."""
         chosen = list(moving.made.get("chosen", range(len(forget))))
-        directions = [[retain[i] for i in chosen], *state.get("recent", [])]
+        largest = max((float(retain[i].abs().max()) for i in chosen if retain[i].numel()), default=0.0)
+        # At a size of 1, so that products of small gradients are numbers too.
+        now = [retain[i] / largest if largest > 0 else retain[i] for i in chosen]
+        directions = [now, *state.get("recent", [])]
         found = self._projected(forget, retain, directions, chosen, moving)
-        if self.directions > 1:
-            size = _dot(directions[0], directions[0]) ** 0.5
-            if size > 0:
-                state["recent"] = [[d / size for d in directions[0]], *directions[1:]][: self.directions - 1]
+        if self.directions > 1 and largest > 0:
+            state["recent"] = directions[: self.directions - 1]
         return [f + r for f, r in zip(found, retain, strict=True)]
 
     def _projected(
