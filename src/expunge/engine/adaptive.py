@@ -284,7 +284,7 @@ class Watch:
         given = getattr(finish, "scale", None)
 
         def put(scale: float) -> None:
-            made = {n: finish.weights(before[n], after[n], scale) for n in checkpoint.trainable(self.loop.model)}
+            made = {n: finish.weights(before[n], after[n], scale) for n in before if n in after}
             checkpoint.restore(self.loop.model, {**after, **made})
             self.look()
 
@@ -292,6 +292,8 @@ class Watch:
             self.finish_scale = float(given if given is not None else 1.0)
             put(self.finish_scale)
             return
+        put(0.0)
+        self.base_retain = self.retain_loss  # of the weights that are changed: training may have begun from others
         low, high = 0.0, 0.25
         put(high)
         while (self.forget_loss or 0.0) < self.goal.loss and self.within_bound() and high < 64:

@@ -1,9 +1,12 @@
-"""What is done to the gradient: nothing, projection away from the retain gradient, surgery on conflict."""
+"""What is done to the gradient: nothing, projection off the retain gradient, surgery on conflict, large entries only."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from expunge.core.registry import Registry
@@ -59,5 +62,26 @@ class ConflictProject(Project):
         return super().combine(forget, retain, state)
 
 
-for rule in (Plain, Project, ConflictProject):
+class Salient(Plain):
+    """In every step only the entries with a large gradient move: ``|g| >= mean(|g|) + n_std * std(|g|)``.
+
+    Mean and standard deviation are over all trainable entries together, ``g`` is the gradient of the whole loss in this step
+    (weight saliency of Stable Sequential Unlearning, arXiv 2406.10952). All others keep their value in this step bit for bit:
+    neither momentum nor weight decay moves them. The log says which share moved (``moved``).
+    """
+
+    name: ClassVar[str] = "salient"
+
+    n_std: float = Field(0.0, ge=-4, le=16, description="standard deviations above the mean at which a gradient counts as large")
+
+    def moving(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        """The entries at or above the threshold."""
+        count = sum(g.numel() for g in gradient)
+        mean = sum(g.abs().sum(dtype=torch.float64) for g in gradient) / count
+        square = sum((g.abs().double() - mean).square().sum() for g in gradient) / max(1, count - 1)
+        threshold = mean + self.n_std * torch.as_tensor(square).sqrt()
+        return [g.abs() >= threshold for g in gradient]
+
+
+for rule in (Plain, Project, ConflictProject, Salient):
     GRADIENTS.add(rule.name, rule)

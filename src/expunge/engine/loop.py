@@ -29,8 +29,9 @@ from expunge.engine import checkpoint
 from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.alternate import States
 from expunge.engine.devices import Devices
+from expunge.engine.finish import Ending, Origin
 from expunge.engine.goal import Goal
-from expunge.engine.masks import moving_entries
+from expunge.engine.masks import holding, moving_entries, step_masks
 from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
@@ -64,6 +65,7 @@ class Outcome:
         history: the log, one mapping per step.
         gathered: the whole state of a sharded model; None otherwise.
         notes: what a report must say of the request, one sentence each.
+        finish_scale: the coefficient of the finish, given or found; None without one.
     """
 
     model: nn.Module
@@ -80,6 +82,7 @@ class Outcome:
     history: list[dict[str, float]] = field(default_factory=list)
     gathered: dict[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
+    finish_scale: float | None = None
 
     def state(self) -> dict[str, Tensor]:
         """All parameters by name, whole even if the model was sharded."""
@@ -99,6 +102,7 @@ def train(
     *,
     goal: Goal | None = None,
     models: Mapping[Of, Adapter] | None = None,
+    origin: Origin | None = None,
     folder: Path | None = None,
     cache: Path | None = None,
     resume: bool = False,
@@ -114,6 +118,7 @@ def train(
         engine: how to use the machine.
         goal: where the adaptive schedule may stop; without one it runs its budget.
         models: hold further models that the terms read (an oracle); they are left as they are.
+        origin: where earlier requests began, for a finish that turns all of them around together.
         folder: for ``checkpoint/`` and ``log.jsonl``; none keeps nothing.
         cache: for reference log-probabilities.
         resume: go on from ``folder``'s checkpoint if there is one.
@@ -125,8 +130,8 @@ def train(
     """
     with tempfile.TemporaryDirectory() as scratch:
         loop = _Loop(
-            adapter, recipe, examples, engine, goal=goal, models=models, folder=folder, cache=cache, observe=observe,
-            progress=progress, scratch=folder / "checkpoint" if folder else Path(scratch),
+            adapter, recipe, examples, engine, goal=goal, models=models, origin=origin, folder=folder, cache=cache,
+            observe=observe, progress=progress, scratch=folder / "checkpoint" if folder else Path(scratch),
         )  # fmt: skip
         try:
             return loop.run(resume)
@@ -144,6 +149,7 @@ class _Loop:
         *,
         goal: Goal | None,
         models: Mapping[Of, Adapter] | None,
+        origin: Origin | None,
         folder: Path | None,
         cache: Path | None,
         observe: Callable[[int, nn.Module], None] | None,
@@ -174,6 +180,7 @@ class _Loop:
         frozen = frozen_models(adapter, recipe, self.examples, engine, device=self.devices.device, store=cache)
         sources = {**frozen, **others, **self.prepared.sources}
         self.objective = Objective(adapter, recipe, self.examples, sources, self.prepared.made)
+        self.ending = Ending(recipe, adapter.model, origin, sharded=self.devices.sharded)
         model = recipe.parameters.prepare(adapter.model, adapter.layers())
         if self.prepared.grown and self.devices.world > 1:
             raise InputError(f"The method {recipe.name!r} trains a network beside the model.", "Run it on one process.")
@@ -183,7 +190,7 @@ class _Loop:
         self.turns = self.schedule.turns([t.name for t in recipe.terms()])
         self.states = States(self.optimizer, len(self.turns))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.start_weights = checkpoint.snapshot(self.model) if recipe.finish is not None else {}
+        self.start_weights = self.ending.before(self.model) if recipe.finish is not None else {}
         self.erase_steps: float = math.inf  # after so many steps the forget terms pause
         self.plan = self._plan()
         self.total = self.plan.steps
@@ -336,6 +343,7 @@ class _Loop:
         for parameter, mask in zip(self.parameters, self.masks, strict=bool(self.masks)):
             if parameter.grad is not None:
                 parameter.grad *= mask
+        masks = step_masks(self.recipe.gradient, self.parameters, row)
         norm = self.devices.clip(self.parameters, self.schedule.clip)
         row["gradient_norm"] = norm
         row["loss"] = sum(
@@ -345,7 +353,8 @@ class _Loop:
         if math.isfinite(norm) and math.isfinite(row["loss"]):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            with holding(self.parameters, masks):
+                self.optimizer.step()
             n = len(self.recipe.forget)
             forget = sum(t.weight * v for t, v in zip(terms[:n], values[:n], strict=True))
             retain = sum(t.weight * v for t, v in zip(terms[n:], values[n:], strict=True))
@@ -400,6 +409,7 @@ class _Loop:
 
     def _finish(self, watch: Watch) -> None:
         if self.recipe.finish is not None:
+            self.model = self.ending.joined(self.devices.unwrap(self.model)) if self.ending.whole else self.model
             watch.apply_finish(self.recipe.finish)
 
     def _outcome(self, reason: Reason, done: int, watch: Watch, rates: list[dict[str, float]]) -> Outcome:
@@ -410,7 +420,7 @@ class _Loop:
         return Outcome(
             self.devices.unwrap(self.model), reason, watch.sentence(reason, done), done, watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
-            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes,
+            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes, watch.finish_scale,
         )  # fmt: skip
 
     def _report(self, row: dict[str, float], done: int) -> None:

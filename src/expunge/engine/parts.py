@@ -128,6 +128,14 @@ class Gradient(Settings, abc.ABC):
         ``state`` is the rule's memory between steps (tensors or numbers only: it is saved in checkpoints).
         """
 
+    def moving(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        """Which entries may move in this step, one boolean mask per trainable tensor; none (an empty list) if all may.
+
+        ``gradient`` is that of the whole loss. The engine sets it to 0 elsewhere and puts the values back that the step changed
+        there all the same (by momentum, or by decay).
+        """
+        return []
+
 
 class Balance(Settings, abc.ABC):
     """The coefficients of the forget and the retain side, which may react to what was measured."""
@@ -179,6 +187,9 @@ class Finish(Settings, abc.ABC):
     """A change of the weights after training, from those before and after it (task-vector negation)."""
 
     name: ClassVar[str]
+    accumulates: ClassVar[bool] = (
+        False  #: whether what several requests learnt is turned around together, see the engine's finish
+    )
 
     @abc.abstractmethod
     def weights(self, before: Tensor, after: Tensor, scale: float) -> Tensor:
