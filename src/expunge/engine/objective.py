@@ -51,7 +51,7 @@ class Objective:
     Args:
         adapter: the modality.
         recipe: whose terms.
-        examples: by stream; ``alternative`` is aligned with ``forget`` (same index, same record).
+        examples: by stream; ``alternative`` is aligned with ``forget``: as many for each forget example, one after the other.
         references: the frozen models that terms read, by which they are.
         made: what a preparation made for the terms, by name.
 
@@ -86,9 +86,28 @@ class Objective:
                     f"The method {recipe.name!r} compares with a frozen model ({of}), but none was given.",
                     _MODEL_REMEDY.get(of, ""),
                 )
-        alternative = examples.get(Stream.ALTERNATIVE)
-        if alternative and len(alternative) != len(examples.get(Stream.FORGET, ())):
-            raise InputError("There must be one alternative answer per forget example.")
+        self.each = self._answers()
+
+    def _answers(self) -> int:
+        """How many alternatives there are for each forget example."""
+        given, forget = len(self.examples.get(Stream.ALTERNATIVE, ())), len(self.examples.get(Stream.FORGET, ()))
+        if not given:
+            return 1
+        if not forget or given % forget:
+            raise InputError(
+                f"There are {given} alternative answers for {forget} forget examples.", "Give the same number for each of them."
+            )
+        paired = [
+            t.name
+            for t in self.recipe.terms()
+            if t.stream is not Stream.ALTERNATIVE and _reads_alternatives(t, self.adapter.layers())
+        ]
+        if given > forget and paired:
+            raise InputError(
+                f"The term {paired[0]!r} compares each forget example with one other answer, but there are {given // forget}.",
+                "Give one for each.",
+            )
+        return given // forget
 
     def counts(self, indices: Indices) -> list[int]:
         """By how much each term's sum is divided in the step whose (global) ``indices`` are given; at least 1."""
@@ -102,32 +121,32 @@ class Objective:
         never changes the result because terms are normalised over the whole step.
         """
         full = self._with_alternatives(indices)
-        items: list[dict[Stream, Example]] = [
-            {Stream.RETAIN: self.examples[Stream.RETAIN][i]} for i in full.get(Stream.RETAIN, ())
+        items: list[dict[Stream, Sequence[Example]]] = [
+            {Stream.RETAIN: [self.examples[Stream.RETAIN][i]]} for i in full.get(Stream.RETAIN, ())
         ]
         for i in full.get(Stream.FORGET, ()):
-            item = {Stream.FORGET: self.examples[Stream.FORGET][i]}
+            item: dict[Stream, Sequence[Example]] = {Stream.FORGET: [self.examples[Stream.FORGET][i]]}
             if Stream.ALTERNATIVE in full:
-                item[Stream.ALTERNATIVE] = self.examples[Stream.ALTERNATIVE][i]
+                item[Stream.ALTERNATIVE] = [self.examples[Stream.ALTERNATIVE][k] for k in self._of(i)]
             items.append(item)
-        items.sort(key=lambda item: max(e.units for e in item.values()))
-        groups: list[list[dict[Stream, Example]]] = []
+        items.sort(key=_width)
+        groups: list[list[dict[Stream, Sequence[Example]]]] = []
         widest = held = 0
         for item in items:
-            width = max(widest, *(e.units for e in item.values()))
-            if groups and width * (held + len(item)) <= max_tokens:
+            width, size = max(widest, _width(item)), sum(map(len, item.values()))
+            if groups and width * (held + size) <= max_tokens:
                 groups[-1].append(item)
-                widest, held = width, held + len(item)
+                widest, held = width, held + size
             else:
                 groups.append([item])
-                widest, held = max(e.units for e in item.values()), len(item)
+                widest, held = _width(item), size
         if len(groups) > 1 and any(t.whole for t in self.recipe.terms()):
-            units = max(e.units for i in items for e in i.values()) * sum(map(len, items))
+            units = max(map(_width, items)) * sum(len(e) for i in items for e in i.values())
             raise InputError(
                 f"The method {self.recipe.name!r} needs all examples of a step in one forward pass, which takes {units} units.",
                 f"Set engine.max_tokens={units}, or choose a smaller schedule.batch.",
             )
-        return [Micro({s: tuple(i[s] for i in g if s in i) for s in _ORDER if any(s in i for i in g)}) for g in groups]
+        return [Micro({s: tuple(e for i in g for e in i.get(s, ())) for s in _ORDER if any(s in i for i in g)}) for g in groups]
 
     def filler(self) -> Micro:
         """The smallest micro-batch there is, with weight 0: for a process that has run out of work before the others."""
@@ -135,9 +154,10 @@ class Objective:
         if Stream.ALTERNATIVE in streams:
             streams.add(Stream.FORGET)
         shortest = {s: min(range(len(self.examples[s])), key=lambda i, s=s: self.examples[s][i].units) for s in streams}  # type: ignore[misc]
+        chosen: dict[Stream, Sequence[int]] = {s: [i] for s, i in shortest.items()}
         if Stream.ALTERNATIVE in shortest:
-            shortest[Stream.ALTERNATIVE] = shortest[Stream.FORGET]
-        return Micro({s: (self.examples[s][shortest[s]],) for s in _ORDER if s in streams}, weight=0.0)
+            chosen[Stream.ALTERNATIVE] = self._of(shortest[Stream.FORGET])
+        return Micro({s: tuple(self.examples[s][i] for i in chosen[s]) for s in _ORDER if s in streams}, weight=0.0)
 
     def views(self, model: nn.Module, micro: Micro, device: torch.device) -> Views:
         """Run a micro-batch: one forward pass under the current model for all streams, at most one under each frozen model."""
@@ -190,8 +210,21 @@ class Objective:
         full = dict(indices)
         reads = {s for s, _, _ in self.needs} | {t.stream for t in self.recipe.terms()}
         if Stream.ALTERNATIVE in reads and Stream.FORGET in full:
-            full[Stream.ALTERNATIVE] = full[Stream.FORGET]
+            full[Stream.ALTERNATIVE] = [k for i in full[Stream.FORGET] for k in self._of(i)]
         return full
+
+    def _of(self, index: int) -> range:
+        """Where the alternatives of a forget example stand."""
+        return range(index * self.each, (index + 1) * self.each)
+
+
+def _reads_alternatives(term: Term, layers: Sequence[str]) -> bool:
+    return any(stream is Stream.ALTERNATIVE for stream, _, _ in term.needs(layers))
+
+
+def _width(item: Mapping[Stream, Sequence[Example]]) -> int:
+    """Units of the longest example."""
+    return max(e.units for held in item.values() for e in held)
 
 
 _REMEDY = {

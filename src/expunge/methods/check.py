@@ -7,7 +7,7 @@ from expunge.core.errors import InputError
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
 from expunge.methods.registry import PLACEHOLDER_LAYERS
-from expunge.methods.terms.likelihood import ForgetNLL
+from expunge.methods.terms.likelihood import AlternativeNLL, ForgetNLL
 
 
 def check(recipe: Recipe) -> None:
@@ -49,6 +49,12 @@ def _check_preparation(recipe: Recipe) -> None:
             )
     if part is None:
         return
+    several = [t for t in recipe.terms() if getattr(t, "answers", 1) > 1]
+    if several and Stream.ALTERNATIVE in made:
+        raise InputError(
+            f"preparation={part.name} makes one other answer to each example, but {several[0].name} reads several.",
+            f"Use {several[0].name}.answers=1.",
+        )
     needs = recipe.needs(PLACEHOLDER_LAYERS)
     read = {t.stream for t in recipe.terms()} | {s for s, _, _ in needs} | {of for _, of, _ in needs}
     if not made & (read | {name for t in recipe.terms() for name in t.uses}):
@@ -93,13 +99,9 @@ def _check_finish(recipe: Recipe) -> None:
             )
         return
     name = f"finish={recipe.finish.name}"
-    if recipe.retain or len(teaching) < len(recipe.forget) or not teaching:
+    if recipe.retain or not teaching or not all(isinstance(t, ForgetNLL | AlternativeNLL) for t in recipe.forget):
         raise InputError(
             f"{name} turns around all that was learnt, so it can only follow forget-nll.", "Use forget=forget-nll retain=none."
-        )
-    if recipe.parameters.name == "lora":
-        raise InputError(
-            f"{name} needs the trained weights themselves, not the factors of a LoRA.", "Use parameters=all or parameters=named."
         )
     if recipe.schedule.name == "fixed" and getattr(recipe.finish, "scale", 0.0) is None:
         raise InputError(f"{name} has no scale, and a fixed schedule does not look for one.", "Give finish.scale, for example 1.")

@@ -53,6 +53,6 @@ def estimate(recipe: Recipe, examples: Mapping[Stream, Sequence[Example]], param
 
     per_step = batch * mean(anchor)
     if recipe.forget:
-        per_step += batch * mean(Stream.ALTERNATIVE)
+        per_step += batch * mean(Stream.ALTERNATIVE) * (len(examples.get(Stream.ALTERNATIVE, ())) // max(1, n))
         per_step += (schedule.retain_batch or schedule.batch) * mean(Stream.RETAIN) if recipe.retain else 0
     return Cost(steps, int(steps * per_step), memory, disk, parameters)

@@ -85,7 +85,8 @@ def unlearn(
     ] = None,
     base: Annotated[str | None, typer.Option(help="The untrained base, for methods that start from it.", metavar="MODEL")] = None,
     alternatives: Annotated[
-        str | None, typer.Option(help="Answers to put in place: auto, refusals, given, others, template.", metavar="KIND")
+        str | None,
+        typer.Option(help="Answers to put in place: auto, refusals, given, others, passages, template.", metavar="KIND"),
     ] = None,
     alternative_template: Annotated[
         str | None,
