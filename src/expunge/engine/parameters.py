@@ -49,7 +49,7 @@ class _Matching(Parameters):
     """Parameters chosen by their name, in all blocks or in some."""
 
     patterns: tuple[str, ...] = Field(
-        (r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b",),
+        (r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b|DenseReluDense\.wo",),
         min_length=1,
         description="regular expressions searched in parameter names; the default is the output matrix of an MLP, or in given "
         "blocks of a model without such names all matrices",

@@ -106,6 +106,7 @@ def _with_defaults(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
+    from expunge.adapters.loading import wrap
     from expunge.adapters.presets import build
     from expunge.adapters.tokenise import DEFAULT_TEMPLATE
     from expunge.adapters.words import word_tokenizer
@@ -115,7 +116,7 @@ def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
     more = [load_set(s, "vocabulary", config.text.columns) for s in config.vocabulary]
     tokenizer = word_tokenizer([*all_texts([vocabulary, *more]), config.text.template or DEFAULT_TEMPLATE])
     model = build(config.model, tokenizer, seed=config.engine.seed)
-    return LanguageAdapter(
+    return wrap(
         model, tokenizer, template=config.text.template, max_length=config.text.max_length, truncate=config.text.truncate,
         dropout=config.engine.dropout,
     )  # fmt: skip
@@ -170,7 +171,8 @@ def save_outcome(adapter: LanguageAdapter, outcome: Outcome, out: Path) -> dict[
     first_process(write, lambda: None)
     return {
         "reason": outcome.reason, "reached": outcome.reached, "sentence": outcome.sentence, "steps": outcome.steps,
-        "lr": outcome.lr, "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
+        "lr": outcome.lr, "finish_scale": outcome.finish_scale, "tokens": outcome.tokens, "seconds": outcome.seconds,
+        "peak_bytes": outcome.peak_bytes,
     }  # fmt: skip
 
 
