@@ -18,6 +18,7 @@ from expunge.engine.loop import train
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
 from expunge.methods.alternatives import alternatives, kind_for
+from expunge.methods.alternatives import encoded as alternatives_of
 from expunge.methods.catalogue import serves
 from expunge.methods.evaluate import loss_on
 from expunge.methods.recipe import build
@@ -45,8 +46,7 @@ def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
     if recipe.forget:
         found[Stream.VALIDATION] = [adapter.encode(r) for r in RETAIN[:4]]
         found[Stream.FORGET] = [adapter.encode(r) for r in FORGET]
-        answers = alternatives(FORGET, kind_for(recipe.name, "auto", FORGET))
-        found[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alt") for r, a in zip(FORGET, answers, strict=True)]
+        found[Stream.ALTERNATIVE] = alternatives_of(adapter, FORGET, recipe, "auto")
     return found
 
 
@@ -115,7 +115,7 @@ def test_a_small_step_down_the_forget_gradient_raises_the_forget_loss(target, na
 def test_every_method_runs_through_the_engine_and_moves_the_model(target, name):
     adapter = target.copy()
     before = copy.deepcopy(adapter.model.state_dict())
-    overrides = {"finish": {"scale": 1.0}} if name == "task-vector" else {}
+    overrides = {"finish": {"scale": 1.0}} if build(name).finish is not None else {}
     outcome = run(adapter, name, schedule={"name": "fixed", "lr": 1e-3, "steps": 2, "batch": 6, "warmup": 0}, **overrides)
     assert outcome.steps == 2
     after = outcome.model.state_dict()

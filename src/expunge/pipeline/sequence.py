@@ -196,7 +196,7 @@ def _plan(
 ) -> unlearn.UnlearnPlan:
     return unlearn.plan(
         adapter, request, config.method, config.parts, config.engine,
-        how=config.alternatives, template=config.alternative_template, base=base,
+        how=config.alternatives, template=config.alternative_template, base=base, source=config.model,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from expunge.engine.options import Engine
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
 from expunge.engine.schedule import Adaptive
-from expunge.methods.alternatives import alternatives, kind_for
+from expunge.methods.alternatives import encoded
 from expunge.methods.catalogue import find
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.prepared.registry import refuse_prepared
@@ -37,6 +37,7 @@ from expunge.methods.registry import Method
 from expunge.pipeline.config import Allowances, UnlearnConfig
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter
+from expunge.pipeline.origin import Began, began
 from expunge.pipeline.processes import drop_checkpoint, first_process
 from expunge.pipeline.train import save_outcome
 
@@ -78,6 +79,7 @@ class UnlearnPlan:
     engine: Engine
     cost: Cost
     notes: list[str]
+    began: Began | None = None
 
 
 def split_holdout(holdout: RecordSet, seed: int = 0) -> tuple[RecordSet, RecordSet]:
@@ -134,6 +136,7 @@ def plan(
     how: str = "auto",
     template: str | None = None,
     base: LanguageAdapter | None = None,
+    source: str | None = None,
 ) -> UnlearnPlan:
     """Put a run together and check that everything fits; nothing is trained or written.
 
@@ -146,6 +149,7 @@ def plan(
         how: where alternative answers come from.
         template: their text, for ``how="template"``.
         base: the untrained base, for methods that start from it.
+        source: where the model came from; a run of a recipe that accumulates says there where it began.
     """
     notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
     if method in EDITS.names():
@@ -160,10 +164,7 @@ def plan(
     if request.retain is not None:
         examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
     if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
-        answers = alternatives(request.forget, kind_for(method, how, request.forget), engine.seed, template=template)
-        examples[Stream.ALTERNATIVE] = [
-            adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(request.forget, answers, strict=True)
-        ]
+        examples[Stream.ALTERNATIVE] = encoded(adapter, request.forget.records, recipe, how, engine.seed, template=template)
     if isinstance(recipe.schedule, Adaptive) and recipe.forget and request.holdout is None:
         notes.append("No holdout was given: the goal is estimated on retain records with swapped answers, an upper estimate.")
     goal_records = split_holdout(request.holdout, engine.seed)[0].records if request.holdout is not None else ()
@@ -180,7 +181,10 @@ def plan(
     check_memory(memory, "Unlearning")
     cost = estimate(recipe, examples, parameters, memory, disk=weights * 5)
     kept = request.retain.records if request.retain is not None else ()
-    return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes)
+    first = began(source, recipe) if source is not None else None
+    if first is not None:
+        notes.append(f"What was learnt since {first.source} is turned around together.")
+    return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes, first)
 
 
 def _plan_edit(adapter: LanguageAdapter, request: Request, edit: Edit, engine: Engine, notes: list[str]) -> UnlearnPlan:
@@ -275,6 +279,7 @@ def run_in_memory(
     goal = goal_of(made)
     outcome = train(
         made.adapter, made.recipe, made.examples, made.engine, goal=goal, folder=folder,
+        origin=made.began.origin if made.began else None,
         cache=cache_folder() / "references" if folder else None, resume=resume, progress=progress,
     )  # fmt: skip
     return outcome, goal
@@ -302,6 +307,7 @@ def execute(
     inputs = {
         "target": made.adapter.fingerprint(), "recipe": spec, "engine": config.engine.model_dump(mode="json"),
         "data": {k: v.digest for k, v in sets.items() if v is not None},
+        **({"origin": made.began.digest} if made.began else {}),
     }  # fmt: skip
     run.check_same("unlearn", inputs)
     run.note_inputs(**{k: describe_data(v) for k, v in sets.items() if v is not None})
@@ -332,5 +338,5 @@ def from_config(config: UnlearnConfig) -> UnlearnPlan:
     base = open_adapter(config.base, config.text, dropout=config.engine.dropout) if config.base else None
     return plan(
         adapter, request, config.method, config.parts, config.engine,
-        how=config.alternatives, template=config.alternative_template, base=base,
+        how=config.alternatives, template=config.alternative_template, base=base, source=config.model,
     )  # fmt: skip
