@@ -15,6 +15,7 @@ _LAZY = {
     "unlearn_rows": "expunge.api:unlearn_rows",
     "audit_model": "expunge.api:audit_model",
     "table": "expunge.data.rows:table",
+    "merge_models": "expunge.pipeline.merge:merge_models",
     "worst_rows": "expunge.pipeline.worst_case:worst_rows",
     "read_table": "expunge.data.tables:read_table",
     "ShardedEstimator": "expunge.methods.prepared.estimators:ShardedEstimator",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from expunge.methods.prepared.estimators import ShardedEstimator
     from expunge.methods.recipe import build as build_recipe
     from expunge.methods.registry import METHODS
+    from expunge.pipeline.merge import merge_models
     from expunge.pipeline.supervised import Supervised
     from expunge.pipeline.worst_case import worst_rows
 
@@ -57,6 +59,7 @@ __all__ = [
     "load",
     "loss_on",
     "loss_terms",
+    "merge_models",
     "read_table",
     "table",
     "unlearn",
