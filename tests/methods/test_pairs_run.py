@@ -15,6 +15,7 @@ from tests.methods.test_methods_run import FORGET, QUIET, RETAIN, encoded, facts
 from expunge.adapters.pairs import PairAdapter
 from expunge.adapters.presets import build as preset
 from expunge.adapters.words import word_tokenizer
+from expunge.api import audit_model
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.data.records import Record
@@ -110,3 +111,18 @@ def test_lora_and_the_reference_without_it(target) -> None:
 def test_plain_text_is_refused_with_the_reason(target) -> None:
     with pytest.raises(InputError, match="plain text, and an encoder-decoder has no prompt"):
         target.encode(Record("book", "A long text without a prompt."))
+
+
+def test_an_audit_with_its_attacks_runs_from_python(target) -> None:
+    unlearned, retrained = target.copy(), PairAdapter(preset("t5-tiny", target.tokenizer, seed=3), target.tokenizer)
+    run(unlearned, "graddiff", schedule={"name": "fixed", "lr": 5e-4, "steps": 20, "batch": 6, "warmup": 0.1})
+    recipe = build("finetune", {"schedule": {"name": "fixed", "lr": 5e-3, "steps": 60, "batch": 24, "warmup": 0.1}})
+    train(retrained, recipe, {Stream.RETAIN: [retrained.encode(r) for r in RETAIN]}, QUIET)
+    document = audit_model(
+        target.model, unlearned.model, target.tokenizer, FORGET, RETAIN, retrained=[retrained.model], draws=200
+    )
+    assert document.modality == "encoder-decoder"
+    before, after = document.models[0].numbers, document.models[-1].numbers
+    assert after["forget.loss"].value > before["forget.loss"].value + 1
+    assert {"quantised.8-bit.loss", "relearn.recovered"} <= set(after)
+    assert document.models[-1].judgement is not None
