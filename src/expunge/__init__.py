@@ -16,6 +16,7 @@ _LAZY = {
     "audit_model": "expunge.api:audit_model",
     "audit_rows": "expunge.api:audit_rows",
     "table": "expunge.data.rows:table",
+    "merge_models": "expunge.pipeline.merge:merge_models",
     "worst_rows": "expunge.pipeline.worst_case:worst_rows",
     "read_table": "expunge.data.tables:read_table",
     "ShardedEstimator": "expunge.methods.prepared.estimators:ShardedEstimator",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from expunge.methods.prepared.estimators import ShardedEstimator
     from expunge.methods.recipe import build as build_recipe
     from expunge.methods.registry import METHODS
+    from expunge.pipeline.merge import merge_models
     from expunge.pipeline.supervised import Supervised
     from expunge.pipeline.worst_case import worst_rows
 
@@ -59,6 +61,7 @@ __all__ = [
     "load",
     "loss_on",
     "loss_terms",
+    "merge_models",
     "read_table",
     "table",
     "unlearn",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from expunge.data.rows import Table
     from expunge.data.sources import Source
     from expunge.data.spans import Spans
-    from expunge.engine.loop import Outcome, Progress
+    from expunge.engine.outcome import Outcome, Progress
     from expunge.pipeline.supervised import Supervised
 
 
@@ -48,7 +48,7 @@ def unlearn(
     """Make ``model`` forget records; the model is changed in place (with LoRA the result wraps it).
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers language model: a decoder, or an encoder-decoder (T5, BART).
         tokenizer: its tokenizer.
         forget: what to forget: a file, a named data set, a list of dicts, or a ``datasets.Dataset``.
         retain: what to keep.
@@ -60,7 +60,7 @@ def unlearn(
         allow_large_forget: go on although there is more to forget than to keep.
         columns: role to column name.
         template: prompt template where the tokenizer has no chat template.
-        alternatives: where other answers come from: auto, refusals, given, others, template, reasons.
+        alternatives: where other answers come from: auto, refusals, given, others, passages, template, reasons.
         alternative_template: their text, for ``template``.
         parts: parameters and parts of the method, as in a configuration file: ``{"retain": "kl", "parameters": "lora"}``. Here
             ``forget`` and ``retain`` are the loss terms, not the data.
@@ -74,7 +74,7 @@ def unlearn(
     Raises:
         InputError: something does not fit; nothing was changed.
     """
-    from expunge.adapters.language import LanguageAdapter
+    from expunge.adapters.loading import wrap
     from expunge.data.spans import Spans
     from expunge.engine.options import Engine
     from expunge.pipeline import unlearn as stage
@@ -88,7 +88,7 @@ def unlearn(
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
     allowed = Allowances(allow_overlap=allow_overlap, drop_overlap=drop_overlap, allow_large_forget=allow_large_forget)
     request = stage.check(_request(forget, retain, holdout, columns, Spans(**given.pop("spans", {}))), allowed)
-    adapter = LanguageAdapter(model, tokenizer, template=template, dropout=engine.dropout)
+    adapter = wrap(model, tokenizer, template=template, dropout=engine.dropout)
     made = stage.plan(adapter, request, method, given, engine, how=alternatives, template=alternative_template)
     outcome, _ = stage.run_in_memory(made, progress=progress)
     return outcome
@@ -269,7 +269,7 @@ def audit_model(
     Returns:
         The document: numbers with intervals, curves, and a verdict per model.
     """
-    from expunge.adapters.language import LanguageAdapter
+    from expunge.adapters.loading import wrap
     from expunge.audit.document import Role
     from expunge.audit.run import AuditedModel
     from expunge.audit.run import audit as measure
@@ -288,7 +288,7 @@ def audit_model(
     sets |= {name: load(source, name=name, columns=columns) for name, source in (utility or {}).items()}
 
     def entry(label: str, role: Role, model: Any) -> AuditedModel:
-        return AuditedModel(label, role, LanguageAdapter(model, tokenizer, template=template))
+        return AuditedModel(label, role, wrap(model, tokenizer, template=template))
 
     models = [entry("target", "target", target)]
     models += [entry(f"retrained {i + 1}", "retrained", m) for i, m in enumerate(retrained)]

@@ -236,3 +236,20 @@ def test_memory_estimate_is_right_within_a_factor_of_two(preset, tokenizer, reco
     assert training_memory(adapter, 2 * tokens) > training_memory(adapter, tokens)
     assert training_memory(adapter, tokens, checkpointing=True) < training_memory(adapter, tokens)
     assert head_of(adapter.model) is adapter.model.lm_head
+
+
+def test_an_adapter_on_a_model_that_an_adapter_was_added_to_keeps_both(tokenizer, tmp_path):
+    """The second of two requests with LoRA names no file that holds its base, so it is written as a whole model."""
+    LanguageAdapter(build("llama-tiny", tokenizer), tokenizer).save(tmp_path / "0")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for number in (1, 2):
+        adapter = load(tmp_path / str(number - 1))
+        torch.manual_seed(number)
+        options = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(adapter.model, options)
+        adapter.save(tmp_path / str(number), wrapped)
+        with torch.no_grad():
+            said, again = wrapped(ids).logits, load(tmp_path / str(number)).model(ids).logits
+        torch.testing.assert_close(said, again, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "1" / "adapter_config.json").is_file()
+    assert (tmp_path / "2" / "model.safetensors").is_file()

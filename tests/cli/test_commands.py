@@ -16,7 +16,9 @@ from expunge import build_recipe
 from expunge.core.files import digest_json
 from tests.command import WORLD, Run, Town, cold, content, environment, refused, start, stop_when
 
-COMMANDS = ("train", "unlearn", "audit", "report", "compare", "sweep", "methods", "metrics", "demo", "doctor", "hardest", "fair")
+COMMANDS = (
+    "train", "unlearn", "merge", "audit", "report", "compare", "sweep", "methods", "metrics", "demo", "doctor", "hardest", "fair",
+)  # fmt: skip
 FAST = ["schedule=fixed", "schedule.lr=0.001", "schedule.epochs=null", "schedule.steps=6", "schedule.warmup=0"]
 
 

@@ -20,6 +20,7 @@ from expunge.engine.loop import train
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
 from expunge.methods.alternatives import alternatives, kind_for
+from expunge.methods.alternatives import encoded as alternatives_of
 from expunge.methods.catalogue import serves
 from expunge.methods.evaluate import loss_on
 from expunge.methods.recipe import build
@@ -47,8 +48,7 @@ def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
     if recipe.forget or Stream.FORGET in recipe.streams(adapter.layers()):
         found[Stream.VALIDATION] = [adapter.encode(r) for r in RETAIN[:4]]
         found[Stream.FORGET] = [adapter.encode(r) for r in FORGET]
-        answers = alternatives(FORGET, kind_for(recipe.name, "auto", FORGET))
-        found[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alt") for r, a in zip(FORGET, answers, strict=True)]
+        found[Stream.ALTERNATIVE] = alternatives_of(adapter, FORGET, recipe, "auto")
     return found
 
 

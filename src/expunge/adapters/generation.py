@@ -51,6 +51,24 @@ def greedy(
     return out
 
 
+def greedy_pairs(
+    inner: Any, model: Any, prompts: Sequence[NDArray[np.int32]], *, limit: int, ends: frozenset[int], pad: int, start: int
+) -> list[tuple[list[int], bool]]:
+    """As :func:`greedy`, of an encoder-decoder: the prompts go to the encoder, the decoder begins with the token ``start``."""
+    longest = max(map(len, prompts))
+    ids = np.full((len(prompts), longest), pad, dtype=np.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    mask = np.arange(longest) < np.array([len(p) for p in prompts])[:, None]
+    device = next(inner.parameters()).device
+    with _settings(inner, limit, ends, pad, decoder_start_token_id=start), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokens = model.generate(
+            input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device)
+        )
+    return [_cut(row, ends, limit) for row in tokens[:, 1:].tolist()]
+
+
 def _batch(
     inner: Any, model: Any, prompts: list[NDArray[np.int32]], *, limit: int, ends: frozenset[int], pad: int
 ) -> list[list[int]]:
@@ -70,12 +88,13 @@ def _batch(
 
 
 @contextmanager
-def _settings(inner: Any, limit: int, ends: frozenset[int], pad: int) -> Iterator[None]:
+def _settings(inner: Any, limit: int, ends: frozenset[int], pad: int, **more: int) -> Iterator[None]:
     """Plain greedy search, whatever sampling, penalties or beams the model's own settings ask for."""
     held = inner.generation_config
     inner.generation_config = need("transformers", "Generation").GenerationConfig(
-        max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=pad, use_cache=True
-    )
+        max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=pad, use_cache=True,
+        **more,
+    )  # fmt: skip
     try:
         yield
     finally:

@@ -70,23 +70,37 @@ class LanguageAdapter(Adapter):
         fused: bool = True,
         packed: bool = True,
     ) -> None:
-        storage.check_model(model, tokenizer)
+        self._check(model, tokenizer)
         self.model: Any = model
         self.tokenizer = tokenizer
         self.template = template
         self.fused = fused
-        limit = storage.context_of(base(model))
+        limit = self._limit(model)
         if max_length is not None and (max_length < 2 or (limit is not None and max_length > limit)):
             raise InputError(
                 f"max_length must be an int in [2, {limit or 'inf'}] (the model's context); got {max_length}.",
                 "Leave it out to use the whole context.",
             )
         self.context = max_length or limit
-        self._encoder = Encoder(tokenizer, template, self.context, truncate)
+        self._encoder = self._coder(tokenizer, template, self.context, truncate)
         self.end_ids = frozenset(self._encoder.end_ids() + storage.generation_ends(base(model)))
-        self._runner = Runner(fused=fused, packed=packed)
+        self._runner = self._passes(fused=fused, packed=packed)
         if not dropout:
             storage.silence_dropout(model)
+
+    # What a relative of this class does in another way.
+
+    def _check(self, model: Any, tokenizer: Any) -> None:
+        storage.check_model(model, tokenizer)
+
+    def _limit(self, model: Any) -> int | None:
+        return storage.context_of(base(model))
+
+    def _coder(self, tokenizer: Any, template: str | None, limit: int | None, truncate: bool) -> Encoder:
+        return Encoder(tokenizer, template, limit, truncate)
+
+    def _passes(self, *, fused: bool, packed: bool) -> Runner:
+        return Runner(fused=fused, packed=packed)
 
     @property
     def boundary_repairs(self) -> int:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from expunge.adapters import composite
+from expunge.adapters import composite, storage
 from expunge.adapters.extra import need, quiet
 from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.pairs import PairAdapter
 from expunge.core.errors import InputError, MissingExtra, nearest
 
 Precision = Literal["float32", "bfloat16", "auto"]
@@ -30,7 +31,7 @@ def load(
     device: str | torch.device | None = None,
     **settings: Any,
 ) -> LanguageAdapter:
-    """Load a causal language model and its tokenizer.
+    """Load a language model (a decoder, or an encoder-decoder) and its tokenizer.
 
     What is already on the machine (a folder, or the hub's cache) is used without asking the network.
 
@@ -44,7 +45,7 @@ def load(
         settings: of :class:`~expunge.adapters.language.LanguageAdapter` (``template``, ``max_length``, ``truncate``...).
 
     Raises:
-        InputError: not found, unreachable, pickled weights, no causal language model.
+        InputError: not found, unreachable, pickled weights, no language model that generates.
         MissingExtra: transformers (or peft, for an adapter) is not installed.
     """
     transformers = need("transformers", "A language model")
@@ -66,17 +67,42 @@ def load(
             model = _add_adapter(model, name, revision, merge)
         tokenizer = _tokenizer(transformers, [name, place] if adapter_of else [place], options)
     model.requires_grad_(True)
-    return LanguageAdapter(model.to(device) if device is not None else model, tokenizer, **settings)
+    return wrap(model.to(device) if device is not None else model, tokenizer, **settings)
+
+
+def wrap(model: Any, tokenizer: Any, **settings: Any) -> LanguageAdapter:
+    """The adapter of a language model that is there: of a decoder, or of an encoder-decoder.
+
+    Args:
+        model, tokenizer, settings: see :class:`~expunge.adapters.language.LanguageAdapter`.
+
+    Raises:
+        InputError: neither of both, or a tokenizer that does not fit.
+    """
+    pairs = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return (PairAdapter if pairs else LanguageAdapter)(model, tokenizer, **settings)
+
+
+def is_pairs(config: Any) -> bool:
+    """Whether a configuration is that of an encoder-decoder language model (T5, BART)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as known
+
+    architectures = list(getattr(config, "architectures", None) or [])
+    classes = {c for value in known.values() for c in ([value] if isinstance(value, str) else value)}
+    right = any(a in classes for a in architectures) if architectures else config.model_type in known
+    return bool(getattr(config, "is_encoder_decoder", False)) and right
 
 
 def _model(transformers: Any, place: str, kind: Any, options: dict[str, Any]) -> Any:
-    """A whole causal language model, checked before any weight is read."""
+    """A whole language model, checked before any weight is read."""
     config = _get(transformers.AutoConfig, place, options)
-    check_causal(config, place)
+    kind_of = transformers.AutoModelForSeq2SeqLM if is_pairs(config) else transformers.AutoModelForCausalLM
+    if not is_pairs(config):
+        check_causal(config, place)
     check_weights(Path(place))
     with quiet():
         weights = {"dtype": kind, "use_safetensors": True, "output_loading_info": True}
-        model, info = _get(transformers.AutoModelForCausalLM, place, {**options, **weights})
+        model, info = _get(kind_of, place, {**options, **weights})
     _check_complete(info, place)
     return model
 
@@ -129,7 +155,8 @@ def check_causal(config: Any, source: str) -> None:
         what = ", ".join(architectures) or f"model type {config.model_type!r}"
         raise InputError(
             f"{source!r} is no causal language model: its architecture is {what}.",
-            "Give a decoder with a language-modelling head (such as LlamaForCausalLM or GPT2LMHeadModel).",
+            "Give a decoder with a language-modelling head (such as LlamaForCausalLM or GPT2LMHeadModel), or an encoder-decoder "
+            "(such as T5ForConditionalGeneration).",
         )
 
 
@@ -251,7 +278,7 @@ def _add_adapter(model: Any, source: str, revision: str | None, merge: bool) -> 
         raise InputError(
             f"The adapter {source!r} could not be loaded: {_first_line(error)}.", "Check that it belongs to its base."
         ) from error
-    return wrapped.merge_and_unload() if merge else wrapped
+    return storage.joined(wrapped) if merge else wrapped
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,17 +21,18 @@ PRESETS: dict[str, tuple[str, int, int, int]] = {
     "qwen3-tiny": ("qwen3", 64, 2, 4),
     "neox-tiny": ("gpt_neox", 64, 2, 4),
     "opt-tiny": ("opt", 64, 2, 4),
+    "t5-tiny": ("t5", 64, 2, 4),
 }
 
 
 def build(preset: str, tokenizer: Any, seed: int = 0, *, context: int = 512, **changes: Any) -> Any:
-    """A randomly initialised causal language model.
+    """A randomly initialised language model: a decoder, or an encoder-decoder (T5).
 
     Args:
         preset: a name of :data:`PRESETS`.
         tokenizer: gives the size of the vocabulary and the special tokens.
         seed: of the initial weights; the global random state is left as it was.
-        context: longest sequence in tokens.
+        context: longest sequence in tokens (of a T5 nothing: it has no longest).
         changes: further settings of the architecture's configuration (``num_hidden_layers=3``).
 
     Raises:
@@ -51,15 +52,19 @@ def build(preset: str, tokenizer: Any, seed: int = 0, *, context: int = 512, **c
     }
     settings = {**common, **_shape(architecture, width, blocks, heads, context), **changes}
     config = transformers.AutoConfig.for_model(architecture, **settings)
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return kind.from_config(config, dtype=torch.float32).eval()
 
 
 def _shape(architecture: str, width: int, blocks: int, heads: int, context: int) -> dict[str, Any]:
     if architecture == "gpt2":
         off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         return {"n_embd": width, "n_layer": blocks, "n_head": heads, "n_positions": context, **off}
+    if architecture == "t5":
+        off = {"dropout_rate": 0.0, "decoder_start_token_id": 0}
+        return {"d_model": width, "num_layers": blocks, "num_heads": heads, "d_kv": width // heads, "d_ff": 4 * width, **off}
     shape: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": blocks,

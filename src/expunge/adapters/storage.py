@@ -19,24 +19,28 @@ from expunge.core.files import atomic_path, check_room
 
 OWN_BASE = "base"  #: name of the base of an adapter whose base is not the target: saved with it, in the folder of this name
 
+_JOINED = "_expunge_joined"  #: attribute of a model to whose weights an adapter was added
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
-def check_model(model: Any, tokenizer: Any) -> None:
-    """Refuse what is no causal language model, and a tokenizer that does not fit it.
+def check_model(model: Any, tokenizer: Any, *, pairs: bool = False) -> None:
+    """Refuse what is no causal language model (with ``pairs``: no encoder-decoder), and a tokenizer that does not fit it.
 
     Raises:
-        InputError: no head, an encoder-decoder, or more tokens than embeddings.
+        InputError: no head, the other kind of model, or more tokens than embeddings.
     """
     name = type(model).__name__
-    remedy = "Load it with transformers.AutoModelForCausalLM."
+    kind = "encoder-decoder" if pairs else "causal language model"
+    remedy = f"Load it with transformers.{'AutoModelForSeq2SeqLM' if pairs else 'AutoModelForCausalLM'}."
     head = getattr(model, "get_output_embeddings", None)
     if not callable(head) or not hasattr(model, "config"):
-        raise InputError(f"{name} is no causal language model of transformers.", remedy)
+        raise InputError(f"{name} is no {kind} of transformers.", remedy)
     if not isinstance(head(), nn.Module) or not callable(getattr(model, "generate", None)):
-        raise InputError(f"{name} has no language-modelling head, so it is no causal language model.", remedy)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise InputError(f"{name} is an encoder-decoder, no causal language model.", "Use a decoder-only model.")
+        raise InputError(f"{name} has no language-modelling head, so it is no {kind}.", remedy)
+    if getattr(model.config, "is_encoder_decoder", False) and not pairs:
+        raise InputError(f"{name} is an encoder-decoder, no causal language model.", "Use expunge.adapters.pairs.PairAdapter.")
+    if pairs and not getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is no encoder-decoder.", "Use expunge.adapters.language.LanguageAdapter.")
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
@@ -86,6 +90,25 @@ def block_names(model: nn.Module) -> list[str]:
     return [f"{name}.{i}" for i in range(len(blocks))]
 
 
+def decoder_blocks(model: nn.Module) -> list[str]:
+    """The names of the decoder's blocks of an encoder-decoder: the outermost list of modules in its decoder.
+
+    Raises:
+        InputError: there is none.
+    """
+    get: Any = getattr(model, "get_decoder", None)
+    decoder = get() if callable(get) else None
+    place = next((n for n, m in model.named_modules() if m is decoder), None)
+    lists = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)] if decoder is not None else []
+    if not lists or place is None:
+        raise InputError(
+            f"No list of blocks was found in the decoder of {type(model).__name__}.",
+            "Methods that read features cannot be used with it.",
+        )
+    name, blocks = min(lists, key=lambda item: item[0].count("."))
+    return [f"{place}.{name}.{i}" for i in range(len(blocks))]
+
+
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Names of the arguments that a model's forward pass takes."""
     kind: Any = type(model)
@@ -107,6 +130,13 @@ def silence_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def joined(model: Any) -> Any:
+    """A peft model as a plain one, which remembers that no file holds its weights: an adapter on it must be saved with them."""
+    plain = model.merge_and_unload()
+    setattr(plain, _JOINED, True)
+    return plain
+
+
 def save(folder: Path, model: Any, tokenizer: Any, merge: bool, state: dict[str, Tensor] | None) -> None:
     """Write model and tokenizer into ``folder``, which appears complete or not at all.
 
@@ -116,6 +146,7 @@ def save(folder: Path, model: Any, tokenizer: Any, merge: bool, state: dict[str,
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{str(folder)!r} exists and is not empty.", "Choose another folder, or remove it.")
     peft = hasattr(model, "peft_config")
+    merge = merge or (peft and hasattr(model.get_base_model(), _JOINED))  # its base is in no file that an adapter could name
     if peft and merge:
         # Merged in a copy: taking an adapter out again leaves rounding errors in the weights.
         model = copy.deepcopy(model).merge_and_unload()

@@ -196,7 +196,7 @@ class Encoder:
             return (record.prompt if prompt is None else prompt), answer, self.prefix
         if self.chat:
             return (*self._render(record, answer, prompt), [])
-        text = _single_turn(record) if prompt is None else prompt
+        text = single_turn(record) if prompt is None else prompt
         # Filled in one go: a prompt that itself contains "{answer}" must stay as it is.
         before, rest = self.template.split("{prompt}")
         between, after = rest.split("{answer}")
@@ -287,7 +287,7 @@ class Encoder:
         return ids[:limit]
 
 
-def _single_turn(record: Record) -> str:
+def single_turn(record: Record) -> str:
     """The prompt of a record that a plain template can hold: chats only with one user turn and nothing before it."""
     if not record.messages:
         return record.prompt

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 if TYPE_CHECKING:  # torch takes more than a second to import: only commands that compute may pay for it
-    from expunge.engine.loop import Progress as Callback
+    from expunge.engine.outcome import Progress as Callback
 
 
 _SYSTEM = {

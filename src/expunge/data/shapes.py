@@ -152,6 +152,20 @@ def _repeats(name: str) -> Iterator[str]:
         count += 1
 
 
+def row_of(record: Record) -> dict[str, Any]:
+    """A record as the row of a file, from which :func:`records_of` makes it again (rows of one file are of one shape)."""
+    row: dict[str, Any] = {"id": record.id}
+    if record.messages:
+        turns = [*record.messages, ("assistant", record.answer)]
+        row["messages"] = [{"role": role, "content": text} for role, text in turns]
+    elif record.is_text:
+        row["text"] = record.answer
+    else:
+        row |= {"prompt": record.prompt, "completion" if record.verbatim else "answer": record.answer}
+    more = {role: getattr(record, role) for role in ("subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives")}
+    return row | {ALIASES[role][0]: list(v) if isinstance(v, tuple) else v for role, v in more.items() if v}
+
+
 def content_id(prompt: str, messages: tuple[tuple[str, str], ...], answer: str) -> str:
     """The id of a record whose source gives none: 12 hexadecimal digits."""
     text = json.dumps([prompt, messages, answer], ensure_ascii=True, separators=(",", ":"))

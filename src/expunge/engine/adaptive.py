@@ -95,6 +95,7 @@ class Watch:
         self.good: checkpoint.Tensors = {}
         self.retries = 0
         self.erasing = True
+        self.finish_scale: float | None = None
         self.looked: nn.Module | None = None  #: what is looked at, if not the model that is trained
 
     # ---- looking
@@ -307,7 +308,10 @@ class Watch:
         put = self._putting(finish)
         given = getattr(finish, "scale", None)
         if given is not None or self.goal is None:
-            return put(float(given if given is not None else 1.0))
+            self.finish_scale = float(given if given is not None else 1.0)
+            return put(self.finish_scale)
+        put(0.0)
+        self.base_retain = self.retain_loss  # of the weights that are changed: training may have begun from others
         low, high = 0.0, 0.25
         put(high)
         while (self.forget_loss or 0.0) < self.goal.loss and self.within_bound() and high < 64:
@@ -320,8 +324,11 @@ class Watch:
                 low = middle
             else:
                 high = middle
-        said = put(high)
-        return said if self.within_bound() else put(low)
+        said, self.finish_scale = put(high), high
+        if self.within_bound():
+            return said
+        self.finish_scale = low
+        return put(low)
 
     def _putting(self, finish: Finish) -> Callable[[float], str]:
         """A function that makes the result at a strength, looks at it, and says what a report must say."""
@@ -342,7 +349,7 @@ class Watch:
         after, before = checkpoint.snapshot(self.loop.model), self.loop.start_weights
 
         def reweigh(scale: float) -> str:
-            made = {n: finish.weights(before[n], after[n], scale) for n in checkpoint.trainable(self.loop.model)}
+            made = {n: finish.weights(before[n], after[n], scale) for n in before if n in after}
             checkpoint.restore(self.loop.model, {**after, **made})
             self.look()
             return ""

@@ -16,8 +16,8 @@ from expunge.core.errors import InputError
 from expunge.core.settings import Settings
 from expunge.engine.devices import peak_bytes
 from expunge.engine.gradients import moving
-from expunge.engine.loop import Outcome
 from expunge.engine.options import Engine
+from expunge.engine.outcome import Outcome
 from expunge.engine.parts import Paper
 
 Tell = Callable[[int, int, str], None]  #: (done, of how many, what is being done)

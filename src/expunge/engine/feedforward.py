@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from expunge.core.errors import InputError
 
-OUTPUT = r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b"  #: how output matrices are called
+OUTPUT = r"down_proj|mlp\.c_proj|dense_4h_to_h|mlp\.fc_out|\bfc2\b|DenseReluDense\.wo"  #: how output matrices are called
 
 
 @dataclass(frozen=True)

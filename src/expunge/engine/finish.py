@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,8 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from expunge.adapters.combination import Combination
+from expunge.core.errors import InputError
 from expunge.core.registry import Registry
-from expunge.engine.parts import Finish, Join, Reweigh
+from expunge.engine import checkpoint
+from expunge.engine.parts import Finish, Join, Recipe, Reweigh
 
 FINISHES: Registry[type[Finish]] = Registry("finish", None, "expunge.finishes")
 
@@ -18,7 +22,8 @@ FINISHES: Registry[type[Finish]] = Registry("finish", None, "expunge.finishes")
 class Negate(Reweigh):
     """Task-vector negation: ``theta - scale * (theta_trained - theta)`` (Ilharco et al. 2022, arXiv 2212.04089).
 
-    At scale 0 it is the identity, at scale -1 the trained weights.
+    At scale 0 it is the identity, at scale -1 the trained weights. A LoRA is merged into its weights before: a product of two
+    factors is not turned around by turning each of them.
     """
 
     name: ClassVar[str] = "negate"
@@ -27,9 +32,98 @@ class Negate(Reweigh):
 
     def weights(self, before: Tensor, after: Tensor, scale: float) -> Tensor:
         """``before - scale * (after - before)``, computed in float32 or wider and returned in the type of ``before``."""
-        wide = torch.promote_types(before.dtype, torch.float32)
-        start = before.to(wide)
-        return (start - scale * (after.to(wide) - start)).to(before.dtype)
+        return _towards(before, after, -scale)
+
+
+class NegateSum(Negate):
+    """Task-vector negation of several requests together: ``theta_0 - scale * (theta_trained - theta_0)``.
+
+    ``theta_0`` are the weights before the first request. Training goes on from where that of the last request ended, not from
+    the model that it left, so the task vectors of all requests add up before they are turned around (Dou et al. 2024, Stable
+    Sequential Unlearning, arXiv 2406.10952). The weights that know what was forgotten are computed again from the model that
+    the last request left and ``theta_0``; they are never kept. Of one request it is ``negate``.
+    """
+
+    name: ClassVar[str] = "negate-sum"
+    accumulates: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where requests that add up began.
+
+    Attributes:
+        weights: before the first request, by name.
+        scale: at which the last request turned around what was learnt up to it; not 0.
+    """
+
+    weights: Mapping[str, Tensor]
+    scale: float
+
+
+class Ending:
+    """Remembers what a finish needs of the weights before training, and puts the model where training begins.
+
+    Args:
+        recipe: whose finish it is; without one nothing is done.
+        model: as it was given, before parameters are chosen. With an ``origin`` its weights are changed to those at which the
+            training of the last request ended.
+        origin: of a row of requests; none: this is the first.
+        sharded: whether a process holds parts of the weights only.
+
+    Raises:
+        InputError: an origin of another shape, or weights that are needed whole on a sharded model.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, origin: Origin | None, *, sharded: bool) -> None:
+        self.whole: checkpoint.Tensors = {}
+        finish = recipe.finish
+        if not isinstance(finish, Reweigh):
+            return
+        origin = origin if finish.accumulates else None
+        if sharded and (origin is not None or recipe.parameters.factors):
+            raise InputError(
+                f"finish={finish.name} reads whole weights, which a process of a sharded (FSDP) model lacks.",
+                "Run it on one process or with data parallelism.",
+            )
+        if origin is not None:
+            self._go_on(model, origin)
+        elif recipe.parameters.factors:
+            self.whole = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
+
+    def _go_on(self, model: nn.Module, origin: Origin) -> None:
+        held = dict(model.named_parameters())
+        if differing := sorted(n for n in {*held, *origin.weights} if not _alike(held.get(n), origin.weights.get(n))):
+            raise InputError(
+                f"The model before the first request differs in shape from this one (in {differing[0]!r}).",
+                "Give the model that the requests began with.",
+            )
+        self.whole = {n: w.detach().to("cpu", copy=True) for n, w in origin.weights.items()}
+        with torch.no_grad():
+            for name, parameter in held.items():
+                first = self.whole[name].to(parameter.device)
+                parameter.copy_(_towards(first, parameter, -1.0 / origin.scale))
+
+    def before(self, model: nn.Module) -> checkpoint.Tensors:
+        """The weights that the finish takes for those before training: all, or those of ``model`` that move."""
+        return self.whole or checkpoint.snapshot(model)
+
+    def joined(self, model: nn.Module) -> nn.Module:
+        """The trained model as the finish changes it: with a LoRA merged, and all weights free if all are changed."""
+        merge: Any = getattr(model, "merge_and_unload", None)
+        plain: nn.Module = merge() if callable(merge) else model
+        return plain.requires_grad_(True) if self.whole else plain
+
+
+def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and a.shape == b.shape
+
+
+def _towards(start: Tensor, end: Tensor, share: float) -> Tensor:
+    """``start + share * (end - start)`` in float32 or wider, returned in the type of ``start``."""
+    wide = torch.promote_types(start.dtype, torch.float32)
+    first = start.to(wide)
+    return (first + share * (end.to(wide) - first)).to(start.dtype)
 
 
 class Subtract(Join):
@@ -69,5 +163,5 @@ class Subtract(Join):
         )  # fmt: skip
 
 
-FINISHES.add(Negate.name, Negate)
-FINISHES.add(Subtract.name, Subtract)
+for kind in (Negate, NegateSum, Subtract):
+    FINISHES.add(kind.name, kind)

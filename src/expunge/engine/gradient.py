@@ -1,4 +1,4 @@
-"""What is done to the gradient: nothing, projection away from retain gradients (always, or on conflict), null spaces."""
+"""What is done to the gradient: nothing, projection off retain gradients, null spaces, large entries only."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def _inverse(gram: Tensor) -> Tensor:
     sizes = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     values, vectors = torch.linalg.eigh(gram / sizes[:, None] / sizes)
     kept = values > _DEPENDENT * len(gram)
-    return (vectors[:, kept] / values[kept] @ vectors[:, kept].T) / sizes[:, None] / sizes
+    inverse: Tensor = (vectors[:, kept] / values[kept] @ vectors[:, kept].T) / sizes[:, None] / sizes
+    return inverse
 
 
 class Project(Gradient):
@@ -313,5 +314,26 @@ def begun(
         return replace(moving, made=recipe.gradient.begin(moving, adapter, model, examples, engine))
 
 
-for rule in (Plain, Project, ConflictProject, NullSpaceGradient):
+class Salient(Plain):
+    """In every step only the entries with a large gradient move: ``|g| >= mean(|g|) + n_std * std(|g|)``.
+
+    Mean and standard deviation are over all trainable entries together, ``g`` is the gradient of the whole loss in this step
+    (weight saliency of Stable Sequential Unlearning, arXiv 2406.10952). All others keep their value in this step bit for bit:
+    neither momentum nor weight decay moves them. The log says which share moved (``moved``).
+    """
+
+    name: ClassVar[str] = "salient"
+
+    n_std: float = Field(0.0, ge=-4, le=16, description="standard deviations above the mean at which a gradient counts as large")
+
+    def entries(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        """The entries at or above the threshold."""
+        count = sum(g.numel() for g in gradient)
+        mean = sum(g.abs().sum(dtype=torch.float64) for g in gradient) / count
+        square = sum((g.abs().double() - mean).square().sum() for g in gradient) / max(1, count - 1)
+        threshold = mean + self.n_std * torch.as_tensor(square).sqrt()
+        return [g.abs() >= threshold for g in gradient]
+
+
+for rule in (Plain, Project, ConflictProject, NullSpaceGradient, Salient):
     GRADIENTS.add(rule.name, rule)

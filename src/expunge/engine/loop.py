@@ -12,9 +12,8 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from expunge.adapters.base import Adapter, Example
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
-from expunge.core.files import write_json
 from expunge.core.memory import freed_memory_kept
 from expunge.data.order import share
 from expunge.engine import checkpoint
@@ -30,68 +28,19 @@ from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.alternate import States, joined
 from expunge.engine.control import Sight, Steering
 from expunge.engine.devices import Devices
+from expunge.engine.finish import Ending, Origin
 from expunge.engine.goal import Goal
 from expunge.engine.gradient import begun
-from expunge.engine.masks import moving_entries
+from expunge.engine.masks import holding, moving_entries, step_masks
 from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
+from expunge.engine.outcome import Outcome, Progress
 from expunge.engine.parameters import SaliencyMask
 from expunge.engine.parts import Join, Recipe, Reweigh
 from expunge.engine.portions import portions
 from expunge.engine.preparation import run_preparation
 from expunge.engine.reference import ModelReference, frozen_models
 from expunge.engine.rewind import Rewind
-
-
-class Progress(Protocol):
-    """Called as the loop goes on."""
-
-    def __call__(self, done: int, total: int, text: str) -> None:
-        """``done`` of ``total`` steps; ``text`` says what matters now."""
-
-
-@dataclass
-class Outcome:
-    """How training ended.
-
-    Attributes:
-        model: the trained module (unwrapped; a peft model if LoRA was trained; with a finish that joins, a model that holds the
-            target and what was trained beside it).
-        reason: why it stopped; ``sentence`` says it for people, with the remedy where the goal was missed.
-        steps: optimiser steps done (range test and abandoned attempts not counted).
-        lr: the peak learning rate used; 0 for an edit.
-        rate_test: what the range test saw: learning rate, forget loss, retain loss per try.
-        forget_loss, retain_loss: at the last check, mean over checked examples, or None where not measured.
-        tokens: input tokens that went through the model in training steps.
-        seconds, peak_bytes: wall time of the loop, and the process's peak memory (of the accelerator's, if there is one).
-        history: the log, one mapping per step.
-        gathered: the whole state of a sharded model; None otherwise.
-        notes: what a report must say of the request, one sentence each.
-    """
-
-    model: nn.Module
-    reason: Reason
-    sentence: str
-    steps: int
-    lr: float
-    rate_test: list[dict[str, float]] = field(default_factory=list)
-    forget_loss: float | None = None
-    retain_loss: float | None = None
-    tokens: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    gathered: dict[str, Tensor] | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def state(self) -> dict[str, Tensor]:
-        """All parameters by name, whole even if the model was sharded."""
-        return self.gathered if self.gathered is not None else dict(self.model.named_parameters())
-
-    @property
-    def reached(self) -> bool:
-        """Whether what was asked for was reached."""
-        return self.reason in ("goal", "schedule", "converged", "edited", "control", "limit")
 
 
 def train(
@@ -102,6 +51,7 @@ def train(
     *,
     goal: Goal | None = None,
     models: Mapping[Of, Adapter] | None = None,
+    origin: Origin | None = None,
     folder: Path | None = None,
     cache: Path | None = None,
     resume: bool = False,
@@ -118,6 +68,7 @@ def train(
         engine: how to use the machine.
         goal: where the adaptive schedule may stop; without one it runs its budget.
         models: hold further models that the terms read (an oracle); they are left as they are.
+        origin: where earlier requests began, for a finish that turns all of them around together.
         folder: for ``checkpoint/`` and ``log.jsonl``; none keeps nothing.
         cache: for reference log-probabilities.
         resume: go on from ``folder``'s checkpoint if there is one.
@@ -129,8 +80,8 @@ def train(
     """
     with tempfile.TemporaryDirectory() as scratch:
         loop = _Loop(
-            adapter, recipe, examples, engine, goal=goal, models=models, folder=folder, cache=cache, observe=observe,
-            progress=progress, scratch=folder / "checkpoint" if folder else Path(scratch),
+            adapter, recipe, examples, engine, goal=goal, models=models, origin=origin, folder=folder, cache=cache,
+            observe=observe, progress=progress, scratch=folder / "checkpoint" if folder else Path(scratch),
         )  # fmt: skip
         try:
             return loop.run(resume)
@@ -148,6 +99,7 @@ class _Loop:
         *,
         goal: Goal | None,
         models: Mapping[Of, Adapter] | None,
+        origin: Origin | None,
         folder: Path | None,
         cache: Path | None,
         observe: Callable[[int, nn.Module], None] | None,
@@ -184,6 +136,7 @@ class _Loop:
             raise InputError(
                 f"parameters={recipe.parameters.name} does not work on a sharded (FSDP) model.", "Use parameters=all or lora."
             )
+        self.ending = Ending(recipe, adapter.model, origin, sharded=self.devices.sharded)
         model = recipe.parameters.begin(adapter, self.examples, engine, scratch / "parameters", progress)
         if self.prepared.grown and self.devices.world > 1:
             raise InputError(f"The method {recipe.name!r} trains a network beside the model.", "Run it on one process.")
@@ -193,7 +146,7 @@ class _Loop:
         self.turns = self.schedule.turns([t.name for t in recipe.terms()])
         self.states = States(self.optimizer, len(self.turns))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.start_weights = checkpoint.snapshot(self.model) if isinstance(recipe.finish, Reweigh) else {}
+        self.start_weights = self.ending.before(self.model) if isinstance(recipe.finish, Reweigh) else {}
         self.joined = self._join(adapter.model)
         sizes = {s: len(self.examples.get(s, ())) for s in (Stream.FORGET, Stream.RETAIN)}
         self.plan, self.erase_steps = portions(recipe, sizes, engine.seed)
@@ -351,6 +304,7 @@ class _Loop:
         for parameter, mask in zip(self.parameters, self.masks, strict=bool(self.masks)):
             if parameter.grad is not None:
                 parameter.grad *= mask
+        masks = step_masks(self.recipe.gradient, self.parameters, row)
         norm = self.devices.clip(self.parameters, self.schedule.clip)
         row["gradient_norm"] = norm
         row["loss"] = sum(
@@ -360,7 +314,8 @@ class _Loop:
         if math.isfinite(norm) and math.isfinite(row["loss"]):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            with holding(self.parameters, masks):
+                self.optimizer.step()
             n = len(self.recipe.forget)
             forget = sum(t.weight * v for t, v in zip(terms[:n], values[:n], strict=True))
             retain = sum(t.weight * v for t, v in zip(terms[n:], values[n:], strict=True))
@@ -424,6 +379,7 @@ class _Loop:
 
     def _finish(self, watch: Watch) -> None:
         if self.recipe.finish is not None:
+            self.model = self.ending.joined(self.devices.unwrap(self.model)) if self.ending.whole else self.model
             said = watch.apply_finish(self.recipe.finish)
             self.notes += [said] if said else []
 
@@ -436,7 +392,7 @@ class _Loop:
             self.joined or self.devices.unwrap(self.model), reason, watch.sentence(reason, done, self.steering.said), done,
             watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
-            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes,
+            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes, watch.finish_scale,
         )  # fmt: skip
 
     def _report(self, row: dict[str, float], done: int) -> None:
@@ -492,16 +448,3 @@ class _Loop:
         self.steering.restore(state["control"])
         watch.load_state(state["watch"], held.good)
         return int(state["step"]), state["rates"]
-
-
-def write_log_summary(folder: Path, outcome: Outcome) -> None:
-    """Write how training ended to ``training.json``."""
-    write_json(
-        folder / "training.json",
-        {
-            "reason": outcome.reason, "sentence": outcome.sentence, "reached": outcome.reached, "steps": outcome.steps,
-            "lr": outcome.lr, "rate_test": outcome.rate_test,
-            "forget_loss": outcome.forget_loss, "retain_loss": outcome.retain_loss,
-            "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes, "notes": outcome.notes,
-        },
-    )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Saliency masks: which entries of the weights may move."""
+"""Which entries of the weights may move: in the whole run (saliency masks, pruned weights), or in one step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from expunge.core.errors import InputError
 from expunge.engine.gradients import fitting
 from expunge.engine.objective import Objective
 from expunge.engine.parameters import SaliencyMask
+from expunge.engine.parts import Gradient
 
 
 def moving_entries(
@@ -31,6 +33,9 @@ def moving_entries(
         InputError: a mask on a sharded model, or one made from a forget loss that is not there.
     """
     choice = objective.recipe.parameters
+    rule = objective.recipe.gradient
+    if sharded and type(rule).entries is not Gradient.entries:
+        raise InputError(f"gradient={rule.name} does not work on a sharded (FSDP) model.", "Use gradient=plain.")
     masks = choice.entries(parameters)
     if sharded and (masks or isinstance(choice, SaliencyMask)):
         raise InputError(
@@ -77,3 +82,31 @@ def saliency_masks(
     keep = max(1, round(density * size.numel()))
     threshold = size.kthvalue(size.numel() - keep + 1).values
     return [h.abs() >= threshold for h in held]
+
+
+def step_masks(rule: Gradient, parameters: Sequence[nn.Parameter], row: dict[str, float]) -> list[Tensor]:
+    """Which entries may move in this step, by a gradient rule; the gradient is set to 0 elsewhere and the share is logged.
+
+    Args:
+        rule: of the recipe.
+        parameters: those that move, with their gradients; a parameter without one has a gradient of 0.
+        row: of the log; gets ``moved`` if the rule masks anything.
+    """
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    masks = rule.entries(gradients)
+    for parameter, mask in zip(parameters, masks, strict=bool(masks)):
+        if parameter.grad is not None:
+            parameter.grad *= mask
+    if masks:
+        row["moved"] = sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+    return masks
+
+
+@contextmanager
+def holding(parameters: Sequence[nn.Parameter], masks: Sequence[Tensor]) -> Iterator[None]:
+    """While open, an optimiser takes its step; afterwards the entries outside of the masks have the values from before."""
+    before = [p.detach().clone() for p in parameters] if masks else []
+    yield
+    with torch.no_grad():
+        for parameter, mask, held in zip(parameters, masks, before, strict=False):
+            parameter.copy_(torch.where(mask, parameter, held))

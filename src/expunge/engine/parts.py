@@ -182,6 +182,14 @@ class Gradient(Settings, abc.ABC):
         ``state`` is the rule's memory between steps (tensors, numbers and lists of these: it is saved in checkpoints).
         """
 
+    def entries(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        """Which entries may move in this step, one boolean mask per trainable tensor; none (an empty list) if all may.
+
+        ``gradient`` is that of the whole loss. The engine sets it to 0 elsewhere and puts the values back that the step changed
+        there all the same (by momentum, or by decay).
+        """
+        return []
+
 
 class Balance(Settings, abc.ABC):
     """The coefficients of the forget and the retain side, which may react to what was measured."""
@@ -255,6 +263,9 @@ class Finish(Settings, abc.ABC):
     """What is made of the trained module at the end. Its strength is given, or the smallest that reaches the schedule's goal."""
 
     name: ClassVar[str]
+    accumulates: ClassVar[bool] = (
+        False  #: whether what several requests learnt is turned around together, see the engine's finish
+    )
 
 
 class Reweigh(Finish):

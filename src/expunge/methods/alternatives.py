@@ -6,6 +6,7 @@ kind         the answer that takes the place
 ``given``    one of the record's own ``alternatives``
 ``refusals`` a sentence of not knowing, from a fixed list
 ``others``   the answer of another record of the set, of another subject: plausible in style, wrong in content
+``passages`` the answer of any other record of the set, of the same subject too: random labels for one long text
 ``template`` a text of the user's, in which ``{prompt}``, ``{subject}`` and ``{refusal}`` (one of the list) are filled in
 ``reasons``  by a rule: why the question is not answered, then a refusal, then an offer (TRU)
 ``other``    of classes: another one, uniformly
@@ -14,8 +15,8 @@ kind         the answer that takes the place
 
 The last two are for rows that have a class, the others for text.
 
-Every choice depends on the record's id and the seed only (``others`` also on the set), so a resumed or distributed run sees the
-same answers.
+Every choice depends on the record's id and the seed only (``others`` and ``passages`` also on the set), so a resumed or
+distributed run sees the same answers.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ import string
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+from expunge.adapters.base import Adapter, Example
 from expunge.core.errors import InputError, unknown
 from expunge.data.records import Record
 from expunge.data.refusals import refusals
 from expunge.data.rows import Row
+from expunge.engine.parts import Recipe
 from expunge.methods.registry import METHODS
 
-Kind = Literal["given", "refusals", "others", "template", "reasons", "other", "any"]
+Kind = Literal["given", "refusals", "others", "passages", "template", "reasons", "other", "any"]
 CLASS_KINDS = ("other", "any")  #: kinds that put another class in the place of a row's own
 
 #: What a reason says where the record names its subject, and where it does not.
@@ -44,6 +47,7 @@ REASONS = (
 
 _FIELDS = ("prompt", "subject", "refusal")
 _TRIES = 32  #: draws for an answer that differs from the record's own
+_NEXT_DRAW = 1_000_003  #: between the seeds of one record's several answers
 
 
 def kind_for(method: str, how: str, records: Sequence[Any]) -> str:
@@ -88,6 +92,10 @@ def alternatives(
         return refusals([r.id for r in records], seed)
     if how == "others":
         return _others(records, seed)
+    if how == "passages":
+        if len(records) < 2:
+            raise InputError("alternatives=passages needs at least two records.", "Use alternatives=given or refusals.")
+        return [_borrowed(record, records, (at, at + 1), seed) for at, record in enumerate(records)]
     if how == "template":
         return _filled(records, template, seed)
     if how == "reasons":
@@ -95,6 +103,44 @@ def alternatives(
         texts = {r.id: t for held, rule in ((named, REASONS[0]), (bare, REASONS[1])) for r, t in _with_reason(held, rule, seed)}
         return [texts[r.id] for r in records]
     raise unknown("kind of alternative answer", how, get_args(Kind))
+
+
+def several(
+    records: Sequence[Any], how: str, each: int, seed: int = 0, *, template: str | None = None, classes: int | None = None
+) -> list[Any]:
+    """``each`` other answers for each record, those of one record together; the first is that of :func:`alternatives`.
+
+    The draws of a record are independent, so an answer may come twice.
+
+    Args:
+        records, how, template, classes: see :func:`alternatives`.
+        each: answers for each record, at least 1.
+        seed: of the choice, non-negative.
+    """
+    drawn = [alternatives(records, how, seed + k * _NEXT_DRAW, template=template, classes=classes) for k in range(each)]
+    return [answers[i] for i in range(len(records)) for answers in drawn]
+
+
+def encoded(
+    adapter: Adapter, records: Sequence[Any], recipe: Recipe, how: str, seed: int = 0, *, template: str | None = None
+) -> list[Example]:
+    """The forget records with other answers, as many for each as the recipe's terms read, those of one record together.
+
+    Args:
+        adapter: encodes them.
+        records: the forget set.
+        recipe: whose terms read them.
+        how: as the user said, see :func:`kind_for`.
+        seed: of the choice, non-negative.
+        template: the text for ``template``.
+    """
+    each = max(getattr(t, "answers", 1) for t in recipe.terms())
+    kind = kind_for(recipe.name, how, records)
+    answers = several(records, kind, each, seed, template=template, classes=adapter.n_classes)
+    return [
+        adapter.encode(records[i // each], answer=answer, suffix=f"#alternative{i % each or ''}")
+        for i, answer in enumerate(answers)
+    ]
 
 
 def other_classes(rows: Sequence[Row], classes: int, how: str, seed: int = 0) -> list[int]:

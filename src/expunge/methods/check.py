@@ -7,6 +7,7 @@ from expunge.core.errors import InputError
 from expunge.engine.parts import Join, Recipe, Reweigh
 from expunge.engine.reference import choose
 from expunge.methods.registry import PLACEHOLDER_LAYERS
+from expunge.methods.terms.likelihood import AlternativeNLL, ForgetNLL
 
 
 def check(recipe: Recipe) -> None:
@@ -48,6 +49,12 @@ def _check_preparation(recipe: Recipe) -> None:
             )
     if part is None:
         return
+    several = [t for t in recipe.terms() if getattr(t, "answers", 1) > 1]
+    if several and Stream.ALTERNATIVE in made:
+        raise InputError(
+            f"preparation={part.name} makes one other answer to each example, but {several[0].name} reads several.",
+            f"Use {several[0].name}.answers=1.",
+        )
     needs = recipe.needs(PLACEHOLDER_LAYERS)
     read = {t.stream for t in recipe.terms()} | {s for s, _, _ in needs} | {of for _, of, _ in needs}
     slots = (recipe.parameters, recipe.gradient, recipe.schedule, recipe.balance, recipe.penalty, recipe.finish)
@@ -124,13 +131,10 @@ def _check_nothing_reversed(recipe: Recipe) -> None:
 
 
 def _check_reweigh(recipe: Recipe, name: str) -> None:
-    if recipe.retain or not recipe.forget or any(not t.reverse for t in recipe.forget):
+    teaching = [t for t in recipe.forget if isinstance(t, ForgetNLL)]
+    if recipe.retain or not teaching or not all(isinstance(t, ForgetNLL | AlternativeNLL) for t in recipe.forget):
         raise InputError(
             f"{name} turns around all that was learnt, so it can only follow forget-nll.", "Use forget=forget-nll retain=none."
-        )
-    if recipe.parameters.factors:
-        raise InputError(
-            f"{name} needs the trained weights themselves, not the factors of a LoRA.", "Use parameters=all or parameters=named."
         )
 
 

@@ -32,8 +32,7 @@ from expunge.core.errors import InputError
 from expunge.engine.options import Engine
 from expunge.engine.parts import Need, Recipe, Views
 from expunge.engine.preparation import run_preparation
-from expunge.methods.alternatives import alternatives as make_alternatives
-from expunge.methods.alternatives import kind_for
+from expunge.methods.alternatives import encoded
 from expunge.methods.recipe import build
 
 _MODELS = {
@@ -146,11 +145,11 @@ def loss_on(
     needs = recipe.needs(adapter.layers())
     examples = {Stream.FORGET: [adapter.encode(r) for r in forget], Stream.RETAIN: [adapter.encode(r) for r in retain]}
     if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
-        answers = alternatives or make_alternatives(
-            forget, kind_for(recipe.name, "auto", forget), seed, classes=adapter.n_classes
-        )
-        pairs = zip(forget, answers, strict=True)
-        examples[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alternative") for r, a in pairs]
+        if alternatives:
+            pairs = zip(forget, alternatives, strict=True)
+            examples[Stream.ALTERNATIVE] = [adapter.encode(r, answer=a, suffix="#alternative") for r, a in pairs]
+        else:
+            examples[Stream.ALTERNATIVE] = encoded(adapter, forget, recipe, "auto", seed)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = run_preparation(recipe.preparation, adapter, examples, Engine(seed=seed), scratch=Path(scratch))
     recipe = prepared.settled(recipe)

@@ -19,7 +19,7 @@ from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.named import companions, is_named
 from expunge.data.records import RecordSet
-from expunge.engine.loop import Progress
+from expunge.engine.outcome import Progress
 from expunge.pipeline.audit_cost import AuditCost, audit_cost
 from expunge.pipeline.config import TextConfig, UnlearnConfig
 from expunge.pipeline.models import check_source, load_set, open_adapter, resolve

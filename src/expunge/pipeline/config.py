@@ -47,7 +47,7 @@ class UnlearnConfig(Allowances):
     holdout: str | None = Field(None, description="records that the model was never trained on")
     method: str = Field("npo", description="a method's name, or 'custom' with all parts given")
     parts: dict[str, Any] = Field(default_factory=dict, description="parts and parameters that differ from the method's own")
-    alternatives: Literal["auto", "refusals", "given", "others", "template", "reasons"] = Field(
+    alternatives: Literal["auto", "refusals", "given", "others", "passages", "template", "reasons"] = Field(
         "auto",
         description="answers put in the place of forgotten ones; auto: given ones if all have one, else as the method publishes",
     )

@@ -45,7 +45,8 @@ def estimate(recipe: Recipe, examples: Mapping[Stream, Sequence[Example]], param
         held = examples.get(stream, ())
         return sum(e.size for e in held) / len(held) if held else 0.0
 
-    of_side = {Stream.FORGET: mean(Stream.FORGET) + mean(Stream.ALTERNATIVE), Stream.RETAIN: mean(Stream.RETAIN)}
+    each = len(examples.get(Stream.ALTERNATIVE, ())) // max(1, sizes[Stream.FORGET])  # alternatives of a forget example
+    of_side = {Stream.FORGET: mean(Stream.FORGET) + each * mean(Stream.ALTERNATIVE), Stream.RETAIN: mean(Stream.RETAIN)}
     tokens = sum(rows * of_side[Stream(name)] for name, rows in plan.visits().items())
     steps = plan.steps
     if recipe.schedule.lr is None:

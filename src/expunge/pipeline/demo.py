@@ -14,8 +14,8 @@ from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
 from expunge.core.runs import Run
 from expunge.data.records import RecordSet
-from expunge.engine.loop import Progress
 from expunge.engine.options import Engine
+from expunge.engine.outcome import Progress
 from expunge.pipeline import train as training
 from expunge.pipeline import unlearn as unlearning
 from expunge.pipeline.audit import audit_stage, entry_of, read, sets_of, unlearned_model

@@ -21,7 +21,7 @@ from expunge.core.files import write_text
 from expunge.core.runs import Run, cache_folder
 from expunge.data.records import RecordSet
 from expunge.data.rows import Indices, Row
-from expunge.engine.loop import Progress
+from expunge.engine.outcome import Progress
 from expunge.engine.prepared import Prepared
 from expunge.engine.record import Record
 from expunge.engine.source import Source

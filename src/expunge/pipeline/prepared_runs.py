@@ -17,7 +17,7 @@ from expunge.core.errors import InputError
 from expunge.core.files import write_json
 from expunge.core.runs import Run
 from expunge.core.settings import Settings, nest
-from expunge.engine.loop import Progress
+from expunge.engine.outcome import Progress
 from expunge.engine.prepared import DeletionReport, Prepared, TrainingReport
 from expunge.engine.record import Record
 from expunge.engine.source import Source

@@ -25,7 +25,7 @@ from expunge.core.settings import Settings
 from expunge.data.records import RecordSet
 from expunge.data.rows import Indices, Row
 from expunge.engine.ensemble import Ensemble
-from expunge.engine.loop import Progress
+from expunge.engine.outcome import Progress
 from expunge.engine.tasks import Workers
 from expunge.pipeline.audit import DOCUMENT
 from expunge.pipeline.row_runs import KIND, RowsConfig, halves, load_weights, sets_of

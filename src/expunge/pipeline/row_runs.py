@@ -26,9 +26,9 @@ from expunge.data.records import RecordSet
 from expunge.data.rows import Indices, Row, Table
 from expunge.data.tables import Reading
 from expunge.engine.edit import Edit
-from expunge.engine.loop import Outcome, Progress, write_log_summary
 from expunge.engine.members import Training
 from expunge.engine.options import Engine
+from expunge.engine.outcome import Outcome, Progress, write_log_summary
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory
 from expunge.pipeline.problems import load_problem

@@ -24,13 +24,14 @@ from expunge.core.settings import nest
 from expunge.data.rows import Indices, Table, alike
 from expunge.engine.edit import Edit, apply_edit
 from expunge.engine.goal import Goal
-from expunge.engine.loop import Outcome, Progress, train
+from expunge.engine.loop import train
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
+from expunge.engine.outcome import Outcome, Progress
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import reset_weights
 from expunge.engine.schedule import Adaptive
-from expunge.methods.alternatives import alternatives, kind_for
+from expunge.methods.alternatives import encoded
 from expunge.methods.catalogue import serves
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.prepared.registry import refuse_prepared
@@ -154,9 +155,7 @@ def plan_rows(
             "Give it: oracle=MODEL, or preparation='given-outputs' with a file of what it says.",
         )
     if Stream.ALTERNATIVE in made.streams(adapter.layers()):
-        others = alternatives(forget, kind_for(method, how, forget), engine.seed, classes=adapter.n_classes)
-        pairs = zip(forget, others, strict=True)
-        examples[Stream.ALTERNATIVE] = [adapter.encode(r, answer=c, suffix="#other") for r, c in pairs]
+        examples[Stream.ALTERNATIVE] = encoded(adapter, forget, made, how, engine.seed)
     if Stream.VALIDATION in made.streams(adapter.layers()) and holdout is not None:
         examples[Stream.VALIDATION] = [adapter.encode(r) for r in holdout.rows(alike(holdout, data.targets[chosen], engine.seed))]
     goal = _goal(adapter, made, data, chosen, holdout=holdout, engine=engine)

@@ -23,7 +23,7 @@ from expunge.core.errors import InputError, nearest
 from expunge.core.files import check_room
 from expunge.core.runs import Run
 from expunge.data.records import Record, RecordSet, content_key
-from expunge.engine.loop import Progress
+from expunge.engine.outcome import Progress
 from expunge.engine.parts import Recipe
 from expunge.pipeline import unlearn
 from expunge.pipeline.audit import audit_stage, entry_of, lazily, read
@@ -207,7 +207,7 @@ def _plan(
 ) -> unlearn.UnlearnPlan:
     return unlearn.plan(
         adapter, request, config.method, config.parts, config.engine,
-        how=config.alternatives, template=config.alternative_template, base=base,
+        how=config.alternatives, template=config.alternative_template, base=base, source=config.model,
     )  # fmt: skip
 
 

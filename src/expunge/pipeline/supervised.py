@@ -24,8 +24,8 @@ from expunge.core.errors import ExpungeError, InputError, OwnCodeError, nearest
 from expunge.core.runs import cache_folder
 from expunge.data.rows import Indices, Table
 from expunge.engine.ensemble import Ensemble, train_ensemble
-from expunge.engine.loop import Progress
 from expunge.engine.members import Members, Spec, Training
+from expunge.engine.outcome import Progress
 from expunge.engine.tasks import Workers
 from expunge.pipeline.rows import open_rows
 

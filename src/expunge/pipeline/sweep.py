@@ -11,7 +11,7 @@ from pydantic import Field
 from expunge.adapters.base import Adapter
 from expunge.core.errors import InputError, unknown
 from expunge.core.settings import Settings
-from expunge.engine.loop import Progress
+from expunge.engine.outcome import Progress
 from expunge.methods.catalogue import find
 from expunge.methods.prepared.registry import refuse_prepared
 from expunge.methods.search import Dimension, known, paths, space

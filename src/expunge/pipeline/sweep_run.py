@@ -13,7 +13,7 @@ import torch
 
 from expunge.core.files import alone, check_room, digest_json, write_json, write_text
 from expunge.core.runs import Run
-from expunge.engine.loop import Progress
+from expunge.engine.outcome import Progress
 from expunge.engine.tasks import Workers, spread, threads
 from expunge.methods.search import with_values
 from expunge.pipeline import sweep_trial, tradeoff

@@ -11,7 +11,7 @@ from typing import Any
 
 from expunge.core.errors import InputError, NoRoom
 from expunge.core.files import write_json
-from expunge.engine.loop import Progress
+from expunge.engine.outcome import Progress
 from expunge.engine.tasks import threads
 from expunge.pipeline.processes import drop_checkpoint
 from expunge.pipeline.validation import Split, open_ground

@@ -17,7 +17,8 @@ from expunge.core.files import atomic_path, check_room, digest_json
 from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import nest
 from expunge.data.records import Record, RecordSet, content_key
-from expunge.engine.loop import Outcome, Progress, train, write_log_summary
+from expunge.engine.loop import train
+from expunge.engine.outcome import Outcome, Progress, write_log_summary
 from expunge.engine.parts import Recipe
 from expunge.methods.recipe import build as build_recipe
 from expunge.pipeline.config import TrainConfig
@@ -111,6 +112,7 @@ def _with_defaults(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
+    from expunge.adapters.loading import wrap
     from expunge.adapters.presets import build
     from expunge.adapters.tokenise import DEFAULT_TEMPLATE
     from expunge.adapters.words import word_tokenizer
@@ -120,7 +122,7 @@ def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
     more = [load_set(s, "vocabulary", config.text.columns) for s in config.vocabulary]
     tokenizer = word_tokenizer([*all_texts([vocabulary, *more]), config.text.template or DEFAULT_TEMPLATE])
     model = build(config.model, tokenizer, seed=config.engine.seed)
-    return LanguageAdapter(
+    return wrap(
         model, tokenizer, template=config.text.template, max_length=config.text.max_length, truncate=config.text.truncate,
         dropout=config.engine.dropout,
     )  # fmt: skip
@@ -175,8 +177,8 @@ def save_outcome(adapter: LanguageAdapter, outcome: Outcome, out: Path) -> dict[
     first_process(write, lambda: None)
     return {
         "reason": outcome.reason, "reached": outcome.reached, "sentence": outcome.sentence, "steps": outcome.steps,
-        "lr": outcome.lr, "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes,
-        "notes": outcome.notes,
+        "lr": outcome.lr, "finish_scale": outcome.finish_scale, "tokens": outcome.tokens, "seconds": outcome.seconds,
+        "peak_bytes": outcome.peak_bytes, "notes": outcome.notes,
     }  # fmt: skip
 
 

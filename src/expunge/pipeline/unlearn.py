@@ -23,14 +23,15 @@ from expunge.data.spans import swapped
 from expunge.engine.edit import Edit, apply_edit
 from expunge.engine.goal import Goal
 from expunge.engine.goal import estimate as estimate_goal
-from expunge.engine.loop import Outcome, Progress, train
+from expunge.engine.loop import train
 from expunge.engine.objective import check_marks, mean_losses
 from expunge.engine.options import Engine
+from expunge.engine.outcome import Outcome, Progress
 from expunge.engine.parameters import Twin
 from expunge.engine.parts import Recipe
 from expunge.engine.reference import choose
 from expunge.engine.schedule import Adaptive
-from expunge.methods.alternatives import alternatives, kind_for
+from expunge.methods.alternatives import encoded
 from expunge.methods.catalogue import find
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.prepared.registry import refuse_prepared
@@ -39,6 +40,7 @@ from expunge.methods.registry import Method
 from expunge.pipeline.config import Allowances, UnlearnConfig
 from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter, refuse_composite
+from expunge.pipeline.origin import Began, began
 from expunge.pipeline.processes import drop_checkpoint, first_process
 from expunge.pipeline.train import save_outcome
 from expunge.pipeline.tuned import check_tuned, keep_copy
@@ -81,6 +83,7 @@ class UnlearnPlan:
     engine: Engine
     cost: Cost
     notes: list[str]
+    began: Began | None = None
 
 
 def split_holdout(holdout: RecordSet, seed: int = 0) -> tuple[RecordSet, RecordSet]:
@@ -138,6 +141,7 @@ def plan(
     template: str | None = None,
     base: LanguageAdapter | None = None,
     goal: RecordSet | None = None,
+    source: str | None = None,
 ) -> UnlearnPlan:
     """Put a run together and check that everything fits; nothing is trained or written.
 
@@ -151,6 +155,7 @@ def plan(
         template: their text, for ``how="template"``.
         base: the untrained base, for methods that start from it.
         goal: records never trained on that set the goal; none: half of the holdout, see :func:`split_holdout`.
+        source: where the model came from; a run of a recipe that accumulates says there where it began.
     """
     refuse_composite(adapter)
     notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
@@ -170,10 +175,7 @@ def plan(
     if request.retain is not None:
         examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
     if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
-        answers = alternatives(request.forget, kind_for(method, how, request.forget), engine.seed, template=template)
-        examples[Stream.ALTERNATIVE] = [
-            adapter.encode(r, answer=a, suffix="#alternative") for r, a in zip(request.forget, answers, strict=True)
-        ]
+        examples[Stream.ALTERNATIVE] = encoded(adapter, request.forget.records, recipe, how, engine.seed, template=template)
     if isinstance(recipe.schedule, Adaptive) and recipe.forget and goal is None:
         notes.append("No holdout was given: the goal is estimated on retain records with swapped answers, an upper estimate.")
     goal_records = goal.records if goal is not None else ()
@@ -192,7 +194,10 @@ def plan(
     check_memory(memory, "Unlearning")
     cost = estimate(recipe, examples, parameters, memory, disk=weights * 5)
     kept = request.retain.records if request.retain is not None else ()
-    return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes)
+    first = began(source, recipe) if source is not None else None
+    if first is not None:
+        notes.append(f"What was learnt since {first.source} is turned around together.")
+    return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes, first)
 
 
 def _plan_edit(adapter: LanguageAdapter, request: Request, edit: Edit, engine: Engine, notes: list[str]) -> UnlearnPlan:
@@ -298,6 +303,7 @@ def run_in_memory(
     goal = goal_of(made)
     outcome = train(
         made.adapter, made.recipe, made.examples, made.engine, goal=goal, folder=folder,
+        origin=made.began.origin if made.began else None,
         cache=cache_folder() / "references" if folder else None, resume=resume, progress=progress,
     )  # fmt: skip
     return outcome, goal
@@ -325,6 +331,7 @@ def execute(
     inputs = {
         "target": made.adapter.fingerprint(), "recipe": spec, "engine": config.engine.model_dump(mode="json"),
         "data": {k: v.digest for k, v in sets.items() if v is not None},
+        **({"origin": made.began.digest} if made.began else {}),
     }  # fmt: skip
     run.check_same("unlearn", inputs)
     first_process(lambda: keep_copy(config.tuned, out), lambda: None)
@@ -357,5 +364,5 @@ def from_config(config: UnlearnConfig) -> UnlearnPlan:
     base = open_adapter(config.base, config.text, dropout=config.engine.dropout) if config.base else None
     return plan(
         adapter, request, config.method, config.parts, config.engine,
-        how=config.alternatives, template=config.alternative_template, base=base,
+        how=config.alternatives, template=config.alternative_template, base=base, source=config.model,
     )  # fmt: skip

@@ -33,8 +33,8 @@ from expunge.core.settings import Settings
 from expunge.data.records import Item, RecordSet
 from expunge.data.rows import Table
 from expunge.engine.edit import Edit
-from expunge.engine.loop import Outcome, Progress
 from expunge.engine.objective import mean_losses
+from expunge.engine.outcome import Outcome, Progress
 from expunge.engine.parts import Recipe
 from expunge.pipeline import row_runs, unlearn
 from expunge.pipeline.config import UnlearnConfig

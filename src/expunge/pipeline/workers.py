@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from expunge.engine.loop import Progress
+from expunge.engine.outcome import Progress
 
 _steps: Any = None  #: in a worker: steps done and steps in all, two numbers per job
 

@@ -86,7 +86,7 @@ def unlearn(
     base: Annotated[str | None, typer.Option(help="The untrained base, for methods that start from it.", metavar="MODEL")] = None,
     alternatives: Annotated[
         str | None,
-        typer.Option(help="Answers put in place: auto, refusals, given, others, template, reasons.", metavar="KIND"),
+        typer.Option(help="Answers put in place: auto, refusals, given, others, passages, template, reasons.", metavar="KIND"),
     ] = None,
     alternative_template: Annotated[
         str | None,

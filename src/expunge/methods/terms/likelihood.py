@@ -74,6 +74,8 @@ class AlternativeNLL(Likelihood):
     name: ClassVar[str] = "alternative-nll"
     reads: ClassVar[Stream] = Stream.ALTERNATIVE
 
+    answers: int = Field(1, ge=1, le=64, description="other answers to each prompt, all of them read in every step")
+
 
 @term
 class GradientAscent(Likelihood):
