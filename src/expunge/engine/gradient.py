@@ -103,8 +103,8 @@ def _inverse(gram: Tensor) -> Tensor:
     sizes = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     values, vectors = torch.linalg.eigh(gram / sizes[:, None] / sizes)
     kept = values > _DEPENDENT * len(gram)
-    inverse: Tensor = (vectors[:, kept] / values[kept] @ vectors[:, kept].T) / sizes[:, None] / sizes
-    return inverse
+    inverse: Tensor = vectors[:, kept] / values[kept] @ vectors[:, kept].T
+    return inverse / sizes[:, None] / sizes
 
 
 class Project(Gradient):
