@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from expunge.adapters.combination import Combination
+from expunge.core.errors import InputError
 from expunge.core.registry import Registry
-from expunge.engine.parts import Finish, Join, Reweigh
+from expunge.engine.parts import Finish, Join, Recipe, Reweigh
 
 FINISHES: Registry[type[Finish]] = Registry("finish", None, "expunge.finishes")
 
@@ -67,6 +68,19 @@ class Subtract(Join):
         return Combination(
             weight=-scale, link=self.link, against=self.against, centred=self.centred, filter=self.filter
         )  # fmt: skip
+
+
+def joined(recipe: Recipe, target: nn.Module, trained: nn.Module, *, sharded: bool) -> nn.Module | None:
+    """The model that holds the target and what a recipe trains beside it; none if it trains the target itself.
+
+    Raises:
+        InputError: the two do not fit together, or the trained one is sharded.
+    """
+    if not isinstance(recipe.finish, Join):
+        return None
+    if sharded:
+        raise InputError(f"The method {recipe.name!r} trains a model beside the target.", "Run it without sharding (FSDP).")
+    return recipe.finish.join(target, trained)
 
 
 FINISHES.add(Negate.name, Negate)

@@ -29,12 +29,13 @@ from expunge.engine import checkpoint
 from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.alternate import States
 from expunge.engine.devices import Devices
+from expunge.engine.finish import joined
 from expunge.engine.goal import Goal
 from expunge.engine.masks import moving_entries
 from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
-from expunge.engine.parts import Join, Recipe, Reweigh
+from expunge.engine.parts import Recipe, Reweigh
 from expunge.engine.preparation import run_preparation
 from expunge.engine.reference import ModelReference, frozen_models
 from expunge.engine.rewind import Rewind
@@ -186,7 +187,7 @@ class _Loop:
         self.states = States(self.optimizer, len(self.turns))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = checkpoint.snapshot(self.model) if isinstance(recipe.finish, Reweigh) else {}
-        self.joined = self._join(adapter.model)
+        self.joined = joined(recipe, adapter.model, self.devices.unwrap(self.model), sharded=self.devices.sharded)
         self.erase_steps: float = math.inf  # after so many steps the forget terms pause
         self.plan = self._plan()
         self.total = self.plan.steps
@@ -200,16 +201,6 @@ class _Loop:
         self.tokens = 0
 
     # ---- setting up
-
-    def _join(self, target: nn.Module) -> nn.Module | None:
-        """The model that holds the target and what is trained beside it."""
-        if not isinstance(self.recipe.finish, Join):
-            return None
-        if self.devices.sharded:
-            raise InputError(
-                f"The method {self.recipe.name!r} trains a model beside the target.", "Run it without sharding (FSDP)."
-            )
-        return self.recipe.finish.join(target, self.devices.unwrap(self.model))
 
     def _rewind(self) -> Rewind | None:
         if Stream.VALIDATION not in self.schedule.reads:
