@@ -163,5 +163,18 @@ class Subtract(Join):
         )  # fmt: skip
 
 
+def join_of(recipe: Recipe, target: nn.Module, trained: nn.Module, *, sharded: bool) -> nn.Module | None:
+    """The model that holds the target and what a recipe trains beside it; none if it trains the target itself.
+
+    Raises:
+        InputError: the two do not fit together, or the trained one is sharded.
+    """
+    if not isinstance(recipe.finish, Join):
+        return None
+    if sharded:
+        raise InputError(f"The method {recipe.name!r} trains a model beside the target.", "Run it without sharding (FSDP).")
+    return recipe.finish.join(target, trained)
+
+
 for kind in (Negate, NegateSum, Subtract):
     FINISHES.add(kind.name, kind)

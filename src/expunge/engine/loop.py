@@ -28,7 +28,7 @@ from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.alternate import States, joined
 from expunge.engine.control import Sight, Steering
 from expunge.engine.devices import Devices
-from expunge.engine.finish import Ending, Origin
+from expunge.engine.finish import Ending, Origin, join_of
 from expunge.engine.goal import Goal
 from expunge.engine.gradient import begun
 from expunge.engine.masks import holding, moving_entries, step_masks
@@ -36,7 +36,7 @@ from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.outcome import Outcome, Progress
 from expunge.engine.parameters import SaliencyMask
-from expunge.engine.parts import Join, Recipe, Reweigh
+from expunge.engine.parts import Recipe, Reweigh
 from expunge.engine.portions import portions
 from expunge.engine.preparation import run_preparation
 from expunge.engine.reference import ModelReference, frozen_models
@@ -147,7 +147,7 @@ class _Loop:
         self.states = States(self.optimizer, len(self.turns))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = self.ending.before(self.model) if isinstance(recipe.finish, Reweigh) else {}
-        self.joined = self._join(adapter.model)
+        self.joined = join_of(recipe, adapter.model, self.devices.unwrap(self.model), sharded=self.devices.sharded)
         sizes = {s: len(self.examples.get(s, ())) for s in (Stream.FORGET, Stream.RETAIN)}
         self.plan, self.erase_steps = portions(recipe, sizes, engine.seed)
         self.total = self.plan.steps
@@ -170,16 +170,6 @@ class _Loop:
         self.tokens = 0
 
     # ---- setting up
-
-    def _join(self, target: nn.Module) -> nn.Module | None:
-        """The model that holds the target and what is trained beside it."""
-        if not isinstance(self.recipe.finish, Join):
-            return None
-        if self.devices.sharded:
-            raise InputError(
-                f"The method {self.recipe.name!r} trains a model beside the target.", "Run it without sharding (FSDP)."
-            )
-        return self.recipe.finish.join(target, self.devices.unwrap(self.model))
 
     def _rewind(self) -> Rewind | None:
         if Stream.VALIDATION not in self.schedule.reads:
