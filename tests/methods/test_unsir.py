@@ -40,6 +40,12 @@ def test_the_noise_is_what_the_target_errs_on_most(digits) -> None:
     assert len({e.data[0].tobytes() for e in made}) == len(made) > 100
     fewer = run_preparation(Noise(inputs=7), adapter, examples, QUIET, scratch=None).examples[Stream.ALTERNATIVE]
     assert len({e.data[0].tobytes() for e in fewer}) == 7
+
+    def size(shrink: float) -> float:
+        held = run_preparation(Noise(shrink=shrink), adapter, examples, QUIET, scratch=None).examples[Stream.ALTERNATIVE]
+        return float(np.mean([np.square(np.asarray(e.data[0])).sum() for e in held]))
+
+    assert size(1.0) < size(0.1) < size(0.0)
     assert all(torch.equal(v, before[k]) for k, v in adapter.model.state_dict().items())
 
 
