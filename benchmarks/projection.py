@@ -7,7 +7,8 @@ the formula says of it, and processor seconds per step (median).
 
 - ``plain``: one backward pass, no projection.
 - ``project k``: away from the retain gradients of the last k steps; ``(k - 1) P`` numbers are kept between steps.
-- ``null-space``: away from the inputs of the retain set, the MLP output matrix of one block alone (so little moves).
+- ``null-space``: away from the inputs of the retain set (up to 1,000 examples, in passes of ``engine.max_tokens``), the MLP output
+  matrix of one block alone (so little moves). It grows up to a few full passes, and no further.
 
 Run: ``python benchmarks/projection.py [--threads 1] [--json FILE]``
 """
@@ -23,7 +24,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-VOCABULARY, BATCH, FEW, MANY = 4_000, 4, 64, 4_096
+VOCABULARY, BATCH, FEW, MANY = 4_000, 4, 512, 4_096
 
 
 class Memory:
