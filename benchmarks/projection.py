@@ -1,4 +1,4 @@
-"""Memory and time of projected gradients: it grows with the number of directions, and not with the retain set.
+"""Memory and time of projected gradients: with the number of directions, and with the size of the retain set.
 
 NPO with NLL on the retain set trains a small Llama shape (2 blocks of width 256, vocabulary 4,000, float32, AdamW without
 momentum, batches of 4 and 4) for a few more steps than there are directions, each setting in a process of its own. Reported
@@ -7,7 +7,8 @@ the formula says of it, and processor seconds per step (median).
 
 - ``plain``: one backward pass, no projection.
 - ``project k``: away from the retain gradients of the last k steps; ``(k - 1) P`` numbers are kept between steps.
-- ``null-space``: away from the inputs of the retain set, the MLP output matrix of one block alone (so little moves).
+- ``null-space``: away from the inputs of the retain set (up to 1,000 examples, in passes of ``engine.max_tokens``), the output
+  matrix of one MLP alone, so little moves. Nothing of the set is kept, but more passes leave more freed memory with the process.
 
 Run: ``python benchmarks/projection.py [--threads 1] [--json FILE]``
 """
@@ -23,7 +24,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-VOCABULARY, BATCH, FEW, MANY = 4_000, 4, 64, 4_096
+VOCABULARY, BATCH, FEW, MANY = 4_000, 4, 512, 4_096
 
 
 class Memory:

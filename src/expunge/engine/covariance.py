@@ -22,6 +22,7 @@ from expunge.core.access import Offer
 from expunge.core.errors import InputError
 from expunge.engine.gradients import Tell, fitting
 
+_ROWS = 1024
 _HELD = 4  # matrices of the size of one moment that its eigenvectors need in passing
 
 
@@ -69,8 +70,9 @@ class Moment:
 
     def add(self, rows: Tensor) -> None:
         """Take in inputs ``[M, D]``."""
-        held = rows.detach().to(self.total.dtype)
-        self.total.addmm_(held.T, held)
+        for part in rows.detach().split(_ROWS):  # so that no more than these are held in the type of the sum
+            held = part.to(self.total.dtype)
+            self.total.addmm_(held.T, held)
         self.count += len(rows)
 
     def mean(self) -> Tensor:
@@ -173,7 +175,8 @@ def input_moments(
 ) -> dict[str, Moment]:
     """Second moments of what goes into linear modules, in one pass over a data set and in evaluation mode.
 
-    Memory is ``8 D^2`` bytes for each module, whatever the size of the data set; no input is kept.
+    Memory is ``8 D^2`` bytes for each module beside a forward pass of ``max_units``, whatever the size of the data set; no input
+    is kept.
 
     Args:
         adapter: the modality.
@@ -209,8 +212,8 @@ def input_moments(
             batch = adapter.collate(part).to(device)
             seen.clear()
             adapter.forward(model, batch, want)
-            for name, states in seen.items():
-                found[name].add(flat_rows(batch, states))
+            for name in list(seen):
+                found[name].add(flat_rows(batch, seen.pop(name)))
             if tell is not None:
                 tell(done, len(parts))
     idle = [m for m, moment in found.items() if not moment.count]
