@@ -50,10 +50,10 @@ from expunge.pipeline.supervised import Supervised, member
 
 METHODS = (
     "retrain", "finetune", "gradascent", "neggrad-plus", "random-label", "salun", "ssd", "scrub", "bad-teacher", "npo",
-    "l1-sparse", "iau", "boundary-shrink", "boundary-expand", "unsir",
+    "l1-sparse", "prune-finetune", "iau", "influence", "fisher", "laf", "boundary-shrink", "boundary-expand", "unsir",
 )  # fmt: skip
 #: Steps as a share of the original training's, at its rate, for methods without a forget term: nothing tells them when to stop.
-SHARES = {"retrain": 1.0, "finetune": 0.5, "l1-sparse": 0.5}
+SHARES = {"retrain": 1.0, "finetune": 0.5, "l1-sparse": 0.5, "prune-finetune": 0.5}
 CLASS_ONLY = ("boundary-shrink", "boundary-expand", "unsir")  #: methods for whole classes
 REQUESTS = ("class", "random")
 POOLED = "pooled.json"

@@ -14,6 +14,7 @@ _LAZY = {
     "unlearn": "expunge.api:unlearn",
     "unlearn_rows": "expunge.api:unlearn_rows",
     "audit_model": "expunge.api:audit_model",
+    "audit_rows": "expunge.api:audit_rows",
     "table": "expunge.data.rows:table",
     "worst_rows": "expunge.pipeline.worst_case:worst_rows",
     "read_table": "expunge.data.tables:read_table",
@@ -30,7 +31,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from expunge.api import audit_model, unlearn, unlearn_rows
+    from expunge.api import audit_model, audit_rows, unlearn, unlearn_rows
     from expunge.audit.evaluate import evaluate_metric
     from expunge.audit.metrics.registry import METRICS
     from expunge.data.rows import table
@@ -52,6 +53,7 @@ __all__ = [
     "Training",
     "__version__",
     "audit_model",
+    "audit_rows",
     "build_recipe",
     "evaluate_metric",
     "load",

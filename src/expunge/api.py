@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from expunge.data.rows import Table
     from expunge.data.sources import Source
     from expunge.engine.loop import Outcome, Progress
+    from expunge.pipeline.supervised import Supervised
 
 
 def unlearn(
@@ -131,7 +132,7 @@ def unlearn_rows(
         layers: names of the modules whose outputs are features, the last the one that makes the scores; none: found.
         alternatives: which classes take the place of the own one, for methods that teach such: ``other``, ``any``; ``auto``: as
             published.
-        allow_overlap: go on although equal rows are to be forgotten and to be kept.
+        allow_overlap: go on although equal rows are to be forgotten and to be kept, or holdout rows were trained on.
         allow_large_forget: go on although there is more to forget than to keep.
         parts: parameters and parts of the method, as in a configuration file.
         progress: called with (done, total, text).
@@ -146,7 +147,7 @@ def unlearn_rows(
     from expunge.adapters.base import Adapter
     from expunge.adapters.estimators import is_estimator, write_back
     from expunge.engine.options import Engine
-    from expunge.pipeline.rows import open_rows, plan_rows, run_rows
+    from expunge.pipeline.rows import open_rows, plan_rows, run_rows, unseen_notes
 
     given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
@@ -158,6 +159,7 @@ def unlearn_rows(
         return open_rows(held, data, loss=loss, layers=layers, dropout=engine.dropout)
 
     adapter, knowing = opened(model), None if oracle is None else opened(oracle)
+    notes = unseen_notes(data, holdout, allow_overlap=allow_overlap)
     made = plan_rows(
         adapter, data, chosen, method, parts=given, engine=engine, holdout=holdout, oracle=knowing, how=alternatives,
         allow_overlap=allow_overlap, allow_large_forget=allow_large_forget,
@@ -165,8 +167,73 @@ def unlearn_rows(
     outcome = run_rows(made, progress=progress)
     if is_estimator(model):
         write_back(model, outcome.model)
-    outcome.notes = made.notes + outcome.notes
+    outcome.notes = made.notes + notes + outcome.notes
     return outcome
+
+
+def audit_rows(
+    problem: Supervised,
+    unlearned: Any,
+    *,
+    ids: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    where: str | None = None,
+    subjects: Sequence[str] | None = None,
+    retrain: int = 3,
+    references: int = 0,
+    workers: Literal["local", "ray"] = "local",
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> AuditDocument:
+    """Measure, attack and judge a model of rows that you hold against models retrained without the rows.
+
+    >>> problem = expunge.Supervised(data=data, model=target, build=network, training=training, holdout=others)
+    >>> document = expunge.audit_rows(problem, done.model, classes=["3"], references=16)
+    >>> print(document.models[-1].judgement.verdict)
+
+    Args:
+        problem: the model before unlearning (or how it was trained), its rows, and how to retrain it. Its holdout rows are unseen
+            by any training, and are not those that told :func:`unlearn_rows` when to stop.
+        unlearned: the model after.
+        ids, classes, where, subjects: which rows were to be forgotten, as for :func:`unlearn_rows`.
+        retrain: models to retrain, with seeds 1, 2, ...; without one nothing can be called forgotten.
+        references: further models trained with and without the rows, of each so many, for what single rows betray.
+        workers: where models are trained.
+        seed: of what is drawn.
+        cache: folder for scores; none keeps them in memory. Trained models are kept in the cache of the command line.
+        progress: called with (done, total, text).
+        **settings: of :class:`~expunge.audit.settings.AuditSettings`.
+
+    Returns:
+        The document: numbers with intervals, curves, and a verdict per model.
+
+    Raises:
+        InputError: a row, class or subject that does not exist, models that do not fit the rows, or nothing says how to retrain.
+    """
+    from expunge.audit.run import AuditedModel, limited
+    from expunge.audit.run import audit as measure
+    from expunge.audit.settings import AuditSettings
+    from expunge.pipeline.row_audit import RowAuditConfig, comparison
+    from expunge.pipeline.row_runs import sets_of
+    from expunge.pipeline.supervised import target_of
+
+    problem.check()
+    made = AuditSettings(**{"seed": seed, **settings})
+    config = RowAuditConfig(retrain=retrain, references=references, workers=workers, settings=made)
+    chosen = problem.data.select(ids=ids, classes=classes, where=where, subjects=subjects)
+    after = problem.adapter(unlearned)
+    target = problem.adapter(target_of(problem, progress=progress))
+    sets = {name: limited(rows, made) for name, rows in sets_of(problem, chosen, seed, whole=True).items()}
+    gold, margins = comparison(problem, target, chosen, sets, config, progress=progress)
+    models = [AuditedModel("target", "target", target), *gold, AuditedModel("unlearned", "unlearned", after)]
+    tell = None if progress is None else (lambda text, done, total: progress(done, total, text))
+    document = measure(models, sets, made, references=margins, cache=cache, progress=tell)
+    document.not_shown[:0] = [
+        f"Of the class {name!r} no row is left: it is forgotten as a whole." for name in problem.data.emptied(chosen)
+    ]
+    return document
 
 
 def audit_model(

@@ -146,6 +146,11 @@ def test_single_rows_tell_who_was_learnt(wrong_rows) -> None:
         assert value(document, f"retrained seed {seed}", "forget.looks-seen") < 0.1
         # Two such models differ as a whole, so one attack on 30 rows scatters around a half.
         assert abs(value(document, f"retrained seed {seed}", "membership.lira") - 0.5) < 0.3
+        # Wrong labels are unlikely to whoever has not learnt them, so against rows with right ones RMIA is far below a half.
+        assert value(document, f"retrained seed {seed}", "membership.rmia") < 0.2
+        assert value(document, f"retrained seed {seed}", "forget.unlearning-completeness") > 0.7
+    assert value(document, "target", "membership.rmia") > 0.9
+    assert value(document, "target", "forget.unlearning-completeness") < 0.4
     floor = float(document.entry("target").numbers["forget.klom"].note.split()[1].rstrip(":"))
     assert value(document, "target", "forget.klom") > floor + 3
     assert abs(value(document, "retrained seed 1", "forget.klom") - floor) < 1.5

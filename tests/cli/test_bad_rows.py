@@ -85,6 +85,12 @@ def test_entry(expunge: Run, tmp_path: Path, source: str, says: list[str]) -> No
         (("expunge.table(inputs[300:600],", "expunge.table(inputs[300:600, :60],"), ["shape [64]", "[60]", "alike"]),
         (("expunge.table(inputs[300:600],", "expunge.table(inputs[300:600], task='regression', targets="), ["another task"]),
         (("training=expunge.Training(steps=100, batch=50, lr=1e-2)", ""), ["neither a trained model", "training="]),
+        (("data=data, holdout", "sets={'test': unseen}, data=data, holdout"), ["cannot be called 'test'", "Rename"]),
+        (
+            ("data=data, holdout", "sets={'odd': expunge.table([[1.0]], [0], classes=data.classes)}, data=data, holdout"),
+            ["'odd'", "[1]"],
+        ),
+        (("data=data, holdout", "sets={'odd': expunge.table([[1.0]], [0])}, data=data, holdout"), ["set 'odd'", "other classes"]),
         (("steps=100", "steps=0"), ["'steps' of ensemble must be an int in [1, inf)"]),
         (("steps=100", "step=100"), ["'steps' of ensemble is missing"]),
         (("build=network", "build=lambda: network"), ["build made function", "torch.nn.Module"]),
@@ -161,6 +167,18 @@ def test_out(ask, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused(ask("--class", 3, "--out", "file"), "is a file")
     assert sorted(p.name for p in (tmp_path / "taken").iterdir()) == ["x"]
+
+
+def test_holdout_rows_that_were_trained_on(ask) -> None:
+    """As unseen rows they would say when to stop, and every attack would take them for non-members."""
+    change = (
+        'inputs[300:600], labels[300:600], subjects=[f"other{i // 10}" for i in range(300)]',
+        "inputs[200:500], labels[200:500]",
+    )
+    refused(ask(*GOOD, change=change), "100 of 300 holdout rows equal a row that was trained on", "--allow-overlap")
+    done = ask(*GOOD, "--allow-overlap", "--dry-run", change=change)
+    assert done.code == 0, done.err
+    assert "100 of 300 holdout rows" in done.err.replace("\n", " ")
 
 
 def test_nothing_says_when_to_stop(ask) -> None:

@@ -16,7 +16,7 @@ from expunge import build_recipe
 from expunge.core.files import digest_json
 from tests.command import WORLD, Run, Town, cold, content, environment, refused, start, stop_when
 
-COMMANDS = ("train", "unlearn", "audit", "report", "compare", "methods", "metrics", "demo", "doctor")
+COMMANDS = ("train", "unlearn", "audit", "report", "compare", "methods", "metrics", "demo", "doctor", "hardest", "fair")
 FAST = ["schedule=fixed", "schedule.lr=0.001", "schedule.epochs=null", "schedule.steps=6", "schedule.warmup=0"]
 
 
@@ -36,7 +36,7 @@ def test_every_command_has_help_with_examples(expunge: Run) -> None:
 
 def test_help_is_quick(tmp_path: Path) -> None:
     """Neither help nor the version waits for torch, nor does a word that is no command."""
-    for words in (["--help"], ["--version"], ["unlearn", "--help"], ["audit", "--help"], ["unlern"]):
+    for words in (["--help"], ["--version"], ["unlearn", "--help"], ["audit", "--help"], ["hardest", "--help"], ["unlern"]):
         code = (
             "import sys, expunge.cli.main as cli\n"
             f"cli.main({words!r})\n"

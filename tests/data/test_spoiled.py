@@ -45,6 +45,8 @@ def test_wrong_rows_can_be_asked_for_like_any_others() -> None:
     made = mislabel(DATA, 9)
     assert made.table.select(where="spoiled").tolist() == made.rows.tolist()
     assert made.table.select(where="spoiled and age < 40").tolist() == [i for i in made.rows if i < 40]
+    for share in (1 / 3, 2 / 3, 1.0):
+        assert made.table.select(where=f"known <= {share}").tolist() == made.known(share).tolist()
 
 
 @given(st.integers(0, 20))

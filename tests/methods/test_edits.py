@@ -204,6 +204,24 @@ def test_fisher_noise_is_larger_where_the_retain_set_does_not_mind(digits) -> No
     assert found[1.0] < 0.3
 
 
+def test_fisher_draws_one_class_for_each_row_where_there_are_many(digits) -> None:
+    def moved(adapter, streams, labels: str) -> torch.Tensor:
+        before = torch.cat([p.detach().flatten() for p in adapter.model.parameters()])
+        made = Fisher(alpha=1e-3, labels=labels).weights(adapter, {Stream.RETAIN: streams}, QUIET, None)
+        return torch.cat([made[n].flatten() for n, _ in adapter.model.named_parameters()]) - before
+
+    adapter = digits.target()
+    rows = digits.examples(adapter)[Stream.RETAIN]
+    exact, drawn = moved(adapter, rows, "all"), moved(adapter, rows, "drawn")
+    assert torch.equal(moved(adapter, rows, "auto"), exact)
+    larger = drawn.abs() / exact.abs()  # the noise is the same, its size is an estimate
+    assert 0.8 < float(larger[exact != 0].median()) < 1.25
+    assert not torch.equal(drawn, exact)
+    torch.manual_seed(0)
+    many = ClassifierAdapter(nn.Sequential(nn.Linear(64, 40)), tuple(map(str, range(40))))
+    assert torch.equal(moved(many, rows[:50], "auto"), moved(many, rows[:50], "drawn"))
+
+
 def linear_world(task: str):
     """Rows of a linear model in float64, a tenth of them to be forgotten, and their inputs and targets as tensors."""
     rng = np.random.default_rng(0)

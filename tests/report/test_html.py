@@ -329,3 +329,14 @@ def test_no_document_is_an_error() -> None:
 def test_written_file_is_the_page(tmp_path: Path, full: AuditDocument, text: str) -> None:
     page.write([full], tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == text
+
+
+def test_a_loss_is_said_in_the_words_of_the_modality() -> None:
+    """Rows have no tokens, and the error of a number is no cross-entropy."""
+    said = {m: page.html([factory.document(modality=m)]) for m in ("language", "classification", "regression")}
+    assert "Answer loss per token, nats" in said["language"]
+    assert "Loss, nats, log scale" in said["classification"]
+    assert "Loss, log scale" in said["regression"]
+    for rows in ("classification", "regression"):
+        assert "Answer loss" not in said[rows]
+        assert "Loss of a row: the cross-entropy of its class in nats" in said[rows]

@@ -33,7 +33,7 @@ class Quantity:
 
     Attributes:
         name: of the check.
-        what: subject of the sentence ("mean NLL of the answers").
+        what: subject of the sentence ("mean loss of the answers").
         found: the contrast.
         noise: how far the target might lie from a further retrained model by chance (a standard error).
         toward: +1 if the quantity grows with knowledge, -1 if it falls.
@@ -117,7 +117,7 @@ def _likelihood(name: str, what: str, losses: Losses, limits: Thresholds, far: f
     found = contrast(losses.subject, losses.retrained, losses.clusters, gap, toward=-1, noise=limits.seed_noise)
     stands = contrast(losses.target, losses.basis, losses.clusters, gap, toward=-1, noise=limits.seed_noise)
     near, beyond = _margins(found, limits.margin, far, limits)
-    return Quantity(name, f"Mean NLL {what}", found, stands.noise(), -1, near, beyond)
+    return Quantity(name, f"Mean loss {what}", found, stands.noise(), -1, near, beyond)
 
 
 class _Known:

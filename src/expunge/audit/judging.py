@@ -198,7 +198,8 @@ def relearn_curve(evidence: Evidence, attacked: Attacked, labels: Sequence[str])
     if not series:
         return []
     title = "Relearning: loss on the half of the forget set that was not trained on"
-    return [Curve(name="relearn", title=title, x_label="optimiser steps", y_label="mean loss (nats per token)", series=series)]
+    unit = " (nats per token)" if Offer.TEXT in evidence.offers else " (nats)" if Offer.LOGITS in evidence.offers else ""
+    return [Curve(name="relearn", title=title, x_label="optimiser steps", y_label=f"mean loss{unit}", series=series)]
 
 
 def _utilities(evidence: Evidence, label: str, generated: bool) -> dict[str, Sample]:

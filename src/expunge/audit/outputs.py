@@ -58,15 +58,22 @@ class References:
     Attributes:
         retrained: by set, margins ``[models, n]`` under models trained without the forget rows.
         originals: the same under models trained on everything.
+        unlearned: by audited model, the same under originals that were unlearned as it was.
     """
 
     retrained: Mapping[str, Floats]
     originals: Mapping[str, Floats]
+    unlearned: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for held in (self.retrained, self.originals):
+        for held in self.populations:
             if len({len(m) for m in held.values()}) > 1:
                 raise InputError("Reference margins of different sets come from different numbers of models.")
+
+    @property
+    def populations(self) -> tuple[Mapping[str, Floats], ...]:
+        """Margins by set of every kind of models."""
+        return (self.retrained, self.originals, *self.unlearned.values())
 
     @property
     def count(self) -> tuple[int, int]:

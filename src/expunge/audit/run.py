@@ -156,7 +156,7 @@ def _check(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet[Any]]) -
 
 
 def _check_references(references: References | None, sets: Mapping[str, RecordSet[Any]]) -> None:
-    for held in () if references is None else (references.retrained, references.originals):
+    for held in () if references is None else references.populations:
         for name, records in sets.items():
             if name not in held or held[name].shape[1] != len(records):
                 raise InputError(

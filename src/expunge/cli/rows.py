@@ -62,7 +62,7 @@ def unlearn_rows(
     for note in made.made.notes:
         output.note(note)
     kept = len(made.problem.data) - len(made.chosen)
-    output.note(f"{settings.method}: {len(made.chosen)} rows to forget, {kept} to keep; {made.cost.text()}")
+    output.note(f"{settings.method}: {len(made.chosen)} rows to forget, {kept} to keep; {made.cost.text('rows')}")
     if dry_run:
         counts = {"forget": len(made.chosen), "retain": kept}
         output.result(
@@ -147,21 +147,25 @@ def train_prepared(given: dict[str, Any], method: str | None, out: Path, *, resu
 
 
 def audit_rows(run: Path, given: dict[str, Any], *, dry_run: bool, output: Output) -> Any:
-    """The audit document of a run on rows; None after a dry run."""
-    from expunge.pipeline.row_audit import RowAuditConfig, audit_rows_run, plan
+    """The audit document of a run on rows, or of a prepared one; None after a dry run."""
+    from expunge.pipeline import prepared_audit, row_audit
+    from expunge.pipeline.prepared_runs import is_prepared
 
     for name in ("retrained", "base", "utility"):
         if given.pop(name, None):
             raise InputError(
                 f"--{name} is for language models.", "Models of rows are retrained here: --retrain 3 --references 16."
             )
-    made = plan(run, RowAuditConfig(**given))
+    config = row_audit.RowAuditConfig(**given)
+    made = prepared_audit.plan(run, config) if is_prepared(run) else row_audit.plan(run, config)
     output.note(f"audit: {made.text()}")
     if dry_run:
         output.result({"cost": made.text(), "sets": {name: len(rows) for name, rows in made.sets.items()}})
         return None
     with output.progress("audit") as progress:
-        return audit_rows_run(made, progress=progress, say=output.note)
+        if isinstance(made, prepared_audit.PreparedAuditPlan):
+            return prepared_audit.audit_prepared(made, progress=progress, say=output.note)
+        return row_audit.audit_rows_run(made, progress=progress, say=output.note)
 
 
 def _listed(word: str) -> list[str]:

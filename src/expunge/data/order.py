@@ -65,6 +65,13 @@ class BatchPlan:
         whole = list(range(self.steps_per_epoch, self.steps + 1, self.steps_per_epoch))
         return whole if whole[-1:] == [self.steps] else [*whole, self.steps]
 
+    def visits(self) -> dict[str, int]:
+        """How many examples of each stream are seen, each as often as it is."""
+        found = {name: self.steps * size for name, size in self.batch.items()}
+        epochs, left = divmod(self.steps, self.steps_per_epoch)
+        found[self.anchor] = epochs * self.sizes[self.anchor] + left * self.batch[self.anchor]
+        return found
+
     def epoch(self, step: int) -> int:
         """The epoch, counted from 0, to which a step belongs."""
         return step // self.steps_per_epoch
@@ -139,6 +146,14 @@ class TurnPlan:
         self._early = min(passes[self.first], passes[self.second])
         self.steps = self._early * self._own[self.first] + passes[self.second] * self._own[self.second]
         self.steps_per_epoch = -(-self.steps // passes[self.second])
+
+    def visits(self) -> dict[str, int]:
+        """How many examples of each stream are seen, each as often as it is."""
+        passes = {
+            self.first: self._early,
+            self.second: (self.steps - self._early * self._own[self.first]) // self._own[self.second],
+        }
+        return {name: passes[name] * plan.sizes[name] for name, plan in self._plans.items()}
 
     def ends(self) -> list[int]:
         """Numbers of steps after which an epoch is over."""

@@ -18,6 +18,7 @@ from expunge.core.errors import InputError, unknown
 from expunge.data.rows import Indices, Table
 
 COLUMN = "spoiled"  #: column of the tables made here that is true for the wrong rows
+KNOWN = "known"  #: column with the share from which on a wrong row is known, in (0, 1]; 2 for right rows
 
 
 class Domain(Protocol):
@@ -32,7 +33,8 @@ class Spoiled:
     """A table with wrong rows; its other columns stay as they were.
 
     Attributes:
-        table: what the model learns from; its column ``spoiled`` is true for the wrong rows.
+        table: what the model learns from; its column ``spoiled`` is true for the wrong rows, and the condition
+            ``"known <= 0.3"`` chooses the 30 % of them that :meth:`known` names.
         rows: indices of the wrong rows, ascending.
         truth: the targets before ``[n]``.
         domain: where the damage shows; none: everywhere.
@@ -61,7 +63,7 @@ class Spoiled:
             raise InputError(
                 f"A share of {share} of {len(self.rows)} wrong rows holds no row.", "Give a share in (0, 1] that holds one."
             )
-        return np.sort(np.random.default_rng([self.seed, 31]).permutation(self.rows)[:count])
+        return np.sort(_order(self.rows, self.seed)[:count])
 
     def restored(self) -> Table:
         """The table with the true targets; inputs stay as they are."""
@@ -209,12 +211,19 @@ def confuse(data: Table, count: int, *, first: str, second: str, seed: int = 0) 
 
 
 def _spoiled(data: Table, rows: Indices, seed: int, changed: Mapping[str, Any], domain: Domain | None = None) -> Spoiled:
-    if COLUMN in data.columns:
-        raise InputError(f"The table has a column {COLUMN!r} already.", "Spoil a table once, or rename the column.")
-    wrong = np.zeros(len(data), dtype=bool)
+    for name in (COLUMN, KNOWN):
+        if name in data.columns:
+            raise InputError(f"The table has a column {name!r} already.", "Spoil a table once, or rename the column.")
+    wrong, known = np.zeros(len(data), dtype=bool), np.full(len(data), 2.0)
     wrong[rows] = True
-    made = dataclasses.replace(data, columns={**data.columns, COLUMN: wrong}, **changed)
+    known[_order(rows, seed)] = np.arange(1, len(rows) + 1) / len(rows)
+    made = dataclasses.replace(data, columns={**data.columns, COLUMN: wrong, KNOWN: known}, **changed)
     return Spoiled(made, rows, data.targets, domain, seed)
+
+
+def _order(rows: Indices, seed: int) -> Indices:
+    """The wrong rows in the order in which they become known."""
+    return np.random.default_rng([seed, 31]).permutation(rows)
 
 
 def _classified(data: Table) -> None:

@@ -24,7 +24,7 @@ from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.core.files import write_json
 from expunge.core.memory import freed_memory_kept
-from expunge.data.order import BatchPlan, TurnPlan, share
+from expunge.data.order import share
 from expunge.engine import checkpoint
 from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.alternate import States
@@ -36,10 +36,10 @@ from expunge.engine.objective import Micro, Objective, Sums
 from expunge.engine.options import Engine
 from expunge.engine.parameters import SaliencyMask
 from expunge.engine.parts import Recipe, Reweigh
+from expunge.engine.portions import portions
 from expunge.engine.preparation import run_preparation
 from expunge.engine.reference import ModelReference, frozen_models
 from expunge.engine.rewind import Rewind
-from expunge.engine.schedule import Turns
 
 
 class Progress(Protocol):
@@ -188,8 +188,8 @@ class _Loop:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = checkpoint.snapshot(self.model) if isinstance(recipe.finish, Reweigh) else {}
         self.joined = joined(recipe, adapter.model, self.devices.unwrap(self.model), sharded=self.devices.sharded)
-        self.erase_steps: float = math.inf  # after so many steps the forget terms pause
-        self.plan = self._plan()
+        sizes = {s: len(self.examples.get(s, ())) for s in (Stream.FORGET, Stream.RETAIN)}
+        self.plan, self.erase_steps = portions(recipe, sizes, engine.seed)
         self.total = self.plan.steps
         self.rewind = self._rewind()
         self.masks = moving_entries(
@@ -238,24 +238,6 @@ class _Loop:
         if self.schedule.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=1e-6, momentum=self.schedule.momentum, fused=True)
         return torch.optim.AdamW(groups, lr=1e-6, fused=True)
-
-    def _plan(self) -> BatchPlan | TurnPlan:
-        """Batches by (seed, step); the anchor (the forget set, or what is trained on) comes first and defines the epoch."""
-        schedule = self.schedule
-        anchor = Stream.FORGET if self.recipe.forget else Stream.RETAIN
-        sizes = {str(anchor): len(self.examples[anchor])}
-        batch = {str(anchor): min(schedule.batch, sizes[str(anchor)])}
-        if anchor is Stream.FORGET and self.recipe.retain:
-            sizes[str(Stream.RETAIN)] = len(self.examples[Stream.RETAIN])
-            batch[str(Stream.RETAIN)] = min(schedule.retain_batch or schedule.batch, sizes[str(Stream.RETAIN)])
-        if isinstance(schedule, Turns) and self.recipe.forget and self.recipe.retain:
-            passes = {str(Stream.FORGET): schedule.erase_epochs, str(Stream.RETAIN): math.ceil(schedule.epochs or 1)}
-            return TurnPlan(sizes, batch, seed=self.engine.seed, passes=passes)
-        per_epoch = -(-sizes[str(anchor)] // batch[str(anchor)])
-        self.erase_steps = schedule.total_steps(per_epoch)
-        kept = str(Stream.RETAIN)
-        more = schedule.repair_steps(-(-sizes[kept] // batch[kept])) if kept in sizes else 0
-        return BatchPlan(sizes, batch, seed=self.engine.seed, steps=self.erase_steps + more)
 
     # ---- one step
 

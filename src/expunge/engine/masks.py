@@ -46,18 +46,29 @@ def moving_entries(
 
 
 def saliency_masks(
-    objective: Objective, model: nn.Module, parameters: Sequence[nn.Parameter], *, density: float, examples: int, max_tokens: int
+    objective: Objective,
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    *,
+    density: float,
+    examples: int | None,
+    max_tokens: int,
 ) -> list[Tensor]:
     """One boolean mask per parameter: the ``density`` of all entries with the largest gradient of the loss on the forget set.
 
     The loss is that of the forget examples' own answers, whatever the recipe teaches in their place (Fan et al. 2023, arXiv
-    2310.12508, equation 3, and their code). Computed on the first ``examples`` forget examples in evaluation mode, on every
-    process alike. Ties at the threshold all pass.
+    2310.12508, equation 3, and their code). Computed in evaluation mode, on every process alike, on all forget
+    examples, or on so many drawn at random. Ties at the threshold all pass.
     """
     adapter, device = objective.adapter, parameters[0].device
     held = [torch.zeros_like(p) for p in parameters]
+    forget = list(objective.examples[Stream.FORGET])
+    if examples is not None and examples < len(forget):
+        # Not the first ones: rows often lie sorted by class, and the mask would be that of one class.
+        chosen = torch.randperm(len(forget), generator=torch.Generator().manual_seed(0))[:examples]
+        forget = [forget[i] for i in sorted(chosen.tolist())]
     with evaluating(model), torch.enable_grad():
-        for part in fitting(objective.examples[Stream.FORGET][:examples], max_tokens):
+        for part in fitting(forget, max_tokens):
             loss = adapter.forward(model, adapter.collate(part).to(device), frozenset({"losses"})).losses.sum()
             for total, g in zip(held, torch.autograd.grad(loss, list(parameters), allow_unused=True), strict=True):
                 if g is not None:

@@ -60,6 +60,11 @@ class Training(Settings):
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of all parameters")
     clip: float | None = Field(None, gt=0, description="largest norm of each member's gradient; none: no limit")
+    restriction: float = Field(
+        0.0,
+        ge=0,
+        description="how much the size of the gradient adds to the loss, tensor by tensor (gradient restriction; iau: 0.005)",
+    )
     stream: Literal["shared", "own"] = Field(
         "shared",
         description="shared: one order of all rows for all members, who differ by their weights; "
@@ -263,6 +268,8 @@ def _descend(spec: Spec, members: Members, function: Function, state: tuple[Tens
         weights = weights.to(spec.device, losses.dtype)
         total = weights.sum(1)
         loss = ((losses * weights).sum(1) / total.where(total > 0, 1.0)).sum()
+        if training.restriction:
+            loss = loss + training.restriction * _gradient_sizes(loss, tensors)
         for tensor, gradient in zip(tensors, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True):
             # The fused optimisers read weights and gradients in memory order, whatever their strides are.
             tensor.grad = None if gradient is None else gradient.contiguous()
@@ -311,6 +318,17 @@ def _optimizer(training: Training, tensors: list[Tensor]) -> torch.optim.Optimiz
         return torch.optim.SGD(tensors, lr=training.lr, momentum=momentum, weight_decay=decay, fused=fused)
     kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.Adam
     return kind(tensors, lr=training.lr, weight_decay=training.weight_decay, fused=fused)
+
+
+def _gradient_sizes(loss: Tensor, tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of each member's gradient on each tensor, added up over tensors and members; differentiable.
+
+    ``sum over tensors ||d CE(batch) / d theta||_2``, as the published code of IAU has it (the paper writes one norm, of the
+    gradient of a row).
+    """
+    found = torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True)
+    tiny = torch.finfo(loss.dtype).tiny  # the slope of a root at 0 is infinite
+    return torch.stack([(g.flatten(1).square().sum(1) + tiny).sqrt().sum() for g in found if g is not None]).sum()
 
 
 def _clip(tensors: list[Tensor], limit: float) -> None:

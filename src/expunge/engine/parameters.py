@@ -202,7 +202,11 @@ class SaliencyMask(AllParameters):
     name: ClassVar[str] = "mask"
 
     density: float = Field(0.5, gt=0, le=1, description="share of the entries that may move")
-    examples: int = Field(128, ge=1, description="forget examples from which the saliency is computed, at most")
+    examples: int | None = Field(
+        None,
+        ge=1,
+        description="forget examples from which the saliency is computed, at most, drawn at random; none: all, as published",
+    )
 
 
 class Pruned(AllParameters):
@@ -235,8 +239,12 @@ class Pruned(AllParameters):
         gone = round(self.rate * sizes.numel())
         if gone:
             limit = sizes.kthvalue(gone).values
+            left = gone - int((sizes < limit).sum())  # of those exactly at the limit, so many go: the first
             for p in chosen:
-                p.masked_fill_(p.abs() <= limit, 0.0)
+                equal = (p.abs() == limit).flatten().nonzero().squeeze(1)[:left]
+                left -= len(equal)
+                p.masked_fill_(p.abs() < limit, 0.0)
+                p[torch.unravel_index(equal, p.shape)] = 0.0
         return model
 
     def entries(self, parameters: Sequence[Tensor]) -> list[Tensor]:

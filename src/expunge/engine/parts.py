@@ -226,6 +226,11 @@ class Schedule(Settings, abc.ABC):
         """Examples that it looks at, beside those that are trained on."""
         return frozenset()
 
+    @property
+    def epochs_over(self) -> Stream:
+        """Which set an epoch passes over where there are terms of both sides; the other one is drawn from in turn."""
+        return Stream.FORGET
+
     @abc.abstractmethod
     def total_steps(self, per_epoch: int) -> int:
         """Optimiser steps at most, for an epoch of so many steps."""

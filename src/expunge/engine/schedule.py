@@ -23,11 +23,20 @@ class Fixed(Schedule):
 
     lr: float | None = Field(1e-5, gt=0, description="peak learning rate; none: found by the range test of the adaptive schedule")
     epochs: float | None = Field(10, gt=0, description="passes over the forget set (over the retain set if nothing is forgotten)")
+    over: Literal["forget", "retain"] = Field(
+        "forget",
+        description="which set an epoch passes over, if there are two; the other one is drawn from in turn, again and again",
+    )
     steps: int | None = Field(None, ge=1, description="optimiser steps; overrides epochs")
     warmup: float = Field(1.0, ge=0, description="epochs of linear warm-up (of steps: share of them, if steps are given)")
     decay: Literal["linear", "cosine", "constant"] = Field("linear", description="course of the learning rate after warm-up")
     batch: int = Field(32, ge=1, description="forget examples per optimiser step, over all processes and micro-batches")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay of adamw; of sgd: added to the gradient")
+
+    @property
+    def epochs_over(self) -> Stream:
+        """What ``over`` says."""
+        return Stream(self.over)
 
     def total_steps(self, per_epoch: int) -> int:
         """Steps if given, else epochs times ``per_epoch``."""
@@ -44,6 +53,7 @@ class Turns(Fixed):
     name: ClassVar[str] = "turns"
 
     epochs: float | None = Field(3, gt=0, description="passes over the retain set")
+    over: Literal["retain"] = Field("retain", description="each epoch ends with a pass over it")
     steps: None = Field(None, description="not used: the passes say how long")
     erase_epochs: int = Field(2, ge=0, description="epochs that begin with a pass over the forget set")
     rewind: bool = Field(

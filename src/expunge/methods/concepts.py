@@ -1,7 +1,7 @@
 """Class unlearning by concepts: poison the rows that show what carries the class, and train on it beside the rest."""
 
 from expunge.engine.parts import Paper, Recipe
-from expunge.engine.schedule import Fixed
+from expunge.engine.schedule import Turns
 from expunge.methods.compose import compose
 from expunge.methods.preparations.poison import ConceptPoison
 from expunge.methods.registry import method
@@ -18,7 +18,7 @@ from expunge.methods.terms.likelihood import NLL, AlternativeNLL
         "https://arxiv.org/abs/2405.15662",
     ),
     formula="L = NLL(forget rows that show the class's concepts, with another class) + NLL(retain)",
-    published=Fixed(lr=1e-4, epochs=3, batch=128, warmup=0, decay="constant", weight_decay=0),
+    published=Turns(lr=1e-4, epochs=3, erase_epochs=3, batch=128, retain_batch=128, clip=None, weight_decay=0),
     caveats=(
         "The concepts only say which rows are relabelled, and to which class: with preparation.rows=all and random labels it is "
         "random-label, and preparation.rows=random shows what they add.",

@@ -14,7 +14,7 @@ PAPER = Paper(
     2023,
     "https://arxiv.org/abs/2304.04934",
 )
-PUBLISHED = Fixed(lr=0.01, epochs=10, batch=256, warmup=0, decay="constant", optimizer="sgd", weight_decay=5e-4)
+PUBLISHED = Fixed(lr=0.01, epochs=10, batch=256, warmup=0, decay="constant", optimizer="sgd", weight_decay=5e-4, clip=None)
 
 
 @method(

@@ -13,7 +13,7 @@ SCRUB = Paper(
     2023,
     "https://arxiv.org/abs/2302.09880",
 )
-PUBLISHED = Turns(lr=5e-4, epochs=3, erase_epochs=2, batch=32, retain_batch=128, optimizer="sgd", weight_decay=5e-4)
+PUBLISHED = Turns(lr=5e-4, epochs=3, erase_epochs=2, batch=32, retain_batch=128, optimizer="sgd", weight_decay=5e-4, clip=None)
 
 
 @method(
@@ -76,13 +76,14 @@ def scrub_rewind() -> Recipe:
         "https://arxiv.org/abs/2205.08096",
     ),
     formula="L = KL(p_bad || p)(forget) + KL(p_ref || p)(retain)",
-    published=Fixed(lr=1e-4, epochs=1, batch=256, warmup=0, decay="constant", weight_decay=0),
+    published=Fixed(lr=1e-4, epochs=1, batch=256, warmup=0, decay="constant", weight_decay=0, clip=None),
     caveats=("Forget rows end near uniform predictions, which no model that never saw them makes: an attacker can tell.",),
 )
 def bad_teacher() -> Recipe:
     """Forget predictions go to those of a random network of the same shape, retain predictions stay the target's.
 
     The paper mixes both in one batch with a random 30 % of the retain set; here the retain rows of a step are drawn from all of
-    it. The official code divides the divergence by the number of classes too, and its learning rate assumes that.
+    it, as many as forget rows unless ``schedule.retain_batch`` says otherwise. The official code divides the divergence by the
+    number of classes too, and its learning rate assumes that.
     """
     return compose("bad-teacher", forget=[IncompetentKL()], retain=[KL()])

@@ -27,6 +27,7 @@ from expunge.pipeline.train import finished, retrained, retraining_of
 from expunge.pipeline.unlearn import Request, load_request, split_holdout
 
 DOCUMENT = "audit.json"
+_AUDITED = ("unlearn", "unlearn-rows", "prepared")  #: kinds of runs that an audit can be asked of
 
 
 class AuditConfig(Settings):
@@ -163,7 +164,7 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
     return AuditPlan(run, config, settings, request, unlearned, sets, cost)
 
 
-def _check_kind(run: Run) -> None:
+def _check_kind(run: Run, kinds: Sequence[str] = ("unlearn",)) -> None:
     kind, folder = run.manifest["kind"], run.folder
     whole = (folder if kind == "sequence" else folder.parent) / "manifest.json"
     if whole.is_file() and Run.open(whole.parent).manifest["kind"] == "sequence":
@@ -171,12 +172,7 @@ def _check_kind(run: Run) -> None:
             f"{str(folder)!r} belongs to a sequence of requests, which is audited when it is done, as a whole.",
             f"Repeat its command with --resume --retrain 3: expunge unlearn MODEL --requests FILE ... --out {whole.parent}.",
         )
-    if kind == "prepared":
-        raise InputError(
-            f"{str(folder)!r} is a run of a prepared method: its promise holds by construction, without a verdict.",
-            f"What each deletion did and cost is in {folder / 'deletions.json'}; its guarantee is stated there.",
-        )
-    if kind != "unlearn":
+    if kind not in kinds:
         raise InputError(
             f"{str(folder)!r} is a run of kind {kind!r}, not of `expunge unlearn`.", "Give the folder that its --out named."
         )
@@ -240,7 +236,7 @@ def read(folder: Path) -> AuditDocument:
     """
     path = folder / DOCUMENT
     if not path.is_file():
-        _check_kind(Run.open(folder))
+        _check_kind(Run.open(folder), _AUDITED)
     if not path.is_file():
         raise InputError(f"The run {str(folder)!r} has not been audited.", f"Do it: expunge audit {folder} --retrain 3.")
     return AuditDocument.model_validate_json(path.read_text(encoding="utf-8"))

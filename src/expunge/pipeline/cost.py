@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from expunge.core.access import Stream
 from expunge.core.files import size
 from expunge.engine.adaptive import SHARES, TRIAL_STEPS
 from expunge.engine.parts import Recipe
+from expunge.engine.portions import portions
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Cost:
     disk: int
     parameters: int
 
-    def text(self) -> str:
-        """One line for people."""
+    def text(self, unit: str = "tokens") -> str:
+        """One line for people; ``unit`` is what one unit of an example's size is called (a token; a row)."""
         return (
-            f"at most {self.steps:,} steps, {self.tokens:,} tokens, about {size(self.memory)} of memory "
+            f"at most {self.steps:,} steps, {self.tokens:,} {unit}, about {size(self.memory)} of memory "
             f"and {size(self.disk)} of disk ({self.parameters:,} parameters)"
         )
 
@@ -38,21 +38,18 @@ class Cost:
 
 def estimate(recipe: Recipe, examples: Mapping[Stream, Sequence[Example]], parameters: int, memory: int, disk: int) -> Cost:
     """Upper bounds for one training stage, the range test included."""
-    schedule = recipe.schedule
-    anchor = Stream.FORGET if recipe.forget else Stream.RETAIN
-    n = len(examples[anchor])
-    batch = min(schedule.batch, n)
-    per_epoch = math.ceil(n / batch)
-    steps = schedule.total_steps(per_epoch)
-    if schedule.lr is None:
-        steps += len(SHARES) * max(2, min(TRIAL_STEPS, steps // 4))
+    sizes = {s: len(examples.get(s, ())) for s in (Stream.FORGET, Stream.RETAIN)}
+    plan, _ = portions(recipe, sizes, 0)
 
     def mean(stream: Stream) -> float:
         held = examples.get(stream, ())
         return sum(e.size for e in held) / len(held) if held else 0.0
 
-    per_step = batch * mean(anchor)
-    if recipe.forget:
-        per_step += batch * mean(Stream.ALTERNATIVE)
-        per_step += (schedule.retain_batch or schedule.batch) * mean(Stream.RETAIN) if recipe.retain else 0
-    return Cost(steps, int(steps * per_step), memory, disk, parameters)
+    of_side = {Stream.FORGET: mean(Stream.FORGET) + mean(Stream.ALTERNATIVE), Stream.RETAIN: mean(Stream.RETAIN)}
+    tokens = sum(rows * of_side[Stream(name)] for name, rows in plan.visits().items())
+    steps = plan.steps
+    if recipe.schedule.lr is None:
+        trials = len(SHARES) * max(2, min(TRIAL_STEPS, steps // 4))
+        tokens *= 1 + trials / max(1, steps)
+        steps += trials
+    return Cost(steps, int(tokens), memory, disk, parameters)

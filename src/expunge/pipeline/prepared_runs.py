@@ -158,7 +158,10 @@ def plan_deletion(folder: Path, choice: dict[str, Any]) -> Deletion:
         named = [name for name in named if name not in gone]
         if not named:
             raise InputError("All rows of this choice were deleted already.", "Nothing is left to do.")
-    notes = tuple(f"Of the class {c!r} no row is left: it is forgotten as a whole." for c in problem.data.emptied(chosen))
+    there = {name: i for i, name in enumerate(problem.data.ids)}
+    lost = np.array(sorted({*map(int, chosen), *(there[name] for name in gone if name in there)}), dtype=np.int64)
+    emptied = problem.data.emptied(lost)  # by this deletion and those before it together
+    notes = tuple(f"Of the class {c!r} no row is left: it is forgotten as a whole." for c in emptied)
     return Deletion(run, config.build(), source_of(problem), tuple(named), notes)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field
+import numpy.typing as npt
+from pydantic import Field, model_validator
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from expunge.adapters.supervised import SupervisedAdapter
@@ -17,7 +19,7 @@ from expunge.audit.outputs import References, row_outputs
 from expunge.audit.run import AuditedModel, audit, limited
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError
-from expunge.core.files import digest_file, write_text
+from expunge.core.files import atomic_path, digest_file, digest_json, write_text
 from expunge.core.runs import Run, cache_folder
 from expunge.core.settings import Settings
 from expunge.data.records import RecordSet
@@ -26,12 +28,14 @@ from expunge.engine.ensemble import Ensemble
 from expunge.engine.loop import Progress
 from expunge.engine.tasks import Workers
 from expunge.pipeline.audit import DOCUMENT
-from expunge.pipeline.row_runs import KIND, RowsConfig, load_weights, sets_of
+from expunge.pipeline.row_runs import KIND, RowsConfig, halves, load_weights, sets_of
+from expunge.pipeline.rows import plan_rows, run_rows
 from expunge.pipeline.supervised import Supervised, member, target_of
 
 _SECOND = 1000  #: first seed of reference models, so that they share none with the retrained models that are judged
 
 Sets = Mapping[str, RecordSet[Row]]
+Floats = npt.NDArray[np.float64]
 
 
 class RowAuditConfig(Settings):
@@ -43,8 +47,23 @@ class RowAuditConfig(Settings):
     references: int = Field(
         0, ge=0, le=1000, description="further models trained with and without the forget rows, of each so many, for single rows"
     )
+    repeats: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="so many of the reference models that know the rows are unlearned as the run was: measures on many models",
+    )
     workers: Workers = Field("local", description="where models are trained: local, or ray")
     settings: AuditSettings = Field(default_factory=AuditSettings, description="what is measured, and how sure it must be")
+
+    @model_validator(mode="after")
+    def _repeats_are_references(self) -> RowAuditConfig:
+        if self.repeats > self.references:
+            raise InputError(
+                f"{self.repeats} reference models cannot be unlearned: there are {self.references}.",
+                f"Raise --references to {self.repeats}, or lower --repeats.",
+            )
+        return self
 
 
 @dataclass
@@ -62,6 +81,7 @@ class RowAuditPlan:
         """One line on what it costs, for people."""
         c = self.config
         further = f", {2 * c.references} reference models" if c.references else ""
+        further += f", {c.repeats} of them unlearned too" if c.repeats else ""
         rows = sum(len(s) for s in self.sets.values())
         return f"{2 + c.retrain} models, {c.retrain} of them retrained{further}; {rows:,} rows for each"
 
@@ -113,6 +133,8 @@ def audit_rows_run(
 
     def work() -> dict[str, Any]:
         gold, references = comparison(made.problem, target, made.chosen, made.sets, made.config, progress=progress)
+        if references is not None and made.config.repeats:
+            references = replace(references, unlearned={unlearned.label: repeated(made, target, progress=progress)})
         models = [AuditedModel("target", "target", target, path=made.unlearning.model), *gold, unlearned]
         title = f"{made.unlearning.method} on {made.unlearning.model}"
         document = measure(models, made.sets, made.config.settings, references, progress=progress, title=title)
@@ -169,6 +191,9 @@ def audit_together(
 
     def work() -> dict[str, Any]:
         gold, references = comparison(first.problem, target, first.chosen, first.sets, config, progress=progress)
+        if references is not None and config.repeats:
+            many = {p.run.folder.name: repeated(p, target, progress=progress) for p in made}
+            references = replace(references, unlearned=many)
         models = [AuditedModel("target", "target", target, path=first.unlearning.model), *gold]
         models += [audited(p.run, target, label=p.run.folder.name) for p in made]
         document = measure(models, first.sets, config.settings, references, progress=progress, title=title)
@@ -221,6 +246,45 @@ def comparison(
     held_all = originals(problem, config.references, workers=config.workers, progress=progress)
     margins = [margins_of(problem, target, held, sets) for held in (without, held_all)]
     return gold, References(margins[0], margins[1])
+
+
+def repeated(made: RowAuditPlan, target: SupervisedAdapter, *, progress: Progress | None = None) -> dict[str, Floats]:
+    """Margins ``[models, n]`` by set of reference models that know the forget rows, after each was unlearned as the run was.
+
+    Each with a seed of its own; what is done is kept in the cache.
+    """
+    held = originals(made.problem, made.config.references, workers=made.config.workers, progress=progress)
+    found = []
+    for i in range(made.config.repeats):
+        if progress is not None:
+            progress(i, made.config.repeats, "unlearning reference models")
+        found.append(_unlearned(made, like(target, member(made.problem, held, i)), _SECOND + i))
+    return {name: np.stack([f[name] for f in found]) for name in made.sets}
+
+
+def _unlearned(made: RowAuditPlan, adapter: SupervisedAdapter, seed: int) -> dict[str, Floats]:
+    """Margins of the rows of each set under a model after it was unlearned."""
+    config = made.unlearning
+    engine = config.engine.model_copy(update={"seed": seed, "checkpoint_every": 0, "trackers": ()})
+    key = digest_json([
+        adapter.fingerprint(), config.model_dump(mode="json", exclude={"model", "engine"}), engine.model_dump(mode="json"),
+        made.problem.data.rows(made.chosen).digest, {name: rows.digest for name, rows in made.sets.items()},
+    ])  # fmt: skip
+    path = cache_folder() / "repeats" / f"{key}.safetensors"
+    if not path.is_file():
+        goal = halves(made.problem.holdout, config.engine.seed)[0] if made.problem.holdout is not None else None
+        ready = plan_rows(
+            adapter, made.problem.data, made.chosen, config.method, parts=config.parts, engine=engine, holdout=goal,
+            how=config.alternatives, allow_overlap=config.allow_overlap, allow_large_forget=config.allow_large_forget,
+        )  # fmt: skip
+        run_rows(ready)
+        margins = {
+            name: row_outputs(adapter, rows, store=None, fingerprint="", batch_tokens=8192).margins
+            for name, rows in made.sets.items()
+        }
+        with atomic_path(path) as temporary:
+            save_file({name: np.ascontiguousarray(value) for name, value in margins.items()}, temporary)
+    return dict(load_file(path))
 
 
 def like(adapter: SupervisedAdapter, model: nn.Module) -> SupervisedAdapter:

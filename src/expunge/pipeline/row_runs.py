@@ -33,7 +33,7 @@ from expunge.pipeline.cost import Cost, estimate
 from expunge.pipeline.models import check_memory
 from expunge.pipeline.problems import load_problem
 from expunge.pipeline.processes import drop_checkpoint
-from expunge.pipeline.rows import RowPlan, plan_rows, run_rows
+from expunge.pipeline.rows import RowPlan, plan_rows, run_rows, unseen_notes
 from expunge.pipeline.supervised import Supervised, target_of
 
 KIND = "unlearn-rows"
@@ -61,7 +61,7 @@ class RowsConfig(Settings):
     alternatives: Literal["auto", "other", "any"] = Field(
         "auto", description="classes put in the place of forgotten ones; auto: as the method publishes"
     )
-    allow_overlap: bool = Field(False, description="go on although equal rows are to be forgotten and to be kept")
+    allow_overlap: bool = Field(False, description="go on although rows of two sides are equal: forget, retain, holdout")
     allow_large_forget: bool = Field(False, description="go on although there is more to forget than to keep")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
 
@@ -136,11 +136,13 @@ def plan(
 
 def _checked(config: RowsConfig, held: Supervised, chosen: Indices, model: nn.Module) -> RowRunPlan:
     adapter = held.adapter(model, dropout=config.engine.dropout)
+    notes = unseen_notes(held.data, held.holdout, allow_overlap=config.allow_overlap)
     goal = halves(held.holdout, config.engine.seed)[0] if held.holdout is not None else None
     made = plan_rows(
         adapter, held.data, chosen, config.method, parts=config.parts, engine=config.engine, holdout=goal,
         how=config.alternatives, allow_overlap=config.allow_overlap, allow_large_forget=config.allow_large_forget,
     )  # fmt: skip
+    made.notes.extend(notes)
     return RowRunPlan(config, held, chosen, made, _cost(adapter, made))
 
 
@@ -233,21 +235,23 @@ def _state(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def sets_of(problem: Supervised, chosen: Indices, seed: int) -> dict[str, RecordSet[Row]]:
-    """The sets that are scored: forget, retain; of the unseen rows the half that training never looked at.
+def sets_of(problem: Supervised, chosen: Indices, seed: int, *, whole: bool = False) -> dict[str, RecordSet[Row]]:
+    """The sets that are scored: forget, retain; of the unseen rows the half that training never looked at (or ``whole``: all).
 
     ``holdout`` are unseen rows of the forgotten kind, for membership attacks: where whole classes are forgotten, those classes
     alone (other classes would be told apart without any memory). ``test`` are unseen rows of what is kept, for usefulness.
+    Further sets are those that the problem names.
     """
     data = problem.data
     found = {"forget": data.rows(chosen, "forget"), "retain": data.rows(data.others(chosen), "retain")}
+    further = {name: rows.rows(name=name) for name, rows in problem.sets.items()}
     if problem.holdout is None:
-        return found
-    unseen = halves(problem.holdout, seed)[1]
+        return found | further
+    unseen = problem.holdout if whole else halves(problem.holdout, seed)[1]
     gone = [data.classes.index(c) for c in data.emptied(chosen)]
     alike = np.isin(unseen.targets, gone) if gone else np.ones(len(unseen), dtype=bool)
     kept = ~alike if gone else alike
     for name, mask in (("holdout", alike), ("test", kept)):
         if mask.any():
             found[name] = unseen.rows(np.flatnonzero(mask), name)
-    return found
+    return found | further

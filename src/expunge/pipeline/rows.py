@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from expunge.methods.recipe import build
 
 _GUESSED = 0.9  #: share of the loss of a guess at which a class counts as forgotten: a mean over rows never quite gets there
 _NEIGHBOURS, _NEIGHBOURS_AMONG = 10, 5000
+_SAME_BY_CHANCE = 0.01  #: share of the holdout that may equal training rows
 _GOAL_ROWS = 128  #: unseen rows that the goal is estimated on, at most
 
 
@@ -301,5 +303,27 @@ def _equal_rows(data: Table, chosen: Indices) -> int:
     return sum(_content(data, int(i)) in kept for i in chosen)
 
 
+def unseen_notes(data: Table, holdout: Table | None, *, allow_overlap: bool) -> list[str]:
+    """What a report must say of rows that are given as unseen and were trained on.
+
+    They would say when to stop, and stand for non-members in every attack. A few may be equal by chance; more are refused.
+
+    Raises:
+        InputError: more than one in a hundred of them equals a row that was trained on, and that is not allowed.
+    """
+    if holdout is None or holdout.inputs.shape[1:] != data.inputs.shape[1:]:
+        return []
+    unseen = replace(holdout, inputs=holdout.inputs.astype(data.inputs.dtype, copy=False))
+    trained = {_content(data, i) for i in range(len(data))}
+    same = sum(_content(unseen, i) in trained for i in range(len(unseen)))
+    if not same:
+        return []
+    sentence = f"{same} of {len(holdout)} holdout rows equal a row that was trained on (inputs and target): they are not unseen."
+    if same > _SAME_BY_CHANCE * len(holdout) and not allow_overlap:
+        raise InputError(sentence, "Leave them out of the holdout, or give allow_overlap=True (--allow-overlap).")
+    return [sentence]
+
+
 def _content(data: Table, i: int) -> tuple[bytes, float]:
-    return np.ascontiguousarray(data.inputs[i]).tobytes(), float(data.targets[i])
+    inputs = np.ascontiguousarray(data.inputs[i])
+    return hashlib.blake2b(inputs.tobytes(), digest_size=16).digest(), float(data.targets[i])

@@ -6,9 +6,9 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -53,6 +53,8 @@ class Supervised:
         fit: trains an untrained network on a table, with a seed, and returns it; for trainings that ``training`` cannot say.
         model: the trained model; none: trained by the above, once, and kept in the cache.
         holdout: rows that it was never trained on.
+        sets: further rows by name that an audit measures every model on, such as unseen rows with a trigger on them; never
+            trained on, and nothing is stopped by them.
         loss: of a regression.
         layers: names of the modules whose outputs are features; none: found.
     """
@@ -63,6 +65,7 @@ class Supervised:
     fit: Callable[[nn.Module, Table, int], nn.Module] | None = None
     model: nn.Module | None = None
     holdout: Table | None = None
+    sets: Mapping[str, Table] = field(default_factory=dict)
     loss: Literal["l1", "mse"] = "l1"
     layers: tuple[str, ...] | None = None
 
@@ -79,15 +82,20 @@ class Supervised:
             )
         if self.training is not None and self.fit is not None:
             raise InputError("There are two ways to train: training and fit.", "Give one of them.")
-        if self.holdout is None:
-            return
-        if self.holdout.task != self.data.task or self.holdout.classes != self.data.classes:
-            raise InputError("The holdout rows are of another task, or of other classes.", "Name the same classes in both.")
-        if self.holdout.inputs.shape[1:] != self.data.inputs.shape[1:]:
-            raise InputError(
-                f"The rows have the shape {list(self.data.inputs.shape[1:])}, those of the holdout "
-                f"{list(self.holdout.inputs.shape[1:])}.", "Prepare both alike.",
-            )  # fmt: skip
+        taken = sorted({"forget", "retain", "holdout", "test"} & set(self.sets))
+        if taken:
+            raise InputError(f"A further set cannot be called {taken[0]!r}: an audit makes one of that name.", "Rename it.")
+        held = {} if self.holdout is None else {"the holdout": self.holdout}
+        for name, other in {**held, **{f"the set {n!r}": t for n, t in self.sets.items()}}.items():
+            if other.task != self.data.task or other.classes != self.data.classes:
+                raise InputError(
+                    f"The rows of {name} are of another task, or of other classes.", "Name the same classes in both."
+                )
+            if other.inputs.shape[1:] != self.data.inputs.shape[1:]:
+                raise InputError(
+                    f"The rows have the shape {list(self.data.inputs.shape[1:])}, those of {name} "
+                    f"{list(other.inputs.shape[1:])}.", "Prepare both alike.",
+                )  # fmt: skip
 
     @property
     def retrainable(self) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from expunge.core.errors import InputError
+from expunge.core.errors import InputError, unknown
 from expunge.data.rows import Table
 from expunge.engine.worst_case import Progress, Selection, WorstCase, worst_case
 from expunge.pipeline.rows import open_rows
+
+Unit = Literal["row", "class", "subject"]
 
 
 def worst_rows(
@@ -18,7 +20,7 @@ def worst_rows(
     data: Table,
     count: int,
     *,
-    by: Literal["row", "class", "subject"] = "row",
+    by: Unit = "row",
     loss: Literal["l1", "mse"] = "l1",
     layers: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -45,10 +47,28 @@ def worst_rows(
     Raises:
         InputError: the model does not fit the rows, there is nothing of that kind to choose, or too little of it.
     """
+    unit = check_by(data, by, count, settings)
     how = Selection(**settings)
-    owners = _owners(data, by)
+    owners = _owners(data, unit)
     adapter = open_rows(model, data, loss=loss, layers=layers, dropout=False)
     return worst_case(adapter, [adapter.encode(r) for r in data.rows()], count, how, groups=owners, progress=progress)
+
+
+def check_by(data: Table, by: str, count: int, settings: Mapping[str, Any]) -> Unit:
+    """Check a request before a model is trained for it.
+
+    Raises:
+        InputError: a setting is wrong, there is nothing of that kind to choose, or not more of it than is asked for.
+    """
+    Selection(**settings)
+    if by not in get_args(Unit):
+        raise unknown("kind of unit", by, get_args(Unit))
+    owners = _owners(data, by)
+    units = len(data) if owners is None else len(set(owners))
+    if not 1 <= count < units:
+        raise InputError(f"{count} of {units} units cannot be chosen.", f"Give a number in [1, {units - 1}].")
+    found: Unit = by  # type: ignore[assignment]
+    return found
 
 
 def _owners(data: Table, by: str) -> Sequence[int] | None:

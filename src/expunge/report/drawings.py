@@ -15,6 +15,7 @@ from expunge.report.headline import ACTIVE, family, pick
 from expunge.report.text import clean, plural
 from expunge.report.view import ordered
 
+_LOSS_UNITS = {"language": " per token, nats", "classification": ", nats"}  #: by modality; other losses have none of their own
 PANELS = 12  #: models in one figure of distributions: the gold standard once, further retrained seeds are left out first
 
 
@@ -170,7 +171,7 @@ def _distributions(document: AuditDocument, prefix: str) -> Iterator[Drawing]:
         shown = [d for d in parts if d not in spare][:PANELS]
         left_out = [d.model for d in parts if d not in shown]
         name = term(document, quantity).title
-        unit = " per token, nats" if quantity == "loss" else ""
+        unit = _LOSS_UNITS.get(document.modality, "") if quantity == "loss" else ""
         titles = {d.model: d.model for d in shown}
         groups = ", ".join(dict.fromkeys(g for d in shown for g in d.groups))
         alt = f"Histograms of {name.lower()} per example for the sets {groups}, one panel for each of: {', '.join(titles)}."

@@ -114,6 +114,12 @@ METRICS: Mapping[str, Term] = {
 }
 
 
+_ROWS: Mapping[str, Term] = {
+    "loss": Term(
+        "Loss", "Loss of a row: the cross-entropy of its class in nats, or the error of its number; 0 is perfect recall."
+    ),
+}
+
 _PARTS: Mapping[str, str] = {
     "loss": "LOSS",
     "min-k": "Min-K%",
@@ -135,11 +141,16 @@ def term(document: AuditDocument, key: str) -> Term:
     own = declared.get(parts[0]) if isinstance(declared, Mapping) else None
     said = own if isinstance(own, Mapping) else {}
     special = METRICS.get(f"{parts[0]}.{parts[-1]}")
-    known = special or METRICS.get(parts[0], Term(_plain(parts[0])))
+    known = special or _of_rows(document, parts[0]) or METRICS.get(parts[0], Term(_plain(parts[0])))
     rest = parts[1:-1] if special else parts[1:]
     named = str((not special and said.get("title")) or known.title)
     title = ", ".join((named, *(_PARTS.get(p, p.replace("-", " ")) for p in rest)))
     return Term(title, str(said.get("text") or known.text), str(said.get("formula") or known.formula))
+
+
+def _of_rows(document: AuditDocument, name: str) -> Term | None:
+    """What a name means where a row is answered by a class or a number, if that is something else than for answers in words."""
+    return _ROWS.get(name) if document.modality in ("classification", "regression") else None
 
 
 def used(documents: Sequence[AuditDocument]) -> list[Term]:

@@ -116,6 +116,11 @@ def test_relearning():
     assert math.isnan(gaps.relearn_ratio(None, 10))
     with pytest.raises(InputError, match="not negative"):
         gaps.relearn_steps([-1.0], 0.5)
+    assert gaps.regain_steps([0.0, 0.5, 0.94, 0.96], original=1.0) == 3
+    assert gaps.regain_steps([0.0, 0.5, 0.94], original=1.0) is None
+    assert gaps.regain_steps([0.0], original=0.0) == 0
+    with pytest.raises(InputError, match="must be in"):
+        gaps.regain_steps([1.5], 0.5)
 
 
 def test_retrain_free_divergence():

@@ -161,10 +161,10 @@ def test_what_is_removed_is_gone_from_every_class(tmp_path: Path) -> None:
     given, folder = digits_source(300), tmp_path / "run"
     method = CertifiedRemoval(sigma=5.0, epsilon=100.0)
     method.train(given, folder)
-    before = method.load(given, folder).weights.detach().numpy()
+    before = method.load(given, folder).weight.detach().numpy()
     gone = [f"d{i}" for i in range(10)]
     method.delete(given, folder, gone)
-    after, state = method.load(given, folder).weights.detach().numpy(), held(method, given, folder)
+    after, state = method.load(given, folder).weight.detach().numpy(), held(method, given, folder)
     x, labels = method._rows(given, [f"d{i}" for i in range(10, 300)])
     for k, y in enumerate(method._targets(given, labels)):
         retrained, _ = fit(Logistic(), x, y, method.ridge, state["noise"][k].numpy())
@@ -183,7 +183,7 @@ def test_numbers_are_removed_exactly(tmp_path: Path) -> None:
     kept = without(given.table, ["3", "17", "4"])
     x = np.c_[kept.inputs.astype(float), np.ones(37)]
     there = Ridge(alpha=method.ridge * 37, fit_intercept=False).fit(x, kept.targets.astype(float)).coef_
-    np.testing.assert_allclose(method.load(given, folder).weights.detach()[0], there, atol=1e-9)
+    np.testing.assert_allclose(method.load(given, folder).weight.detach()[0], there, atol=1e-9)
 
 
 def test_scores_fit_the_classes(tmp_path: Path) -> None:

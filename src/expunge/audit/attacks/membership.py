@@ -104,6 +104,7 @@ class MembershipAttack(Settings, abc.ABC):
     paper: ClassVar[Paper]
     evaluate: ClassVar[Callable[..., Any]]  #: the pure function
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES})  #: what it needs of a modality
+    lack_is_common: ClassVar[bool] = False  #: whether what :meth:`lacks` misses, it misses for every model of the audit
 
     @abc.abstractmethod
     def score(self, evidence: Evidence, label: str, name: str) -> Values:
@@ -250,6 +251,11 @@ class GradientAttack(MembershipAttack):
     evaluate = staticmethod(gradient_norm)
 
     examples: int = Field(40, ge=2, description="records per set at most, whole clusters")
+
+    def lacks(self, evidence: Evidence, label: str) -> str:
+        """Weights: a forest has none."""
+        weights = Offer.ROWS not in evidence.offers or any(p.numel() for p in evidence.adapter(label).model.parameters())
+        return "" if weights else "the model has no weights"
 
     def score(self, evidence: Evidence, label: str, name: str) -> Values:
         """Gradient norm of a sample of the set's records."""

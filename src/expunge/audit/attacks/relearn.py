@@ -96,20 +96,35 @@ class RelearnPoint:
     clusters_heldout: tuple[str, ...]
 
 
-class _Likelihood(Term):
+class Likelihood(Term):
     """Negative log-likelihood of what is relearnt."""
 
     name: ClassVar[str] = "relearn"
 
     @property
     def stream(self) -> Stream:
+        """What is trained on is given as the retain set."""
         return Stream.RETAIN
 
     def needs(self, layers: Sequence[str]) -> frozenset[Need]:
+        """Losses of the current model."""
         return frozenset({(Stream.RETAIN, Of.CURRENT, "losses")})
 
     def values(self, views: Views) -> Tensor:
+        """One per target."""
         return views.current(Stream.RETAIN).losses
+
+
+def relearning(schedule: Fixed) -> Recipe:
+    """Plain training on what is given as the retain set."""
+    return Recipe(
+        name="relearn",
+        retain=(Likelihood(),),
+        parameters=AllParameters(),
+        gradient=Plain(),
+        balance=FixedBalance(),
+        schedule=schedule,
+    )
 
 
 def rate(model: nn.Module, relative: float) -> float:
@@ -205,14 +220,7 @@ def _curve(
     schedule = Fixed(
         lr=lr, steps=settings.steps[-1], epochs=None, batch=settings.batch, warmup=0, decay="constant", weight_decay=0
     )
-    recipe = Recipe(
-        name="relearn",
-        retain=(_Likelihood(),),
-        parameters=AllParameters(),
-        gradient=Plain(),
-        balance=FixedBalance(),
-        schedule=schedule,
-    )
+    recipe = relearning(schedule)
     device = str(next(copy.model.parameters()).device)
     engine = Engine(seed=seed, max_tokens=settings.max_tokens, checkpoint_every=0, device="cpu" if device == "cpu" else "auto")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

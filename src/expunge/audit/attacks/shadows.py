@@ -36,6 +36,7 @@ class _Shadowed(MembershipAttack):
     """An attack that reads margins under models that never saw the forget rows."""
 
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.ROWS})
+    lack_is_common: ClassVar[bool] = True
 
     def lacks(self, evidence: Evidence, label: str) -> str:
         """Reference models."""

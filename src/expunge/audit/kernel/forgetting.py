@@ -69,13 +69,20 @@ def forgetting_quality(epsilon: ArrayLike, *, width: float = 0.5, bins: int = 13
     Raises:
         InputError: there is no example, or a value is out of range.
     """
+    return float(forgetting_scores(epsilon, width=width, bins=bins).mean())
+
+
+def forgetting_scores(epsilon: ArrayLike, *, width: float = 0.5, bins: int = 13) -> Floats:
+    """``H(s) = 2 / 2^n(s)`` of each example ``[examples]``, in (0, 1]: see :func:`forgetting_quality`. NaN where the epsilon is.
+
+    Raises:
+        InputError: there is no example, or a value is out of range.
+    """
     values = vector(epsilon, "epsilons")
     if (values < 0).any() or width <= 0 or bins < 1:
         raise InputError("Epsilons must not be negative, and there must be a bin of positive width.")
-    if np.isnan(values).any():
-        return math.nan
     number = np.minimum(np.floor(values / width) + 1, bins)
-    return float(np.mean(2.0 ** (1 - number)))
+    return np.asarray(2.0 ** (1 - number), dtype=np.float64)
 
 
 def competition_score(quality: float, retain: tuple[float, float], test: tuple[float, float]) -> float:

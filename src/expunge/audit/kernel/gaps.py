@@ -255,6 +255,24 @@ def relearn_steps(losses: ArrayLike, original: float, slack: float = 0.05) -> in
     return int(back[0]) if len(back) else None
 
 
+def regain_steps(accuracies: ArrayLike, original: float, slack: float = 0.05) -> int | None:
+    """:func:`relearn_steps` by accuracy, for classifiers: the first t with ``A_t >= (1 - slack) A_original``.
+
+    Args:
+        accuracies: on the forget set before the first step and after each one ``[steps + 1]``, [0, 1].
+        original: accuracy of the model before unlearning, [0, 1].
+        slack: relative, in [0, 1).
+
+    Raises:
+        InputError: there is no accuracy, or one is out of range.
+    """
+    curve = vector(accuracies, "accuracies")
+    if (curve < 0).any() or (curve > 1).any() or not 0 <= slack < 1:
+        raise InputError("Accuracies must be in [0, 1], and the slack in [0, 1).")
+    back = np.flatnonzero(curve >= (1 - slack) * share(original, "accuracy before unlearning"))
+    return int(back[0]) if len(back) else None
+
+
 def relearn_ratio(unlearned: int | None, retrained: int | None) -> float:
     """AIN ``= steps(unlearned) / steps(retrained)``, in [0, inf); the target is 1 (anamnesis index, as in Tarun et al. 2023).
 

@@ -39,7 +39,7 @@ def accuracies(evidence: Evidence, label: str) -> tuple[float, float, float]:
     return forget, retain, test
 
 
-class _OfSets(Metric):
+class OfSets(Metric):
     """One number per model from its outputs on forget, retain and unseen rows."""
 
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.ROWS, Offer.LOGITS})
@@ -59,7 +59,7 @@ class _OfSets(Metric):
         """The number, or None where it cannot be measured (said by :meth:`Evidence.miss`)."""
 
 
-class _Trained(_OfSets):
+class _Trained(OfSets):
     """An attacker trained on the audited model's own outputs, retain against unseen rows; a share of the forget set."""
 
     direction: ClassVar[Direction] = Direction.REFERENCE
@@ -119,7 +119,7 @@ class MiaEntropy(_Trained):
 
 
 @metric
-class SoftmaxAttack(_OfSets):
+class SoftmaxAttack(OfSets):
     """Balanced accuracy of boosted trees on sorted probabilities (the ASR of LAF's tables)."""
 
     name: ClassVar[str] = "asr"
@@ -138,13 +138,15 @@ class SoftmaxAttack(_OfSets):
         return self.plain(evidence, "forget", value, "compare with the retrained models")
 
 
-class _Against(_OfSets):
+class Against(OfSets):
     """A comparison with the mean of the other retrained models."""
 
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER, Need.RETAIN, Need.HOLDOUT, Need.RETRAINED)
 
 
-def _five(evidence: Evidence, label: str) -> kernel.FiveMetrics:
+def five(evidence: Evidence, label: str) -> kernel.FiveMetrics:
+    """UA, MIA-efficacy, RA and TA of a model, once."""
+
     def make() -> kernel.FiveMetrics:
         forget, retain, test = (evidence.outputs(label, n).kernel for n in ("forget", "retain", tested(evidence)))
         efficacy = svc_efficacy(retain.confidence, test.confidence, forget.confidence)
@@ -154,7 +156,7 @@ def _five(evidence: Evidence, label: str) -> kernel.FiveMetrics:
 
 
 @metric
-class AverageGap(_Against):
+class AverageGap(Against):
     """Mean absolute gap of UA, MIA-efficacy, RA and TA to the means of the retrained models.
 
     A further retrained model is not at 0: read its own value, in its column, as the floor.
@@ -172,7 +174,7 @@ class AverageGap(_Against):
         others = self.others(evidence, label)
         if not others:
             return None
-        found = {n: _five(evidence, n) for n in [label, *others]}
+        found = {n: five(evidence, n) for n in [label, *others]}
         if any(math.isnan(v.mia_efficacy) for v in found.values()):
             evidence.miss(f"{self.title} of {label!r} is undefined: its MIA-efficacy is.")
             return None
@@ -181,7 +183,7 @@ class AverageGap(_Against):
 
 
 @metric
-class TugOfWar(_Against):
+class TugOfWar(Against):
     """ToW: closeness to retraining of the accuracies on forget set, retain set and unseen rows, as one product."""
 
     name: ClassVar[str] = "tug-of-war"
@@ -202,7 +204,7 @@ class TugOfWar(_Against):
 
 
 @metric
-class AdaptiveScore(_OfSets):
+class AdaptiveScore(OfSets):
     """AUS: accuracy kept on unseen rows over what is left on the forget set; it needs no retrained model.
 
     The setting "class" is taken where the retain set has no row of the forgotten rows' classes, "random" elsewhere.
@@ -230,7 +232,7 @@ class AdaptiveScore(_OfSets):
 
 
 @metric
-class ZeroRetrain(_OfSets):
+class ZeroRetrain(OfSets):
     """ZRF: how near the predictions on the forget set are to those of a network of the same shape that has learnt nothing.
 
     The divergence is summed over the classes; the published code takes their mean, and so is always near 1.

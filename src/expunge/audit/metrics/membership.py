@@ -95,7 +95,7 @@ class _Attacked(Metric):
         """Gradients are taken while the model is in memory."""
         if "holdout" in evidence.sets:
             for attack in self.chosen(evidence):
-                if attack.name == GradientAttack.name:
+                if attack.name == GradientAttack.name and not attack.lacks(evidence, label):
                     for name in ("holdout", "forget"):
                         attack.values(evidence, label, name)
 
@@ -108,7 +108,8 @@ class _Attacked(Metric):
         for attack in self.chosen(evidence):
             lack = attack.lacks(evidence, label)
             if lack:
-                evidence.miss(f"The membership attack {attack.title} was not run on {label!r}: {lack}.")
+                where = "" if attack.lack_is_common else f" on {label!r}"
+                evidence.miss(f"The membership attack {attack.title} was not run{where}: {lack}.")
             else:
                 out.append(attack)
         return out

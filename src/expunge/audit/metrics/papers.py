@@ -103,3 +103,19 @@ LAF = Paper(
     "Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models", "Shen, Zhang, Zhao et al.", 2024,
     "https://arxiv.org/abs/2404.00506",
 )  # fmt: skip
+MUFAC = Paper(
+    "Towards Machine Unlearning Benchmarks: Forgetting the Personal Identities in Facial Recognition Systems",
+    "Choi and Na", 2023, "https://arxiv.org/abs/2311.02240",
+)  # fmt: skip
+LOTUS = Paper(
+    "LoTUS: Large-Scale Machine Unlearning with a Taste of Uncertainty", "Spartalis, Semertzidis, Gavves and Daras", 2025,
+    "https://arxiv.org/abs/2503.18314",
+)  # fmt: skip
+COMPETITION = Paper(
+    "Are we making progress in unlearning? Findings from the first NeurIPS unlearning competition",
+    "Triantafillou, Kairouz, Pedregosa et al.", 2024, "https://arxiv.org/abs/2406.09073",
+)  # fmt: skip
+U_LIRA = Paper(
+    "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy",
+    "Hayes, Shumailov, Triantafillou et al.", 2024, "https://arxiv.org/abs/2403.01218",
+)  # fmt: skip

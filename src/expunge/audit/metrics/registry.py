@@ -108,12 +108,13 @@ class RecordMetric(Metric):
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
         """Mean over the records of each set, with its interval over clusters."""
         out = {}
-        for name in evidence.sets:
-            if self.sets is not None and name not in self.sets:
-                continue
-            lack = self.lacks(evidence, name)
-            if lack:
-                evidence.miss(f"{self.title} was not measured on the {name} set: {lack}.")
+        asked = [name for name in evidence.sets if self.sets is None or name in self.sets]
+        lacks = {name: self.lacks(evidence, name) for name in asked}
+        common = len(set(lacks.values())) == 1
+        for name in asked:
+            if lacks[name]:
+                where = "" if common else f" on the {name} set"
+                evidence.miss(f"{self.title} was not measured{where}: {lacks[name]}.")
                 continue
             found, direction = self.values(evidence, label, name), self.direction_on(evidence, name)
             number = mean_number(evidence, name, found, direction, self.range)

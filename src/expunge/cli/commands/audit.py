@@ -22,6 +22,8 @@ _HELP = """Measure an unlearned model against models that never saw the forget s
       expunge audit runs/npo --retrain 3 --dry-run
       expunge audit runs/npo --retrain 3 budget=200 relearn=none
       expunge audit runs/salun --retrain 3 --references 16        (classifiers and regressors)
+      expunge audit runs/salun --retrain 3 --references 32 --repeats 32
+      expunge audit runs/sisa --retrain 3                         (a prepared run, after deletions)
 
     \b
     With no retrained model the verdict is "no gold standard": nothing can then be called forgotten. Two or more show how
@@ -48,6 +50,10 @@ def audit(
     references: Annotated[
         int, typer.Option(help="Rows: so many further models with and without them, for LiRA, RMIA and KLoM.", metavar="N")
     ] = 0,
+    repeats: Annotated[
+        int,
+        typer.Option(help="Rows: so many reference models are unlearned too, for U-LiRA and forgetting quality.", metavar="N"),
+    ] = 0,
     workers: Annotated[str, typer.Option(help="Rows: where models are trained, local or ray.")] = "local",
     utility: Annotated[
         list[str] | None, typer.Option(help="A further set that must stay known; repeatable.", metavar="NAME=DATA")
@@ -58,7 +64,9 @@ def audit(
 ) -> int:
     """Audit one run."""
     from expunge.cli.rows import audit_rows
+    from expunge.core.runs import Run
     from expunge.pipeline.audit import AuditConfig, audit_run, plan
+    from expunge.pipeline.prepared_runs import is_prepared
     from expunge.pipeline.row_audit import is_rows
     from expunge.report.terminal import print_summary, summary_json
 
@@ -69,13 +77,15 @@ def audit(
         "retrained": retrained or (), "retrain": retrain, "base": base, "settings": parse_overrides(parts or []),
         "utility": dict(_pair(word) for word in utility or []),
     }  # fmt: skip
-    if is_rows(run):
-        document = audit_rows(run, {**given, "references": references, "workers": workers}, dry_run=dry_run, output=output)
+    if is_rows(run) or is_prepared(run):
+        document = audit_rows(
+            run, {**given, "references": references, "repeats": repeats, "workers": workers}, dry_run=dry_run, output=output
+        )
         if document is None:
             return 0
     else:
-        if references or workers != "local":
-            raise InputError("--references and --workers are for classifiers and regressors.", "Leave them out.")
+        if Run.open(run) and (references or repeats or workers != "local"):  # that there is no run is said first
+            raise InputError("--references, --repeats and --workers are for classifiers and regressors.", "Leave them out.")
         made = plan(run, AuditConfig(**given))
         output.note(f"audit: {made.cost.text()}")
         if dry_run:

@@ -23,6 +23,7 @@ from expunge.methods.edits.registry import edit
 
 Batches = list[tuple[dict[str, Tensor], Tensor]]
 
+_EXACT = 16  # classes up to which all are gone through
 _FLOOR = 1e-8  # weights that do not matter at all get a large but finite noise
 
 
@@ -38,7 +39,7 @@ class Fisher(Edit):
     """Noise on every weight, the larger the less the retain set depends on it: what only the forget set needed drowns.
 
     The paper's optimal noise has the standard deviation ``alpha F^(-1/4)``, F the diagonal Fisher information of the retain set
-    (squared gradients of all labels, weighted by the model's own probabilities; computed exactly in one pass). The official code
+    (squared gradients of all labels, weighted by the model's own probabilities; in one pass, see ``labels``). The official code
     takes ``sqrt(alpha min(1/F, cap))`` instead, an exponent of -1/2, and treats the last layer apart; ``form=official`` is that
     without the special cases. The forget set itself is not read.
     """
@@ -59,9 +60,14 @@ class Fisher(Edit):
         "Too little noise forgets nothing and too much ruins the model; between the two there may be no good value.",
     )
 
-    alpha: float = Field(1e-3, ge=0, description="size of the noise")
+    alpha: float = Field(1e-3, ge=0, description="size of the noise; the official code's form takes 1e-9 to 1e-5")
     form: Literal["paper", "official"] = Field("paper", description="exponent -1/4 of the paper, or -1/2 of the official code")
     cap: float = Field(1e3, gt=0, description="with form=official: largest value of 1/F")
+    labels: Literal["auto", "all", "drawn"] = Field(
+        "auto",
+        description="exactly over all classes, at a backward pass for each but one; or by one class drawn for each row, at one "
+        "backward pass whatever their number is; auto: exactly up to 16 classes",
+    )
 
     def deviation(self, fisher: Tensor) -> Tensor:
         """Standard deviation of the noise for a Fisher information, elementwise."""
@@ -74,9 +80,11 @@ class Fisher(Edit):
         batches = row_batches(adapter, list(examples[Stream.RETAIN]), engine.max_tokens)
         if tell is not None:
             tell(0, 1, "Fisher information of the retain set")
+        exact = self.labels == "all" or (self.labels == "auto" and (adapter.n_classes or 0) <= _EXACT)
         found = diagonal_importance(
-            adapter.model, batches, adapter.scores, adapter.row_losses, estimator="sample", labels="model"
-        )
+            adapter.model, batches, adapter.scores, adapter.row_losses, estimator="sample",
+            labels="model" if exact else "sampled", seed=engine.seed,
+        )  # fmt: skip
         draw = torch.Generator().manual_seed(engine.seed)
         out = {}
         for name, parameter in moving(adapter.model).items():

@@ -24,8 +24,8 @@ class IAU(Edit):
 
     The direction is ``g = grad mean NLL(retain) - grad mean NLL(forget)``, each mean over its own set. The published step is the
     first of Adam, which is the *sign* of g times the rate: it moves every weight by the rate, however small g is at an optimum.
-    ``step=sgd`` takes ``lr * g`` instead. The regulariser that the paper adds to training, so that gradients are small there, is
-    not part of the edit.
+    ``step=sgd`` takes ``lr * g`` instead. The paper also restricts gradients in training, so that a step suffices: that is
+    ``expunge.Training(restriction=0.005)`` for the target and what it is compared with, and may be left out.
     """
 
     name: ClassVar[str] = "iau"
@@ -37,6 +37,7 @@ class IAU(Edit):
     formula: ClassVar[str] = "theta <- theta - lr sign(g), g = grad mean NLL(retain) - grad mean NLL(forget)"
     caveats: ClassVar[tuple[str, ...]] = (
         "A sign step moves weights that have nothing to do with the forget set as far as those that have.",
+        "Restricted training fits more slowly: on digits rows had smaller gradients at equal loss, not after equal steps.",
     )
 
     step: Literal["adam", "sgd"] = Field("adam", description="a sign step of size lr in every weight, or lr times the gradient")

@@ -23,29 +23,27 @@ from expunge.methods.prepared.registry import prepared
 _FILE = "model.safetensors"
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """Scores ``[rows, classes]``, or one number a row, of a linear model on rows that were scaled as in its training.
 
     Of two classes there is one weight vector, and the scores are 0 and ``w . x``; of more, one against the rest each.
 
     Args:
-        weights: ``[d]`` or ``[classes, d]`` as ``[models, d]``, float64.
+        weight: ``[d]`` or ``[classes, d]`` as ``[models, d]``, float64.
         intercept: append a constant to each row.
         unit: divide each row by its length.
         numbers: a regression.
     """
 
-    weights: Tensor
-
-    def __init__(self, weights: Tensor, *, intercept: bool, unit: bool, numbers: bool) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(weights)
+    def __init__(self, weight: Tensor, *, intercept: bool, unit: bool, numbers: bool) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+        self.weight = nn.Parameter(weight)
         self.intercept, self.unit, self.numbers = intercept, unit, numbers
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Scores."""
-        z = scaled(inputs, intercept=self.intercept, unit=self.unit).to(self.weights) @ self.weights.T
-        return z if self.numbers or len(self.weights) > 1 else torch.cat([torch.zeros_like(z), z], dim=1)
+        z = super().forward(scaled(inputs, intercept=self.intercept, unit=self.unit).to(self.weight))
+        return z if self.numbers or len(self.weight) > 1 else torch.cat([torch.zeros_like(z), z], dim=1)
 
 
 def scaled(inputs: Tensor, *, intercept: bool, unit: bool) -> Tensor:

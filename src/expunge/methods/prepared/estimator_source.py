@@ -127,7 +127,8 @@ class EstimatorSource(Source):
 class EstimatorModule(nn.Module):
     """A fitted estimator as a module: logarithms of probabilities ``[rows, classes]``, or numbers ``[rows, 1]``.
 
-    A class that the estimator has not seen gets the smallest probability. It has no weights to move.
+    A class that the estimator has not seen gets the smallest probability. It has no weights to move; what the estimator holds is
+    a buffer, so that two modules are told apart.
 
     Args:
         estimator: fitted, with ``predict_proba`` where it is a classifier.
@@ -141,6 +142,8 @@ class EstimatorModule(nn.Module):
                 f"The estimator {type(estimator).__name__} gives no probabilities.", "Choose one with predict_proba."
             )
         self.estimator, self.classes = estimator, classes
+        self.register_buffer(_STATE + "_bytes", _bytes(estimator)[_STATE])
+        self.none = nn.Parameter(torch.empty(0), requires_grad=False)  # says on which device, as the weights of a network do
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Scores, without gradients."""
