@@ -12,6 +12,7 @@ class Offer(enum.StrEnum):
     LOGITS = "logits"  #: scores over the classes (vocabulary) of each target
     FEATURES = "features"  #: hidden states at named layers
     GENERATE = "generate"  #: free generation from a prompt
+    SEQUENCE = "sequence"  #: prompt and answer are one sequence of tokens, read by the same blocks
     TEXT = "text"  #: prompts and answers are text: alternative answers can be written
     CLASSES = "classes"  #: answers are classes: another class can be taught
     NUMBERS = "numbers"  #: answers are numbers: predictions that have a distance, and another number can be taught

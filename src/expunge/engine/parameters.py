@@ -189,7 +189,7 @@ class Fila(Lora):
     name: ClassVar[str] = "fila"
     switchable: ClassVar[bool] = False
     reads: ClassVar[tuple[Stream, ...]] = (Stream.FORGET, Stream.RETAIN)
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.SEQUENCE})
 
     batch: int = Field(16, ge=1, description="examples per batch whose gradient is squared")
     examples: int | None = Field(

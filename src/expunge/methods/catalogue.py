@@ -180,7 +180,7 @@ def offers_needed(recipe: Recipe, alternatives: str = "refusals") -> tuple[Offer
     for part in (recipe.preparation, recipe.control):
         found |= part.offers if part is not None else frozenset()
     if any(t.targets != "all" for t in recipe.terms()):
-        found.add(Offer.TEXT)  # nothing else has spans
+        found |= {Offer.TEXT, Offer.SEQUENCE}  # nothing else has spans
     if Stream.ALTERNATIVE in recipe.streams(PLACEHOLDER_LAYERS):
         found.add(Offer.CLASSES if alternatives in CLASS_KINDS else Offer.TEXT)
     return tuple(sorted(found))

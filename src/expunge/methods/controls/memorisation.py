@@ -30,7 +30,7 @@ class Memorisation(Control):
     """
 
     name: ClassVar[str] = "memorisation"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOGITS, Offer.GENERATE, Offer.TEXT})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOGITS, Offer.GENERATE, Offer.SEQUENCE, Offer.TEXT})
 
     ma: float | None = Field(None, ge=0, le=1, description="threshold of MA; none: that of held-out records under the target")
     el: float | None = Field(None, ge=0, le=1, description="threshold of EL; none: that of held-out records under the target")

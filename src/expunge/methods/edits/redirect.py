@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, field_validator
@@ -18,6 +18,7 @@ from expunge.adapters.passes import evaluating
 from expunge.adapters.places import Place, asked, find_place, upto, with_name
 from expunge.core.access import Offer, Stream
 from expunge.core.errors import InputError
+from expunge.core.search import Search
 from expunge.engine.covariance import LinearWeight, NullSpace, flat_rows, input_moments, linear_weights, null_space, watched
 from expunge.engine.edit import Edit, Examples, Tell
 from expunge.engine.feedforward import OUTPUT
@@ -101,7 +102,7 @@ class ROCR(Edit):
         "https://arxiv.org/abs/2506.07795",
     )  # fmt: skip
     formula: ClassVar[str] = "W <- W + Delta, (P (k k^T + C) + L2 1) Delta^T = P k r^T, r = (z* - z) / (n - i)"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.FEATURES})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.SEQUENCE, Offer.TEXT, Offer.FEATURES})
     streams: ClassVar[tuple[Stream, ...]] = (Stream.RETAIN,)
     caveats: ClassVar[tuple[str, ...]] = (
         "The model then says of the name what it knows of the other: of real people that is false. Choose a neutral concept.",
@@ -122,8 +123,8 @@ class ROCR(Edit):
         None, description="blocks in a row, counted from 0, negative from the end; none: 4 to 6 of 32, in proportion"
     )
     module: str = Field(OUTPUT, description="regular expression for the weight that ends the MLP of a block")
-    l2: float = Field(1.0, gt=0, description="L2: the larger, the smaller the change")
-    threshold: float | None = Field(
+    l2: Annotated[float, Search(1e-4, 10.0, log=True)] = Field(1.0, gt=0, description="L2: the larger, the smaller the change")
+    threshold: Annotated[float | None, Search(1e-4, 1.0, log=True)] = Field(
         2e-2, ge=0, description="eigenvalues of the keys' second moment up to which a direction is free; none: no projection"
     )
     examples: int = Field(100_000, ge=1, description="retain examples from which that is computed, at most")

@@ -54,7 +54,7 @@ class GenericLabels(Preparation):
     name: ClassVar[str] = "generic-labels"
     reads: ClassVar[tuple[Stream, ...]] = (Stream.FORGET,)
     makes: ClassVar[frozenset[str]] = frozenset({MADE})
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOGITS, Offer.TEXT})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOGITS, Offer.SEQUENCE, Offer.TEXT})
 
     anchors: str = Field("", description="JSON file: term to generic counterpart; none: nothing is replaced")
     alpha: float = Field(5.0, ge=0, description="how far scores that rose under reinforcement are pushed down")

@@ -28,7 +28,7 @@ class RandomAnswers(Preparation):
     name: ClassVar[str] = "random-answers"
     reads: ClassVar[tuple[Stream, ...]] = (Stream.FORGET, Stream.RETAIN)
     makes: ClassVar[frozenset[str]] = frozenset({Stream.ALTERNATIVE})
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.SEQUENCE, Offer.TEXT})
 
     answers: int = Field(5, ge=1, le=64, description="K, answers to each forget prompt")
 

@@ -30,7 +30,7 @@ class NearestRecords(Preparation):
     name: ClassVar[str] = "nearest-records"
     reads: ClassVar[tuple[Stream, ...]] = (Stream.FORGET, Stream.RETAIN)
     makes: ClassVar[frozenset[str]] = frozenset({Stream.RETAIN})
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.SEQUENCE, Offer.TEXT})
     pairs: ClassVar[bool] = True
 
     embeddings: str | None = Field(None, description="NumPy archive with ids and vectors; none: TF-IDF of character n-grams")

@@ -32,7 +32,7 @@ class CausalTrace(Preparation):
     reads: ClassVar[tuple[Stream, ...]] = (Stream.FORGET,)
     makes: ClassVar[frozenset[str]] = frozenset()
     chooses: ClassVar[frozenset[str]] = frozenset({"layer"})
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.FEATURES})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.SEQUENCE, Offer.TEXT, Offer.FEATURES})
 
     width: int = Field(3, ge=1, description="blocks in a row whose effects are summed")
     examples: int = Field(64, ge=1, description="forget examples that are traced, at most")

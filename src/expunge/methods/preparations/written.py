@@ -39,7 +39,7 @@ class WrittenAnswers(Preparation):
     name: ClassVar[str] = "written-answers"
     reads: ClassVar[tuple[Stream, ...]] = (Stream.FORGET,)
     makes: ClassVar[frozenset[str]] = frozenset({Stream.ALTERNATIVE})
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.GENERATE})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.SEQUENCE, Offer.TEXT, Offer.GENERATE})
 
     task: str = Field(min_length=1, description="what is to be forgotten, in words that complete 'questions about ...'")
     model: str | None = Field(None, description="hub id or local folder of the model that writes; none: the target")
