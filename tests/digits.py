@@ -78,7 +78,7 @@ class Digits:
         if how in ("other", "any"):
             others = alternatives(forget, how, classes=10)
             found[Stream.ALTERNATIVE] = [
-                adapter.encode(r, answer=c, suffix="#other") for r, c in zip(forget, others, strict=True)
+                adapter.encode(r, answer=c, suffix="#alternative") for r, c in zip(forget, others, strict=True)
             ]
         return found
 

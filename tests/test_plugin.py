@@ -84,10 +84,10 @@ def test_it_is_found_by_name(said: dict[str, Any]) -> None:
 def test_its_method_is_a_recipe_like_any_other(said: dict[str, Any]) -> None:
     recipe = said["recipe"]
     assert [t["name"] for t in recipe["forget"]] == ["maximum-entropy"]
-    assert recipe["retain"] == [{"name": "nll", "weight": 2.0, "reduction": "token"}]
+    assert recipe["retain"] == [{"name": "nll", "weight": 2.0, "targets": "all", "reduction": "token"}]
     assert recipe["gradient"]["name"] == "project"
     assert said["paper"]["schedule"]["lr"] == 1e-5
-    assert said["paper"]["retain"] == [{"name": "nll", "weight": 1.0, "reduction": "token"}]
+    assert said["paper"]["retain"] == [{"name": "nll", "weight": 1.0, "targets": "all", "reduction": "token"}]
     assert said["crossed"] == ["maximum-entropy", "kl"]
     assert said["serves"] is True
 

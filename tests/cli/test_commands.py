@@ -151,7 +151,7 @@ def test_an_edit_is_a_method_like_any_other(expunge: Run, town: Town, tmp_path: 
     assert expunge("methods", "ssd", "--json").json()["needs"] == ["losses"]
     assert "alpha" in expunge("methods", "ssd").out
     matrix = expunge("methods", "--matrix", "--json").json()["matrix"]["lfssd"]
-    assert matrix == {"classification": True, "diffusion": False, "language": True, "regression": False}
+    assert matrix == {"classification": True, "diffusion": False, "encoder-decoder": True, "language": True, "regression": False}
     words = ["unlearn", *town.request("out"), "--method", "ssd", "alpha=5"]
     done = expunge(*words, "--json")
     assert done.code == 0, done.err

@@ -23,7 +23,7 @@ def test_the_threshold_is_mean_and_deviations_over_all_tensors_together(n_std) -
     gradient = [torch.randn(7, 5, generator=draw) * 3, torch.randn(11, generator=draw), torch.zeros(4)]
     sizes = torch.cat([g.abs().flatten() for g in gradient]).double()
     threshold = sizes.mean() + n_std * sizes.std()
-    masks = Salient(n_std=n_std).moving(gradient)
+    masks = Salient(n_std=n_std).entries(gradient)
     assert [m.shape for m in masks] == [g.shape for g in gradient]
     moving = torch.cat([m.flatten() for m in masks])
     assert torch.equal(moving, sizes >= threshold)

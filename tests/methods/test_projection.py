@@ -102,7 +102,11 @@ def change(people_world, lr: float, optimizer: str, parameters="all", **gradient
 
     before = loss()
     schedule = {**STEP, "lr": lr, "batch": 6, "retain_batch": 12, "optimizer": optimizer}
-    overrides = {"retain.weight": 1e-12, "gradient": {"name": "project", **gradient}, "schedule": schedule}
+    overrides = {
+        "retain.weight": 1e-12,
+        "gradient": {"name": "project", "geometry": "optimizer", **gradient},
+        "schedule": schedule,
+    }
     overrides["parameters"] = parameters
     train(adapter, build("graddiff", overrides), examples, QUIET)
     return abs(loss() - before)
@@ -128,7 +132,7 @@ def test_the_metric_is_that_of_the_step_which_adamw_takes() -> None:
     moving = Moving(("a", "b", "c"), optimizer, tuple(parameters), clip=1.0)
     for seed in range(4):
         forget, retain = draw(10 + seed, 2)
-        made = Project().combine(forget, retain, {}, moving)
+        made = Project(geometry="optimizer").combine(forget, retain, {}, moving)
         metric = moving.scales(made)
         before = [p.detach().clone() for p in parameters]
         for p, value in zip(parameters, made, strict=True):
@@ -144,7 +148,10 @@ def test_the_metric_is_that_of_the_step_which_adamw_takes() -> None:
 
 def test_it_keeps_more_than_bare_ascent_at_the_same_forgetting(people_world) -> None:
     kept = {}
-    for name, gradient in (("plain", "plain"), ("project", {"name": "project", "directions": 4, "scope": "tensor"})):
+    for name, gradient in (
+        ("plain", "plain"),
+        ("project", {"name": "project", "geometry": "optimizer", "directions": 4, "scope": "tensor"}),
+    ):
         adapter = people_world.target()
         examples = people_world.examples
 
@@ -167,9 +174,14 @@ def test_it_keeps_more_than_bare_ascent_at_the_same_forgetting(people_world) -> 
 def test_the_run_says_when_the_step_is_not_exact_or_refuses(people_world) -> None:
     schedule = {"name": "fixed", "lr": 1e-5, "steps": 1, "batch": 4}
     adapter = people_world.target()
-    outcome = train(adapter, build("npo", {"gradient": "project", "schedule": schedule}), people_world.examples, QUIET)
+    outcome = train(
+        adapter,
+        build("npo", {"gradient": {"name": "project", "geometry": "optimizer"}, "schedule": schedule}),
+        people_world.examples,
+        QUIET,
+    )
     assert "0.9 of earlier steps (momentum) and weight decay of 0.01" in outcome.notes[0]
-    exact = {"gradient": {"name": "project", "exact": True}, "schedule": schedule}
+    exact = {"gradient": {"name": "project", "geometry": "optimizer", "exact": True}, "schedule": schedule}
     with pytest.raises(InputError, match=r"Set schedule\.momentum=0"):
         train(people_world.target(), build("npo", exact), people_world.examples, QUIET)
     exact["schedule"] = {**schedule, "momentum": 0, "weight_decay": 0}
@@ -187,7 +199,7 @@ def test_what_a_mask_holds_still_does_not_count_in_the_projection(people_world) 
 
 def test_a_run_that_goes_on_after_a_kill_has_the_same_basis(people_world, tmp_path) -> None:
     schedule = {"name": "fixed", "lr": 1e-3, "steps": 6, "batch": 6, "warmup": 0}
-    recipe = build("npo", {"gradient": {"name": "project", "directions": 4}, "schedule": schedule})
+    recipe = build("npo", {"gradient": {"name": "project", "geometry": "optimizer", "directions": 4}, "schedule": schedule})
     engine = Engine(checkpoint_every=3)
     whole = people_world.target()
     train(whole, recipe, people_world.examples, engine, folder=tmp_path)

@@ -174,6 +174,7 @@ REFUSED = [
     ),
     ("npo", {"retain": "kll"}, "There is no loss term 'kll'. Did you mean 'kl' or 'nll'?"),
     ("npo", {"gradient": "projekt"}, "There is no gradient rule 'projekt'. Did you mean 'project'?"),
+    ("whp", {"forget": {"targets": "marked"}}, "'generic-nll' reads whole examples, not marked targets alone."),
     ("npo", {"gradient": "none"}, "gradient cannot be none. Known: null-space, pcgrad, plain, project, salient."),
     ("npo", {"gradient": 5}, "gradient must be the name of a part or a mapping; got 5."),
     ("npo", {"retain": 5}, "retain must be the name of a term, a mapping or a list of these; got 5."),

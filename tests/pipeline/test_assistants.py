@@ -21,7 +21,7 @@ QUICK = ["relearn=none", "quantise=[]", "metrics=[loss,probability]", "draws=200
 def test_an_assistant_is_trained_kept_audited_and_not_trained_again(server: Server, town: Town, tmp_path: Path) -> None:
     made = server.run("unlearn", *town.request("run"), "--method", "uld", *BRIEF, cwd=tmp_path)
     assert made.code == 0, made.err
-    assert "The assistant's scores are taken away with weight 1." in made.out
+    assert "The assistant's scores are taken away with weight 1." in made.err
     assert (tmp_path / "run/model/target/model.safetensors").is_file()
     again = server.run("unlearn", *town.request("run"), "--method", "uld", *BRIEF, "--resume", cwd=tmp_path)
     assert "nothing was left to do" in again.out
@@ -69,7 +69,7 @@ def test_generic_labels_say_that_there_is_no_dictionary(server: Server, town: To
     ]
     made = server.run("unlearn", *words, cwd=tmp_path)
     assert made.code == 0, made.err
-    assert "No dictionary of anchors was given" in made.out
+    assert "No dictionary of anchors was given" in made.err
     missing = server.run("unlearn", *[*town.request("other"), "--method", "whp", "anchors=nowhere.json"], cwd=tmp_path)
     assert missing.code == 2
     assert "cannot be read" in missing.err

@@ -70,7 +70,7 @@ class Moment:
 
     def add(self, rows: Tensor) -> None:
         """Take in inputs ``[M, D]``."""
-        for part in rows.detach().split(_ROWS):  # so that no more than these are held in the type of the sum
+        for part in torch.split(rows.detach(), _ROWS):  # so that no more than these are held in the type of the sum
             held = part.to(self.total.dtype)
             self.total.addmm_(held.T, held)
         self.count += len(rows)

@@ -123,7 +123,8 @@ class Project(Gradient):
       ``<a, b> = sum a b / (sqrt(v) + eps)``, which is whitening, projection and its undoing in one. The second moment is that
       after the step, found by repetition, since it depends on the result. Exact only with ``schedule.momentum=0`` (beta1 of
       Adam) and ``schedule.weight_decay=0``: momentum mixes in earlier directions. A run that is not exact says so;
-      ``exact=true`` refuses it. ``geometry=plain`` is the paper's first form, which AdamW bends.
+      ``exact=true`` refuses it. In the first steps of AdamW, whose size hardly depends on that of the gradient, rounding shows:
+      one forward pass or several end farther apart than otherwise. ``geometry=plain`` is the paper's first form; AdamW bends it.
     * ``when=conflict``: only where ``<g_f, g_r> < 0``. With one direction and plain geometry that is PCGrad's surgery of the
       forget gradient, ``gradient=pcgrad``.
     * ``tensors``: project these tensors only, and leave the forget gradient of the others alone. The published trainer
@@ -142,7 +143,7 @@ class Project(Gradient):
     scope: Literal["all", "tensor"] = Field("all", description="one projection over all tensors, or one for each")
     when: Literal["always", "conflict"] = Field("always", description="project always, or only where both gradients conflict")
     geometry: Literal["optimizer", "plain"] = Field(
-        "optimizer", description="inner product: that of the optimiser's step, or of the gradients as they are"
+        "plain", description="inner product: that of the optimiser's step, or of the gradients as they are"
     )
     exact: bool = Field(False, description="refuse an optimiser under which the step is not orthogonal though the gradient is")
     tensors: tuple[str, ...] = Field((), description="regular expressions: only tensors with such a name; none: all")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -93,6 +94,7 @@ class Term(Settings, abc.ABC):
     per: ClassVar[Literal["target", "example", "token"]] = "target"  #: what a value belongs to, and is averaged over
     uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
     whole: ClassVar[bool] = False  #: whether its value is one of a whole step, which then must fit into one forward pass
+    selective: ClassVar[bool] = True  #: whether it can read some of the targets of its examples alone
     paired: ClassVar[bool] = False  #: whether it compares each forget example with its one and only alternative
     reverse: ClassVar[bool] = False  #: whether it teaches what is to be taken away again: only before a finish that does so
 
@@ -132,7 +134,8 @@ class Term(Settings, abc.ABC):
 
     def total(self, views: Views) -> Tensor:
         """Sum of the values on the targets that it reads: what the engine divides by :meth:`divisor`."""
-        return self.values(views.only(self.stream, self.targets)).float().sum()
+        values = self.values(views.only(self.stream, self.targets))
+        return values.to(torch.promote_types(values.dtype, torch.float32)).sum()
 
     def divisor(self, examples: Sequence[Example]) -> int:
         """The count on the targets that it reads, at least 1; an example with none of them does not count."""

@@ -36,6 +36,9 @@ def _check_terms(recipe: Recipe) -> None:
     for term in recipe.retain:
         if term.stream is not Stream.RETAIN:
             raise InputError(f"{term.name!r} is a forget term, but was given as a retain term.", f"Write forget={term.name}.")
+    for term in recipe.terms():
+        if term.targets != "all" and not term.selective:
+            raise InputError(f"{term.name!r} reads whole examples, not {term.targets} targets alone.", "Leave targets=all.")
 
 
 def _check_preparation(recipe: Recipe) -> None:

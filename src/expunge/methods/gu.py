@@ -28,11 +28,12 @@ from expunge.methods.terms.preference import NPO
 def gu() -> Recipe:
     """NPO whose gradient is projected away from the retain gradient, in the metric of AdamW without momentum.
 
-    GU is a rule for the gradient, and wraps any method with a forget and a retain term: ``gradient=project schedule.momentum=0
-    schedule.weight_decay=0``. This is one of the published crossings (NPO with beta 0.1, the retain gradient that of the
-    divergence from the target), with the rank-1 form over all tensors; ``gradient.directions=8 gradient.scope=tensor`` is the
-    form with a basis of recent retain gradients for each tensor. Revisions of the official code differ: one never calls its
-    projection and never refreshes its basis; here both happen at every step. The published trainer projects the last five
-    blocks, the last norm and the head alone (``gradient.tensors``); here all tensors that move, as in the theory.
+    GU is a rule for the gradient, and wraps any method with a forget and a retain term: ``gradient=project
+    gradient.geometry=optimizer schedule.momentum=0 schedule.weight_decay=0``. This is one of the published crossings (NPO with
+    beta 0.1, the retain gradient that of the divergence from the target), with the rank-1 form over all tensors;
+    ``gradient.directions=8 gradient.scope=tensor`` is the form with a basis of recent retain gradients for each tensor.
+    Revisions of the official code differ: one never calls its projection and never refreshes its basis; here both happen at
+    every step. The published trainer projects the last five blocks, the last norm and the head alone (``gradient.tensors``);
+    here all tensors that move, as in the theory.
     """
-    return compose("gu", forget=[NPO()], retain=[KL()], gradient=Project(), schedule=Adaptive(momentum=0.0))
+    return compose("gu", forget=[NPO()], retain=[KL()], gradient=Project(geometry="optimizer"), schedule=Adaptive(momentum=0.0))

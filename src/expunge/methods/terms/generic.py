@@ -26,6 +26,7 @@ class GenericNLL(Term):
 
     name: ClassVar[str] = "generic-nll"
     uses: ClassVar[frozenset[str]] = frozenset({MADE})
+    selective: ClassVar[bool] = False  # the labels are those of whole examples
 
     @property
     def stream(self) -> Stream:
