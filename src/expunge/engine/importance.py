@@ -1,7 +1,8 @@
 """Gradients per row, and the diagonal importance of weights: one routine, one pass over the data.
 
 Gradients per row come from ``vmap(grad(...))`` over a chunk of rows at a time: no loop over rows, and memory for ``chunk x p``
-numbers beside the activations, p being the number of weights that may move. The model is in evaluation mode throughout.
+numbers beside the activations, p being the number of weights that may move. Of plain stacks of layers they come from what goes
+into and out of each layer, which is faster. The model is in evaluation mode throughout.
 
 A forward pass that decides by values (some libraries look whether a mask is all ones) cannot be vectorised. With ``chunk=1``
 rows are taken one at a time without vectorisation, which every model can do.
@@ -34,6 +35,7 @@ from expunge.engine.functional import (
     plain,
     squared_loss,
 )
+from expunge.engine.layer_gradients import is_stack, layer_gradients
 
 Estimator = Literal["batch", "sample"]
 Labels = Literal["true", "model", "sampled", "norm"]
@@ -42,6 +44,7 @@ Batches = Iterable[tuple[Any, Tensor | None]]  #: (inputs, targets); targets may
 
 _CHUNK_BYTES = 1 << 27  #: of gradients held at once where no chunk is given
 _MOST_ROWS = 256
+_FEW_ROWS = 128  #: of a stack of layers, whose gradients then stay in the processor's cache
 
 
 def diagonal_importance(
@@ -264,6 +267,10 @@ def gradient_blocks(
     weights = moving(model)
     size = chunk or _fitting(weights)
     with evaluating(model), freed_memory_kept():
+        if size > 1 and is_stack(model):
+            few = size if chunk else min(size, _FEW_ROWS)
+            yield from (layer_gradients(model, forward, loss, *block) for block in _chunks(inputs, targets, few))
+            return
         yield from _gradients(Function(model, forward), weights, loss, inputs, targets, size)
 
 
