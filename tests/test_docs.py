@@ -22,6 +22,7 @@ import expunge
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.supervised import ClassifierAdapter
 from expunge.audit.settings import AuditSettings
+from expunge.core.entries import is_entry
 from expunge.core.settings import parse_overrides
 from expunge.data.spans import Spans
 from expunge.data.tables import Reading
@@ -29,7 +30,6 @@ from expunge.engine.members import Training
 from expunge.methods.catalogue import serves
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.recipe import build
-from expunge.pipeline.supervised import is_entry
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

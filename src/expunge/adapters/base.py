@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
 
-Targets = Literal["all", "marked", "unmarked"]  #: which targets: all, those in marked spans of their record, or the others
+Targets = Literal["all", "marked", "favoured", "unmarked"]
+"""Which targets: all, those in marked spans of their record, those in spans of the other kind, which are to be said, or the
+others, which are in none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class Example:
         data: what the adapter needs to collate it.
         cost: what it costs to run, in tokens of a language model or as many numbers; 0: its size. Batches are filled by it.
         n_marked: how many of the targets lie in a marked span of the record.
+        n_favoured: how many lie in a span that is to be said: none of the marked ones.
     """
 
     id: str
@@ -47,6 +50,7 @@ class Example:
     data: Any
     cost: int = 0
     n_marked: int = 0
+    n_favoured: int = 0
 
     @property
     def units(self) -> int:
@@ -54,12 +58,15 @@ class Example:
         return self.cost or self.size
 
     def only(self, which: Targets) -> Example:
-        """The same with the counts of some of its targets; of the tokens, ``unmarked`` are all that are no marked target."""
+        """The same with the counts of some of its targets; of the tokens, ``unmarked`` are all that are no target in a span."""
         if which == "all":
             return self
         if which == "marked":
-            return replace(self, n_targets=self.n_marked, size=self.n_marked)
-        return replace(self, n_targets=self.n_targets - self.n_marked, size=self.size - self.n_marked, n_marked=0)
+            return replace(self, n_targets=self.n_marked, size=self.n_marked, n_favoured=0)
+        if which == "favoured":
+            return replace(self, n_targets=self.n_favoured, size=self.n_favoured, n_marked=0)
+        spans = self.n_marked + self.n_favoured
+        return replace(self, n_targets=self.n_targets - spans, size=self.size - spans, n_marked=0, n_favoured=0)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Batch:
         token_supervised: whether that token is itself a target, bool ``[M]``.
         token_counts: real input tokens per example (B).
         marked: whether the target lies in a marked span of its record, bool ``[N]``; not given: no target does.
+        favoured: whether it lies in a span that is to be said, bool ``[N]``; not given: no target does.
     """
 
     ids: tuple[str, ...]
@@ -89,10 +97,12 @@ class Batch:
     token_supervised: Tensor
     token_counts: tuple[int, ...]
     marked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    favoured: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def __post_init__(self) -> None:
-        if not len(self.marked):
-            object.__setattr__(self, "marked", torch.zeros_like(self.owner, dtype=torch.bool))
+        for name in ("marked", "favoured"):
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, torch.zeros_like(self.owner, dtype=torch.bool))
 
     @property
     def n_examples(self) -> int:
@@ -102,11 +112,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         move = {k: v.to(device, non_blocking=True) for k, v in self.tensors.items()}
-        flat = (t.to(device, non_blocking=True) for t in (self.targets, self.owner, self.position, self.marked))
-        targets, owner, position, marked = flat
+        moved = (self.targets, self.owner, self.position, self.marked, self.favoured)
+        targets, owner, position, marked, favoured = (t.to(device, non_blocking=True) for t in moved)
         return Batch(
             self.ids, move, targets, owner, position, self.counts,
-            self.token_owner.to(device), self.token_supervised.to(device), self.token_counts, marked,
+            self.token_owner.to(device), self.token_supervised.to(device), self.token_counts, marked, favoured,
         )  # fmt: skip
 
 
@@ -123,7 +133,7 @@ class Outputs:
         values: ``losses`` float32 ``[N]``; ``logits`` float32 ``[N, V]``; ``numbers`` ``[N]``; ``features:<layer>`` ``[M, D]``;
             ``maps:<layer>`` ``[N, P]``.
         token_owner, token_supervised, token_counts: as in :class:`Batch`, for features.
-        marked: as in :class:`Batch`.
+        marked, favoured: as in :class:`Batch`.
     """
 
     batch_ids: tuple[str, ...]
@@ -136,17 +146,19 @@ class Outputs:
     token_counts: tuple[int, ...]
     values: dict[str, Tensor] = field(default_factory=dict)
     marked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    favoured: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def __post_init__(self) -> None:
-        if not len(self.marked):
-            self.marked = torch.zeros_like(self.owner, dtype=torch.bool)
+        for name in ("marked", "favoured"):
+            if not len(getattr(self, name)):
+                setattr(self, name, torch.zeros_like(self.owner, dtype=torch.bool))
 
     @classmethod
     def of(cls, batch: Batch, values: dict[str, Tensor]) -> Outputs:
         """Outputs for a whole batch."""
         return cls(
             batch.ids, batch.targets, batch.owner, batch.position, batch.counts,
-            batch.token_owner, batch.token_supervised, batch.token_counts, values, batch.marked,
+            batch.token_owner, batch.token_supervised, batch.token_counts, values, batch.marked, batch.favoured,
         )  # fmt: skip
 
     @property
@@ -193,32 +205,33 @@ class Outputs:
         return Outputs(
             self.batch_ids[start:stop], self.targets[a:b], self.owner[a:b] - start, self.position[a:b], self.counts[start:stop],
             self.token_owner[c:d] - start, self.token_supervised[c:d], self.token_counts[start:stop], cut, self.marked[a:b],
+            self.favoured[a:b],
         )  # fmt: skip
 
     def only(self, which: Targets) -> Outputs:
         """The view on some of the targets, counted anew within their examples; all examples stay, if only with no target.
 
-        Of the tokens ``marked`` keeps those that are marked targets, ``unmarked`` all others, those of the prompt among them.
+        Of the tokens ``marked`` and ``favoured`` keep those that are such targets, ``unmarked`` all that are no target in a span,
+        those of the prompt among them.
         """
         if which == "all":
             return self
-        kept = self.marked if which == "marked" else ~self.marked
-        spoken = torch.zeros_like(self.token_supervised)
-        spoken[self.token_supervised] = self.marked
-        tokens = spoken if which == "marked" else ~spoken
+        kept = {"marked": self.marked, "favoured": self.favoured, "unmarked": ~(self.marked | self.favoured)}[which]
+        tokens = torch.full_like(self.token_supervised, which == "unmarked")
+        tokens[self.token_supervised] = kept
         owner, token_owner = self.owner[kept], self.token_owner[tokens]
         counts, token_counts = (torch.bincount(o, minlength=self.n_examples) for o in (owner, token_owner))
         position = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
         cut = {k: v[tokens] if k.startswith("features:") else v[kept] for k, v in self.values.items()}
         return Outputs(
             self.batch_ids, self.targets[kept], owner, position, tuple(counts.tolist()),
-            token_owner, self.token_supervised[tokens], tuple(token_counts.tolist()), cut, self.marked[kept],
+            token_owner, self.token_supervised[tokens], tuple(token_counts.tolist()), cut, self.marked[kept], self.favoured[kept],
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A greedy continuation.
+    """A continuation.
 
     Attributes:
         id: id of the example that was continued.
@@ -286,6 +299,53 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
         """Greedy continuations of the examples' prompts (their targets are ignored), batched by the caller."""
+
+    def sample(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, temperature: float) -> list[Generation]:
+        """Continuations drawn token by token from ``softmax(scores / temperature)``, as :meth:`generate` otherwise.
+
+        They follow from torch's random state and the batch.
+
+        Raises:
+            InputError: what this adapter generates is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
+
+    def opened(self, example: Example) -> Example:
+        """An example with no target, to be continued: its prompt; of plain text, all of it.
+
+        Raises:
+            InputError: what this adapter encodes is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
+
+    def written(
+        self, example: Example, tokens: Sequence[int], *, ended: bool, suffix: str = "", marked: Sequence[bool] = (),
+        favoured: Sequence[bool] = (),
+    ) -> Example:  # fmt: skip
+        """The prompt of an example with ids that a model has written as its answer, which become the targets.
+
+        Args:
+            example: whose prompt it is.
+            tokens: without an end token.
+            ended: whether the model ended there; then the end token is a target too.
+            suffix: marks the new id.
+            marked: which of the tokens are; none: no token.
+            favoured: which are to be said; none: no token.
+
+        Raises:
+            InputError: what this adapter encodes is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
+
+    def pieces(self, example: Example) -> tuple[str, list[str]]:
+        """Text of the prompt, and of each target with the white space around it; joined they are the whole text.
+
+        A character that several tokens make up belongs to the last of them.
+
+        Raises:
+            InputError: what this adapter encodes is no text.
+        """
+        raise InputError(f"A {self.modality} model does not read text.", "Use a method that reads losses.")
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of generated ids, as :attr:`Generation.text` has it.

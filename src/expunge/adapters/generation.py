@@ -1,4 +1,4 @@
-"""Greedy generation of several prompts at once, by transformers' own ``generate``."""
+"""Generation for several prompts at once, greedy or drawn, by transformers' own ``generate``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from expunge.adapters.extra import need
 
 
-def greedy(
+def continued(
     inner: Any,
     model: Any,
     prompts: Sequence[NDArray[np.int32]],
@@ -23,8 +23,9 @@ def greedy(
     context: int | None,
     ends: frozenset[int],
     pad: int,
+    temperature: float | None = None,
 ) -> list[tuple[list[int], bool]]:
-    """Continue each prompt with the most likely token until an end token or ``limit`` tokens.
+    """Continue each prompt, with the most likely token or one that is drawn, until an end token or ``limit`` tokens.
 
     Args:
         inner: the transformers model (whose generation settings are set aside meanwhile).
@@ -35,6 +36,7 @@ def greedy(
             continued alone, as far as it goes.
         ends: end tokens.
         pad: any token id, to pad with on the left.
+        temperature: positive: by which scores are divided before a token is drawn from all; none: the most likely one.
 
     Returns:
         New ids without the end token, and whether it came.
@@ -45,7 +47,8 @@ def greedy(
     out: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
     for group in groups:
         if group and room[group[0]] > 0:
-            found = _batch(inner, model, [prompts[i] for i in group], limit=room[group[0]], ends=ends, pad=pad)
+            chosen = [prompts[i] for i in group]
+            found = _batch(inner, model, chosen, limit=room[group[0]], ends=ends, pad=pad, temperature=temperature)
             for i, ids in zip(group, found, strict=True):
                 out[i] = _cut(ids, ends, room[i])
     return out
@@ -54,7 +57,7 @@ def greedy(
 def greedy_pairs(
     inner: Any, model: Any, prompts: Sequence[NDArray[np.int32]], *, limit: int, ends: frozenset[int], pad: int, start: int
 ) -> list[tuple[list[int], bool]]:
-    """As :func:`greedy`, of an encoder-decoder: the prompts go to the encoder, the decoder begins with the token ``start``."""
+    """As :func:`continued`, greedily, of an encoder-decoder: prompts go to the encoder, the decoder begins with ``start``."""
     longest = max(map(len, prompts))
     ids = np.full((len(prompts), longest), pad, dtype=np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -70,15 +73,18 @@ def greedy_pairs(
 
 
 def _batch(
-    inner: Any, model: Any, prompts: list[NDArray[np.int32]], *, limit: int, ends: frozenset[int], pad: int
-) -> list[list[int]]:
+    inner: Any, model: Any, prompts: list[NDArray[np.int32]], *, limit: int, ends: frozenset[int], pad: int,
+    temperature: float | None,
+) -> list[list[int]]:  # fmt: skip
     longest = max(map(len, prompts))
     ids = np.full((len(prompts), longest), pad, dtype=np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
         row[longest - len(prompt) :] = prompt
     mask = np.arange(longest) >= longest - np.array([len(p) for p in prompts])[:, None]
     device = next(inner.parameters()).device
-    with _settings(inner, limit, ends, pad), warnings.catch_warnings():
+    # top_k 0: transformers would leave out all but the 50 likeliest.
+    drawn: dict[str, Any] = {} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0}
+    with _settings(inner, limit, ends, pad, **drawn), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokens = model.generate(
             input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device)
@@ -88,13 +94,11 @@ def _batch(
 
 
 @contextmanager
-def _settings(inner: Any, limit: int, ends: frozenset[int], pad: int, **more: int) -> Iterator[None]:
-    """Plain greedy search, whatever sampling, penalties or beams the model's own settings ask for."""
+def _settings(inner: Any, limit: int, ends: frozenset[int], pad: int, **more: Any) -> Iterator[None]:
+    """Plain greedy search (or what ``more`` says), whatever sampling, penalties or beams the model's own settings ask for."""
     held = inner.generation_config
-    inner.generation_config = need("transformers", "Generation").GenerationConfig(
-        max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=pad, use_cache=True,
-        **more,
-    )  # fmt: skip
+    plain = {"do_sample": False, "num_beams": 1, "eos_token_id": sorted(ends) or None, "pad_token_id": pad, "use_cache": True}
+    inner.generation_config = need("transformers", "Generation").GenerationConfig(max_new_tokens=limit, **{**plain, **more})
     try:
         yield
     finally:

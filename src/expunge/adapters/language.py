@@ -25,6 +25,8 @@ from expunge.core.access import Offer
 from expunge.core.errors import InputError, unknown
 from expunge.data.records import Record
 
+_BEFORE = 4  #: tokens that are decoded with one to see which text it adds
+
 
 @adapter
 class LanguageAdapter(Adapter):
@@ -179,7 +181,8 @@ class LanguageAdapter(Adapter):
             token_owner=torch.from_numpy(token_owner),
             token_supervised=torch.from_numpy(supervised[real]),
             token_counts=tuple(sizes.tolist()),
-            marked=torch.from_numpy(np.concatenate([_marked(d) for d in data])),
+            marked=torch.from_numpy(np.concatenate([_flags(d, d.marked) for d in data])),
+            favoured=torch.from_numpy(np.concatenate([_flags(d, d.favoured) for d in data])),
         )
 
     def translate(self, examples: Sequence[Example], terms: Mapping[str, str]) -> list[tuple[Example, Translation]]:
@@ -247,14 +250,71 @@ class LanguageAdapter(Adapter):
 
         An example whose context is too short for ``max_new_tokens`` is continued alone, as far as its context goes.
         """
+        return self._continued(model, examples, max_new_tokens, None)
+
+    def sample(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, temperature: float) -> list[Generation]:
+        """Continuations as they are drawn at a temperature; see :meth:`generate` for what is continued."""
+        return self._continued(model, examples, max_new_tokens, temperature)
+
+    def _continued(
+        self, model: nn.Module, examples: Sequence[Example], limit: int, temperature: float | None
+    ) -> list[Generation]:
         prompts = [e.data.ids[: e.data.start] for e in examples]
-        options: dict[str, Any] = {"limit": max_new_tokens, "context": self.context, "ends": self.end_ids, "pad": self._pad()}
+        options: dict[str, Any] = {"limit": limit, "context": self.context, "ends": self.end_ids, "pad": self._pad()}
         with torch.no_grad(), evaluating(model):
-            tokens = generation.greedy(base(model), bare(model), prompts, **options)
+            tokens = generation.continued(base(model), bare(model), prompts, temperature=temperature, **options)
         out = []
         for example, (ids, ended) in zip(examples, tokens, strict=True):
             out.append(Generation(example.id, tuple(ids), self.decode(ids), ended))
         return out
+
+    def opened(self, example: Example) -> Example:
+        """The prompt alone; of plain text (whose prompt is a begin token, if anything) all of it."""
+        held: Tokens = example.data
+        whole = held.start <= 1
+        ids = held.ids if whole else held.ids[: held.start]
+        return _example(example.id, example.cluster, Tokens(ids, len(ids), False))
+
+    def written(
+        self, example: Example, tokens: Sequence[int], *, ended: bool, suffix: str = "", marked: Sequence[bool] = (),
+        favoured: Sequence[bool] = (),
+    ) -> Example:  # fmt: skip
+        """A prompt with ids that a model has written; see :meth:`expunge.adapters.base.Adapter.written`."""
+        held: Tokens = example.data
+        ends = ended and bool(self.end_ids)
+        answer = [*tokens, *([min(self.end_ids)] if ends else [])]
+        made = self._encoder.spliced(held, answer, ends)
+        size = len(made.ids) - made.start
+
+        def flags(given: Sequence[bool]) -> NDArray[np.bool_] | None:
+            found = np.zeros(size, dtype=np.bool_)
+            found[: len(given)] = given[:size]
+            return found if found.any() else None
+
+        both = Tokens(made.ids, made.start, made.ends, flags(marked), flags(favoured))
+        return _example(example.id + suffix, example.cluster, both)
+
+    def pieces(self, example: Example) -> tuple[str, list[str]]:
+        """Text of the prompt and of each target, decoded in short windows, so that the cost is linear in the length."""
+        held: Tokens = example.data
+        ids = held.ids.tolist()
+
+        def read(start: int, stop: int) -> str:
+            text: str = self.tokenizer.decode(ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return text
+
+        prompt = read(0, held.start)
+        out: list[str] = []
+        # A text that is decoded on its own may lose the white space at its begin: some tokens before it go with it.
+        begin, done = max(0, held.start - _BEFORE), held.start
+        for at in range(held.start, len(ids)):
+            known, text = read(begin, done), read(begin, at + 1)
+            if text.endswith("\ufffd") and at + 1 < len(ids):  # part of a character
+                out.append("")
+                continue
+            out.append(text[len(known) :])
+            begin, done = max(0, at + 1 - _BEFORE), at + 1
+        return prompt, out
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ids without special tokens, white space stripped at both ends."""
@@ -273,8 +333,8 @@ class LanguageAdapter(Adapter):
     def resumed(self, example: Example, given: int) -> Example:
         """The example with the first ``given`` targets as part of the prompt."""
         held: Tokens = example.data
-        marked = None if held.marked is None else held.marked[given:]
-        return _example(example.id, example.cluster, Tokens(held.ids, held.start + given, held.ends, marked))
+        marked, favoured = (None if f is None else f[given:] for f in (held.marked, held.favoured))
+        return _example(example.id, example.cluster, Tokens(held.ids, held.start + given, held.ends, marked, favoured))
 
     def layers(self) -> list[str]:
         """Names of the transformer blocks, from the input to the output, within the model (without peft's wrapper)."""
@@ -318,11 +378,12 @@ class LanguageAdapter(Adapter):
 
 def _example(name: str, cluster: str, tokens: Tokens) -> Example:
     targets = len(tokens.ids) - tokens.start
-    return Example(name, cluster, targets, len(tokens.ids), tokens, n_marked=int(_marked(tokens).sum()))
+    marked, favoured = (int(_flags(tokens, f).sum()) for f in (tokens.marked, tokens.favoured))
+    return Example(name, cluster, targets, len(tokens.ids), tokens, n_marked=marked, n_favoured=favoured)
 
 
-def _marked(tokens: Tokens) -> NDArray[np.bool_]:
-    return np.zeros(len(tokens.ids) - tokens.start, dtype=np.bool_) if tokens.marked is None else tokens.marked
+def _flags(tokens: Tokens, held: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    return np.zeros(len(tokens.ids) - tokens.start, dtype=np.bool_) if held is None else held
 
 
 @contextmanager

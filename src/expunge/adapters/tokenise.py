@@ -30,12 +30,14 @@ class Tokens:
         start: first supervised position, at least 1; ``ids[:start]`` is the prompt, ``ids[start:]`` are the targets.
         ends: whether the last target is an end token (of the text or of the turn).
         marked: which targets lie, if only in part, in a span of the record, bool ``[size - start]``; none: no target does.
+        favoured: which lie in a span that is to be said, likewise.
     """
 
     ids: NDArray[np.int32]
     start: int
     ends: bool
     marked: NDArray[np.bool_] | None = None
+    favoured: NDArray[np.bool_] | None = None
 
 
 def check_template(template: str) -> None:

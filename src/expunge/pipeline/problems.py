@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from expunge.adapters.extra import need, quiet
+from expunge.core.entries import is_entry
 from expunge.core.errors import InputError
 from expunge.data.rows import Table
 from expunge.data.tables import Reading, read
 from expunge.engine.members import Training
 from expunge.pipeline.models import resolve
-from expunge.pipeline.supervised import Supervised, is_entry, load_entry
+from expunge.pipeline.supervised import Supervised, load_entry
 
 _ATTENTION = "expunge"  #: attention whose mask is made without a look at its values: see :func:`_open_masks`
 

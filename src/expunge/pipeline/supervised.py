@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +14,8 @@ from torch import nn
 from expunge.adapters.estimators import estimator_network, is_estimator
 from expunge.adapters.extra import need
 from expunge.adapters.supervised import SupervisedAdapter
-from expunge.core.errors import ExpungeError, InputError, OwnCodeError, nearest
+from expunge.core.entries import ENTRY, load_function, own_code
+from expunge.core.errors import InputError
 from expunge.core.runs import cache_folder
 from expunge.data.rows import Indices, Table
 from expunge.engine.ensemble import Ensemble, train_ensemble
@@ -28,8 +23,6 @@ from expunge.engine.members import Members, Spec, Training
 from expunge.engine.outcome import Progress
 from expunge.engine.tasks import Workers
 from expunge.pipeline.rows import open_rows
-
-_ENTRY = "expunge_entry_"  #: how modules from files are named
 
 
 @dataclass(frozen=True)
@@ -196,7 +189,7 @@ class Supervised:
 def _carried(function: Callable[..., Any]) -> None:
     """Let what a file of the user's defines travel to Ray's workers, who cannot import it by its name."""
     module = sys.modules.get(getattr(function, "__module__", "") or "")
-    if module is not None and module.__name__.startswith(_ENTRY):
+    if module is not None and module.__name__.startswith(ENTRY):
         cloudpickle = need("ray.cloudpickle", "Training on Ray workers", "ray")
         cloudpickle.register_pickle_by_value(module)
 
@@ -220,40 +213,6 @@ def target_of(problem: Supervised, seed: int = 0, *, progress: Progress | None =
     return member(problem, problem.trained(None, [seed], progress=progress, what="training the target"), 0)
 
 
-@contextmanager
-def own_code(what: str) -> Iterator[None]:
-    """Run code of the user's: an error that it raises is told as such, with its own traceback.
-
-    Args:
-        what: names the code.
-
-    Raises:
-        OwnCodeError: it raised an error; one that is told in a sentence already passes as it is.
-    """
-    try:
-        yield
-    except ExpungeError:
-        raise
-    except Exception as error:
-        trace = error.__traceback__
-        others = ("<frozen importlib", importlib.__file__, __file__)
-        while trace is not None and trace.tb_frame.f_code.co_filename.startswith(others):
-            trace = trace.tb_next
-        lines = traceback.format_exception(type(error), error, trace)
-        raise OwnCodeError(f"{what!r} raised {type(error).__name__}: {_sentence(error)}", "".join(lines)) from None
-
-
-def _sentence(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or ["no message"])[0]
-    return line if line.endswith((".", "!", "?")) else line + "."
-
-
-def is_entry(source: str) -> bool:
-    """Whether a source names a function: ``package.module:function`` or ``folder/file.py:function``."""
-    place, colon, name = source.rpartition(":")
-    return bool(colon) and name.isidentifier() and (place.endswith(".py") or all(p.isidentifier() for p in place.split(".")))
-
-
 def load_entry(source: str) -> Supervised:
     """Call the function that ``source`` names. It is the user's own code, and runs as such.
 
@@ -261,14 +220,7 @@ def load_entry(source: str) -> Supervised:
         OwnCodeError: the module or the function raises an error of its own.
         InputError: no such module or function, or what it returns is no :class:`Supervised`.
     """
-    place, _, name = source.rpartition(":")
-    with own_code(source):
-        module = _from_file(Path(place)) if place.endswith(".py") else _from_name(place)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
-        remedy = f"It has: {', '.join(nearest(name, known) or known)}." if known else "Write it; it returns expunge.Supervised."
-        raise InputError(f"{place!r} has no function {name!r}.", remedy)
+    function = load_function(source, "it returns expunge.Supervised")
     with own_code(source):
         made: Any = function()
     if not isinstance(made, Supervised):
@@ -278,33 +230,3 @@ def load_entry(source: str) -> Supervised:
         )
     made.check()
     return made
-
-
-def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InputError(f"There is no file {str(path)!r}.", "Give file.py:function or package.module:function.")
-    name = f"{_ENTRY}{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{str(path)!r} is no Python file.", "Give file.py:function.")
-    module = importlib.util.module_from_spec(spec)
-    here = str(path.resolve().parent)
-    if here not in sys.path:  # as for a script: it may import what lies beside it
-        sys.path.insert(0, here)
-    sys.modules[name] = module  # so that what it defines can be pickled for workers
-    spec.loader.exec_module(module)
-    return module
-
-
-def _from_name(name: str) -> ModuleType:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        raise InputError(
-            f"There is no module {name!r}.", "Run from the folder that holds it, or give its path: file.py:function."
-        ) from None
