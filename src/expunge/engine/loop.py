@@ -153,9 +153,13 @@ class _Loop:
         self.total = self.plan.steps
         self.rewind = self._rewind()
         self.steering = Steering(
-            recipe.control, Sight(adapter, self.devices.unwrap(self.model), self.examples, recipe.watched, engine.max_tokens),
+            recipe.control,
+            Sight(
+                adapter, self.devices.unwrap(self.model), self.examples, recipe.watched, engine.max_tokens,
+                self.prepared.made, engine.seed,
+            ),
             pairs=recipe.preparation is not None and recipe.preparation.pairs, per_epoch=self.plan.steps_per_epoch,
-            sharded=self.devices.sharded,
+            sharded=self.devices.sharded, world=self.devices.world,
         )  # fmt: skip
         self.masks = moving_entries(
             self.objective, self.devices.unwrap(self.model), self.parameters, engine.max_tokens, sharded=self.devices.sharded
@@ -337,13 +341,15 @@ class _Loop:
         held = self._held() if resume else None
         if held is not None:
             done, rates = self._restore(held, watch)
-        elif self.schedule.lr is None:
+        elif self.schedule.lr is None and not self.prepared.idle:
             watch.lr, rates = choose_rate(self, watch)
         if self.observe and done == 0:
             self.observe(0, self.devices.unwrap(self.model))
         reason: Reason | None = watch.first(done)
         if done == 0:
             self.steering.begin()
+        if self.prepared.idle:
+            reason, self.steering.said = "control", self.prepared.idle
         with freed_memory_kept():
             while reason is None and done < self.total:
                 row = self.step(done, watch.rate(done), watch.erasing)
@@ -352,6 +358,7 @@ class _Loop:
                 if reason is None and self.steering.after(done, row):
                     reason = "control"
                     watch.look()
+                self._renew()
                 self.history.append(row)
                 if self.rewind:
                     self.rewind.keep(self.model, done)
@@ -366,6 +373,12 @@ class _Loop:
             watch.look()
         self._finish(watch)
         return self._outcome(reason, done, watch, rates)
+
+    def _renew(self) -> None:
+        """Put the forget examples in that the control made, if it made some."""
+        examples = self.steering.renewed()
+        if examples is not None:
+            self.examples = self.objective.examples = examples
 
     def _finish(self, watch: Watch) -> None:
         if self.recipe.finish is not None:
@@ -382,7 +395,8 @@ class _Loop:
             self.joined or self.devices.unwrap(self.model), reason, watch.sentence(reason, done, self.steering.said), done,
             watch.lr, rates,
             watch.forget_loss, watch.retain_loss, self.tokens, time.perf_counter() - self.started,
-            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes, watch.finish_scale,
+            self.devices.peak_bytes(), self.history, self.devices.gather(self.model), self.notes + self.steering.notes(),
+            watch.finish_scale, self.steering.record(),
         )  # fmt: skip
 
     def _report(self, row: dict[str, float], done: int) -> None:
@@ -436,5 +450,6 @@ class _Loop:
         self.history = state["history"]
         self.tokens = state["tokens"]
         self.steering.restore(state["control"])
+        self._renew()
         watch.load_state(state["watch"], held.good)
         return int(state["step"]), state["rates"]

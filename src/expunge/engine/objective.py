@@ -241,7 +241,16 @@ def check_marks(recipe: Recipe, examples: Examples, made: Collection[str] = ()) 
     Raises:
         InputError: no example has a marked target, or a stream has none of the targets that a term reads.
     """
-    choosy = [t for t in recipe.terms() if t.targets != "all"]
+    part = recipe.preparation
+    answered = part.makes if part is not None and part.marks else frozenset()
+    choosy = [t for t in recipe.terms() if t.targets != "all" and t.stream not in answered]
+    for term in choosy:
+        favoured = any(e.n_favoured for e in examples.get(term.stream, ()))
+        if term.targets == "favoured" and term.stream not in made and not favoured:
+            raise InputError(
+                f"The term {term.name!r} reads favoured {term.stream} targets, which no preparation marks.",
+                "Add one that does: preparation=discovery.",
+            )
     wanted = {t.stream for t in choosy if t.targets == "marked" and t.stream not in made}
     marked = {s for s, held in examples.items() if any(e.n_marked for e in held)}
     if choosy and (not marked or wanted - marked):

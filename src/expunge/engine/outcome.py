@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -37,6 +37,7 @@ class Outcome:
         gathered: the whole state of a sharded model; None otherwise.
         notes: what a report must say of the request, one sentence each.
         finish_scale: the coefficient of the finish, given or found; None without one.
+        record: what the control keeps of the run (which prompts were used, say).
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Outcome:
     gathered: dict[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
     finish_scale: float | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
     def state(self) -> dict[str, Tensor]:
         """All parameters by name, whole even if the model was sharded."""
@@ -66,7 +68,7 @@ class Outcome:
 
 
 def write_log_summary(folder: Path, outcome: Outcome) -> None:
-    """Write how training ended to ``training.json``."""
+    """Write how training ended to ``training.json``, and what a control keeps of it to ``control.json``."""
     write_json(
         folder / "training.json",
         {
@@ -76,3 +78,5 @@ def write_log_summary(folder: Path, outcome: Outcome) -> None:
             "tokens": outcome.tokens, "seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes, "notes": outcome.notes,
         },
     )  # fmt: skip
+    if outcome.record:
+        write_json(folder / "control.json", outcome.record)

@@ -100,7 +100,9 @@ class Term(Settings, abc.ABC):
 
     weight: Annotated[float, Search(around=10)] = Field(1.0, ge=0, description="coefficient of the term in the loss")
     targets: Targets = Field(
-        "all", description="which targets of its examples it reads: all, those in marked spans of their record, or the others"
+        "all",
+        description="which targets of its examples it reads: all, those in marked spans of their record, those in favoured spans "
+        "(which a preparation finds: they are to be said), or the others",
     )
 
     @property

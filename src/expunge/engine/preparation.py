@@ -53,6 +53,7 @@ class Prepared:
         grown: networks among ``made``, by name, that are trained with the model and dropped afterwards.
         chosen: values of fields that were left open, by the field's name: every part of the recipe that has it gets it.
         notes: what a report must say, one sentence each.
+        idle: why there is nothing to train, in words that complete "Stopped after 0 steps: ..."; empty: there is.
     """
 
     examples: Examples = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Prepared:
     grown: Mapping[str, nn.Module] = field(default_factory=dict)
     chosen: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    idle: str = ""
 
     def settled(self, recipe: R) -> R:
         """The recipe with what was chosen, in every part that left it open (a field that is none)."""
@@ -103,6 +105,7 @@ class Preparation(Settings, abc.ABC):
     chooses: ClassVar[frozenset[str]] = frozenset()  #: names of fields of other parts that it fills in where they are none
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
     pairs: ClassVar[bool] = False  #: whether it makes one retain example for each forget example: they go through steps together
+    marks: ClassVar[bool] = False  #: whether it marks the targets of what it makes, and sees to it that there are some
 
     def check(self) -> None:
         """Refuse files that it names and that are not what they should be; asked before anything starts.
@@ -110,6 +113,10 @@ class Preparation(Settings, abc.ABC):
         Raises:
             InputError: naming the file.
         """
+
+    def planned(self, examples: Examples) -> Examples:
+        """Examples in the number and size of those that will be trained on, for the estimate of the cost."""
+        return examples
 
     @abc.abstractmethod
     def prepare(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None) -> Prepared:

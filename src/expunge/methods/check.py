@@ -50,6 +50,7 @@ def _check_preparation(recipe: Recipe) -> None:
             raise InputError(
                 f"The term {term.name!r} reads {name!r}, which no preparation makes.", f"Add the preparation that makes {name!r}."
             )
+    _check_control(recipe, made)
     if part is None:
         return
     several = [t for t in recipe.terms() if getattr(t, "answers", 1) > 1]
@@ -68,10 +69,26 @@ def _check_preparation(recipe: Recipe) -> None:
             f"preparation={part.name} chooses {', '.join(sorted(part.chooses))}, which no part of {recipe.name!r} leaves open.",
             "Use preparation=none, or do not give it.",
         )
-    if made and not made & (read | {name for t in recipe.terms() for name in t.uses}):
+    used = {name for t in recipe.terms() for name in t.uses} | (recipe.control.uses if recipe.control else set())
+    if made and not made & (read | used):
         raise InputError(
             f"preparation={part.name} makes {', '.join(sorted(made))}, which no term of {recipe.name!r} reads.",
             "Use preparation=none, or a term that reads it.",
+        )
+
+
+def _check_control(recipe: Recipe, made: frozenset[str]) -> None:
+    """A control finds what it reads by name, and examples that it puts in have a reference."""
+    part = recipe.control
+    if part is None:
+        return
+    for name in sorted(part.uses - made):
+        raise InputError(
+            f"control={part.name} reads {name!r}, which no preparation makes.", f"Add the preparation that makes {name!r}."
+        )
+    if part.renews and choose(recipe, recipe.needs(PLACEHOLDER_LAYERS)) == "cached":
+        raise InputError(
+            f"control={part.name} makes examples as it goes, which cached log-probabilities do not have.", "Use reference=copy."
         )
 
 
@@ -121,7 +138,7 @@ def _check_finish(recipe: Recipe) -> None:
 
 def _check_nothing_reversed(recipe: Recipe) -> None:
     for term in recipe.terms():
-        if term.targets == "unmarked":  # what stands around the marked targets may be taught: it is to stay
+        if term.targets in ("unmarked", "favoured"):  # what stands around the marked targets may be taught: it is to stay
             continue
         if term.reverse and term in recipe.forget:
             raise InputError(

@@ -186,13 +186,14 @@ def plan(
     parameters = sum(p.numel() for p in adapter.model.parameters())
     lora = recipe.parameters.factors
     weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
-    tokens = min(engine.max_tokens, 2 * recipe.schedule.batch * max(e.units for held in examples.values() for e in held))
+    sized = recipe.preparation.planned(examples) if recipe.preparation is not None else examples
+    tokens = min(engine.max_tokens, 2 * recipe.schedule.batch * max(e.units for held in sized.values() for e in held))
     copies = (kind == "copy") + isinstance(recipe.parameters, Twin)
     memory = training_memory(adapter, tokens, lora=lora, checkpointing=engine.gradient_checkpointing) + weights * copies
     if recipe.parameters.reads:
         memory += 3 * weights  # a gradient and two importances of the size of the weights
     check_memory(memory, "Unlearning")
-    cost = estimate(recipe, examples, parameters, memory, disk=weights * 5)
+    cost = estimate(recipe, sized, parameters, memory, disk=weights * 5)
     kept = request.retain.records if request.retain is not None else ()
     first = began(source, recipe) if source is not None else None
     if first is not None:
