@@ -130,6 +130,7 @@ class Discovery:
         return [self._read(adapter, prompts[i // self.samples], g, f"#{label}.{i % self.samples}") for i, g in enumerate(written)]
 
     def _read(self, adapter: Adapter, prompt: Example, written: Generation, suffix: str) -> Said:
+        prompt = adapter.opened(prompt)
         head, pieces = adapter.pieces(adapter.written(prompt, written.tokens, ended=False))
         text = head + "".join(pieces)
         # Spans of the tokens: of a name that the length of the completion has cut off nothing can be said.

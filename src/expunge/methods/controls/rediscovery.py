@@ -24,7 +24,8 @@ class Rediscovery(Control):
 
     Half of the next prompts are the worst of the last ones; the others are mutations of those that made the model make names up
     (``preparation.slots``), or, where there are none, further ones of the first prompts. It ends after ``rounds`` rounds, when
-    the share of made-up names in completions of held-out prompts no longer falls, or when none is made up any more.
+    the share of made-up names in completions of held-out prompts no longer falls (for
+    ``patience`` rounds: it is a share of a sample), or when none is made up any more.
 
     Held-out prompts (``--holdout``) are never used for discovery, nor are mutations that come out as one of them.
     """
@@ -35,6 +36,7 @@ class Rediscovery(Control):
     renews: ClassVar[bool] = True
 
     rounds: int = Field(5, ge=1, description="rounds at most, the first one included")
+    patience: int = Field(2, ge=1, description="rounds in a row without a lower share of made-up names after which it ends")
 
     @property
     def reads(self) -> frozenset[Stream]:
@@ -61,18 +63,24 @@ class Rediscovery(Control):
                 f"{len(shared)} held-out prompts are among those used for discovery, such as {shared[0][:60]!r}.",
                 "Leave them out of one of both.",
             )
-        state |= {"round": 1, "seen": [self._measured(sight, 0).json()], "pool": None, "made_up": self._guilt(sight, None)}
+        now = self._measured(sight, 0)
+        state |= {"round": 1, "seen": [now.json()], "best": now.rate, "since": 0, "pool": None}
+        how: Discovery = sight.made[DISCOVERY]
+        state["made_up"] = _by_prompt([len(s.made_up) for s in sight.made["said"]], how.samples)
 
     def look(self, sight: Sight, state: dict[str, Any]) -> Decision:
         """Measure, and make the examples of the next round."""
-        done, before = state["round"], Count(**state["seen"][-1])
-        now = self._measured(sight, done)
+        done, now = state["round"], self._measured(sight, state["round"])
         state["seen"].append(now.json())
         seen = {"round": done, "made_up": now.made_up, "names": now.names, "rate": now.rate, "distinct": now.distinct_valid}
         if done >= self.rounds:
             return Decision(stop=f"the {done} rounds are over", seen=seen)
-        if not now.rate < before.rate:
-            said = f"the share of made-up names on held-out prompts no longer falls ({now.rate:.1%} after {before.rate:.1%})"
+        if now.rate < state["best"]:
+            state |= {"best": now.rate, "since": 0}
+        else:
+            state["since"] += 1
+        if state["since"] >= self.patience:
+            said = f"the share of made-up names on held-out prompts no longer falls ({now.rate:.1%}, {state['best']:.1%} before)"
             return Decision(stop=said, seen=seen)
         how: Discovery = sight.made[DISCOVERY]
         first: Sequence[Example] = sight.made["prompts"]
@@ -119,10 +127,6 @@ class Rediscovery(Control):
         held = sight.examples[Stream.VALIDATION]
         written = how.draw(sight.adapter, sight.model, held, max_units=sight.max_units, seed=[sight.seed, _HELD, done])
         return count(how.read(sight.adapter, held, written, f"held-{done}"))
-
-    def _guilt(self, sight: Sight, _: None) -> list[int]:
-        how: Discovery = sight.made[DISCOVERY]
-        return _by_prompt([len(s.made_up) for s in sight.made["said"]], how.samples)
 
 
 def _by_prompt(made_up: Sequence[int], samples: int) -> list[int]:
