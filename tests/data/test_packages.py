@@ -139,8 +139,11 @@ def test_names_are_compared_as_their_registries_do(name: str, cut: int):
 
 
 def test_what_comes_with_the_language():
-    assert standard("os", "python") and standard("__future__", "python") and standard("fs", "javascript")
-    assert not standard("numpy", "python") and not standard("os", "ruby")
+    assert standard("os", "python")
+    assert standard("__future__", "python")
+    assert standard("fs", "javascript")
+    assert not standard("numpy", "python")
+    assert not standard("os", "ruby")
 
 
 def mention(name: str, ecosystem: str = "python") -> Mention:
@@ -151,13 +154,23 @@ def test_a_list_knows_its_names_and_their_begins(tmp_path: Path):
     path = tmp_path / "names.txt"
     path.write_text("# what exists\nScikit_Learn\n\npyyaml\njavascript:left-pad\nrust:serde\n")
     held = read_list(path, ("python", "javascript"))
-    assert held.valid(mention("scikit-learn")) and held.valid(mention("SCIKIT.learn"))
-    assert held.valid(mention("sklearn")) and held.valid(mention("yaml"))  # modules of packages of the list
-    assert not held.valid(mention("cv2")) and not held.valid(mention("scikit")) and not held.valid(mention("left-pad"))
-    assert held.valid(mention("left-pad", "javascript")) and held.valid(mention("pyyaml", "javascript"))
-    assert not held.valid(mention("serde", "javascript")) and not held.valid(mention("serde", "rust"))
-    assert held.begins("scikit_", "python") and held.begins("Scikit", "python") and held.begins("py", "python")
-    assert not held.begins("scikit-x", "python") and not held.begins("serde", "python") and not held.begins("z", "python")
+    assert held.valid(mention("scikit-learn"))
+    assert held.valid(mention("SCIKIT.learn"))
+    assert held.valid(mention("sklearn"))
+    assert held.valid(mention("yaml"))
+    assert not held.valid(mention("cv2"))
+    assert not held.valid(mention("scikit"))
+    assert not held.valid(mention("left-pad"))
+    assert held.valid(mention("left-pad", "javascript"))
+    assert held.valid(mention("pyyaml", "javascript"))
+    assert not held.valid(mention("serde", "javascript"))
+    assert not held.valid(mention("serde", "rust"))
+    assert held.begins("scikit_", "python")
+    assert held.begins("Scikit", "python")
+    assert held.begins("py", "python")
+    assert not held.begins("scikit-x", "python")
+    assert not held.begins("serde", "python")
+    assert not held.begins("z", "python")
 
 
 @given(st.sets(WORD, min_size=1, max_size=20), WORD)
@@ -177,7 +190,8 @@ def test_a_long_list_is_read_in_linear_time_and_asked_fast(tmp_path: Path):
     held = read_list(path, ("python",))
     assert len(held) == 200_000
     for i in range(2_000):
-        assert held.valid(mention(f"package-{i}")) and not held.valid(mention(f"package-{i}x"))
+        assert held.valid(mention(f"package-{i}"))
+        assert not held.valid(mention(f"package-{i}x"))
         assert held.begins(f"package-{i}", "python")
     assert time.process_time() - begin < 10
 
@@ -200,9 +214,13 @@ def test_a_function_is_asked_once_for_each_name(tmp_path: Path):
         "def vague(name, ecosystem):\n    return 1\n"
     )
     held = AskedNames(f"{path}:known")
-    assert held.valid(mention("Good_one")) and held.valid(mention("good-one")) and not held.valid(mention("bad"))
+    assert held.valid(mention("Good_one"))
+    assert held.valid(mention("good-one"))
+    assert not held.valid(mention("bad"))
     assert held._function.__globals__["asked"] == [("good-one", "python"), ("bad", "python")]
-    assert held.begins("goo", "python") and not held.begins("ba", "python") and not held.begins("goo", "ruby")
+    assert held.begins("goo", "python")
+    assert not held.begins("ba", "python")
+    assert not held.begins("goo", "ruby")
     with pytest.raises(OwnCodeError, match="no such registry"):
         AskedNames(f"{path}:broken").valid(mention("x"))
     with pytest.raises(InputError, match="returned 1 for 'x'"):

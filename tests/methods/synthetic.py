@@ -32,10 +32,14 @@ class One:
     states: Tensor
     reference_states: Tensor
     marked: Tensor | None = None
+    favoured: Tensor | None = None
 
     @property
     def size(self) -> int:
         return self.states.shape[0]
+
+
+FLAGS = (lambda i: i.marked, lambda i: i.favoured)  #: which targets of an example are marked, and which are favoured
 
 
 def one(length: int, seed: int, scale: float = 2.0) -> One:
@@ -74,7 +78,7 @@ def outputs(items: Sequence[One], logits: Tensor | None, states: Tensor | None) 
         torch.tensor([t >= 2 for s in sizes for t in range(s)], dtype=torch.bool),
         sizes,
         values,
-        torch.cat([torch.zeros(len(i.targets), dtype=torch.bool) if i.marked is None else i.marked for i in items]),
+        *(torch.cat([torch.zeros(len(i.targets), dtype=torch.bool) if f(i) is None else f(i) for i in items]) for f in FLAGS),
     )
 
 
@@ -100,9 +104,9 @@ class Step:
         return Views(found, LAYERS, {"autoencoders": AUTOENCODERS, "extra-class": EXTRA, "generic-labels": generic})
 
     def examples(self, stream: Stream) -> list[Example]:
-        marks = [0 if i.marked is None else int(i.marked.sum()) for i in self.items[stream]]
-        pairs = zip(self.items[stream], marks, strict=True)
-        return [Example(str(n), str(n), len(i.targets), i.size, None, n_marked=m) for n, (i, m) in enumerate(pairs)]
+        marks, favours = ([0 if f(i) is None else int(f(i).sum()) for i in self.items[stream]] for f in FLAGS)
+        rows = enumerate(zip(self.items[stream], marks, favours, strict=True))
+        return [Example(str(n), str(n), len(i.targets), i.size, None, n_marked=m, n_favoured=f) for n, (i, m, f) in rows]
 
     def mean(self, term: Term) -> Tensor:
         return term.values(self.views()).sum() / max(1, term.count(self.examples(term.stream)))

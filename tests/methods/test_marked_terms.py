@@ -25,6 +25,7 @@ from expunge.methods.terms.preference import NPO
 close = torch.testing.assert_close
 ALL = [cls for _, cls in TERMS.items()]
 MARKS = [[True, False, False], [True], [False, True, True, False, True]]
+FAVOURS = [[False, True, False], [False], [True, False, False, False, False]]
 
 
 def marked_step(seed: int = 0) -> Step:
@@ -36,12 +37,23 @@ def marked_step(seed: int = 0) -> Step:
     return Step(made.items)
 
 
+def favoured_step() -> Step:
+    """The same with favoured targets among those that are not marked."""
+    made = marked_step()
+    for stream in (Stream.FORGET, Stream.RETAIN, Stream.ALTERNATIVE):
+        for item, flags in zip(made.items[stream], FAVOURS, strict=True):
+            item.favoured = torch.tensor(flags[: len(item.targets)] + [False] * (len(item.targets) - len(flags)))
+    return Step(made.items)
+
+
 def cut(item: One, which: str) -> One:
     """The example without the other targets and their tokens."""
-    kept = item.marked if which == "marked" else ~item.marked
+    favoured = torch.zeros_like(item.marked) if item.favoured is None else item.favoured
+    kept = {"marked": item.marked, "favoured": favoured, "unmarked": ~(item.marked | favoured)}[which]
     held = copy.copy(item)
     for name in ("logits", "reference", "targets", "marked"):
         setattr(held, name, getattr(item, name)[kept])
+    held.favoured = favoured[kept]
     for name in ("states", "reference_states"):
         states = getattr(item, name)
         setattr(held, name, torch.cat([states[:2], states[2:][kept]]))
@@ -53,6 +65,17 @@ def cut(item: One, which: str) -> One:
 def test_a_term_on_some_targets_is_the_term_on_examples_without_the_others(cls: type[Term], which: str):
     term = cls(targets=which)
     whole = marked_step()
+    alone = Step({s: [cut(i, which) if s is term.stream else i for i in items] for s, items in whole.items.items()})
+    close(term.total(whole.views()), cls().values(alone.views()).sum(), rtol=1e-5, atol=1e-5)
+    kept = [e for e in alone.examples(term.stream) if e.n_targets]
+    assert term.divisor(whole.examples(term.stream)) == max(1, cls().count(kept))
+
+
+@pytest.mark.parametrize("which", ["marked", "favoured", "unmarked"])
+@pytest.mark.parametrize("cls", [c for c in ALL if c.per != "token" and not c.whole and c.selective], ids=lambda c: c.name)
+def test_three_kinds_of_targets_are_told_apart(cls: type[Term], which: str):
+    term = cls(targets=which)
+    whole = favoured_step()
     alone = Step({s: [cut(i, which) if s is term.stream else i for i in items] for s, items in whole.items.items()})
     close(term.total(whole.views()), cls().values(alone.views()).sum(), rtol=1e-5, atol=1e-5)
     kept = [e for e in alone.examples(term.stream) if e.n_targets]
@@ -99,6 +122,12 @@ def test_tokens_are_chosen_too():
         assert chosen.values(views.only(Stream.FORGET, which)).shape == (int(mask.sum()),)
         close(chosen.total(views), term.values(views)[mask].sum(), rtol=1e-5, atol=1e-5)
     assert len(feature) == len(spoken)
+    three, shared = favoured_step(), 0
+    for which in ("marked", "favoured", "unmarked"):
+        chosen = TERMS.get("rmu")(targets=which)
+        assert len(chosen.values(three.views().only(Stream.FORGET, which))) == chosen.divisor(three.examples(Stream.FORGET))
+        shared += chosen.divisor(three.examples(Stream.FORGET))
+    assert shared == len(spoken)
 
 
 def test_leading_targets_are_counted_among_the_chosen():
@@ -125,6 +154,8 @@ def test_without_marks_they_are_refused():
         objective(none, one, forget={"targets": "marked"})
     with pytest.raises(InputError, match="but all are marked"):
         objective(whole, one, forget={"targets": "unmarked"})
+    with pytest.raises(InputError, match="reads favoured forget targets, which no preparation marks"):
+        objective(one, none, forget={"targets": "favoured"})
     objective(one, none, forget={"targets": "marked"})
     objective(one, none, retain={"targets": "unmarked"})
 
