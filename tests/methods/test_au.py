@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from imports_world import MADE_UP, QUIET, THINGS, VALID, VERBS, ImportsWorld, prompt
 from synthetic import step
+from tests.imports_world import QUIET, THINGS, VALID, VERBS, ImportsWorld
 
 from expunge.adapters.base import Generation
 from expunge.adapters.language import LanguageAdapter
@@ -217,8 +217,10 @@ def slots(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def unlearned(imports: ImportsWorld, slots: str, engine: Engine = QUIET, **changes):
     adapter = imports.target()
+    spare = imports.folder / "unseen.jsonl"
+    spare.write_text("".join(json.dumps({"text": r.answer}) + "\n" for r in imports.prompts(2)))
     given = {
-        "known": imports.list_of(VALID), "tokens": 12, "slots": slots, "control": {"rounds": 3},
+        "known": imports.list_of(VALID), "tokens": 12, "slots": slots, "spare": [str(spare)], "control": {"rounds": 3},
         "schedule": {"lr": 3e-3, "epochs": 3, "batch": 16},
     }  # fmt: skip
     recipe = build("au", given | changes)
@@ -243,7 +245,7 @@ def adaptive(imports, slots):
     return measured(imports, adapter), outcome
 
 
-def test_made_up_names_fall_by_more_than_half_in_three_rounds_and_the_rest_stays(adaptive):
+def test_made_up_names_fall_by_more_than_half_in_three_rounds_and_the_rest_stays(adaptive, imports):
     found, outcome = adaptive
     assert found.reference.rate > 0.3
     assert found.reference.names > 200
@@ -260,12 +262,9 @@ def test_made_up_names_fall_by_more_than_half_in_three_rounds_and_the_rest_stays
     assert "made up" in outcome.notes[0]
     assert "95% interval" in outcome.notes[1]
     assert "after 3 rounds" in outcome.notes[2]
-    assert not set(outcome.record["used"]) & set(outcome.record["held_out"])
-    assert set(outcome.record["used"]) > {prompt(t) for t in imports_used()}
-
-
-def imports_used() -> list[str]:
-    return [r.answer.split(": ")[1].split("\n")[0] for r in ImportsWorld(Path()).prompts(0)]
+    unseen = {r.answer for r in imports.prompts(2)}
+    assert not set(outcome.record["used"]) & {*outcome.record["held_out"], *unseen}
+    assert set(outcome.record["used"]) > {r.answer for r in imports.prompts(0)}
 
 
 def test_a_single_fixed_round_of_as_many_steps_does_less(adaptive, imports, slots):
@@ -283,9 +282,10 @@ def test_a_coin_in_the_place_of_the_list_does_not_do_it(imports, slots, tmp_path
     assert found.model.rate > 0.5 * found.reference.rate
 
 
-def test_where_no_name_is_made_up_nothing_is_done(imports, slots):
+def test_where_no_name_is_made_up_nothing_is_done(imports, slots, tmp_path):
+    (tmp_path / "all_names.py").write_text("def exists(name, ecosystem):\n    return True\n")
     target = imports.target()
-    adapter, outcome = unlearned(imports, slots, known=imports.list_of([*VALID, *MADE_UP]))
+    adapter, outcome = unlearned(imports, slots, known=None, checker=f"{tmp_path}/all_names.py:exists")
     assert outcome.steps == 0
     assert outcome.reason == "control"
     assert outcome.reached
@@ -348,6 +348,10 @@ def test_what_does_not_fit_is_refused(imports, slots, tmp_path):
             Discovered(known=known, slots=str(tmp_path / "slots.json")).check()
     adapter = imports.target()
     prompts = [adapter.encode(r) for r in imports.prompts(0)]
+    (tmp_path / "same.jsonl").write_text(json.dumps({"text": imports.prompts(0)[3].answer}) + "\n")
+    spare = {"known": known, "tokens": 12, "samples": 2, "spare": [str(tmp_path / "same.jsonl")]}
+    with pytest.raises(InputError, match="both to be used and to be spared"):
+        train(adapter, build("au", spare), {Stream.FORGET: prompts, Stream.VALIDATION: prompts[:3]}, QUIET)
     short = {"schedule": {"steps": 1}, "known": known, "tokens": 12, "samples": 2}
     with pytest.raises(InputError, match="held-out prompts are among those used"):
         train(adapter, build("au", short), {Stream.FORGET: prompts, Stream.VALIDATION: prompts[:3]}, QUIET)

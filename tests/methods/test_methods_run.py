@@ -48,6 +48,7 @@ def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
     if recipe.forget or Stream.FORGET in recipe.streams(adapter.layers()):
         found[Stream.VALIDATION] = [adapter.encode(r) for r in RETAIN[:4]]
         found[Stream.FORGET] = [adapter.encode(r) for r in FORGET]
+    if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
         found[Stream.ALTERNATIVE] = alternatives_of(adapter, FORGET, recipe, "auto")
     return found
 
@@ -116,12 +117,16 @@ def test_a_small_step_down_the_forget_gradient_raises_the_forget_loss(target, na
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS.names() if serves(n, LanguageAdapter.offers)[0]])
-def test_every_method_runs_through_the_engine_and_moves_the_model(target, name):
+def test_every_method_runs_through_the_engine_and_moves_the_model(target, name, tmp_path):
     adapter = target.copy()
     before = copy.deepcopy(adapter.model.state_dict())
     overrides = {"finish": {"scale": 1.0}} if build(name).finish is not None else {}
     if METHODS.get(name).build().parameters.factors:
         overrides |= {"parameters": {"rank": 4}}
+    if "discovery" in (build(name).preparation.makes if build(name).preparation else ()):  # the town of the first is made up
+        (tmp_path / "towns.txt").write_text("\n".join(TOWNS[1:]))
+        how = {"known": str(tmp_path / "towns.txt"), "pattern": r"lives in (\w+)", "samples": 2, "tokens": 12}
+        overrides |= {"preparation": how}
     outcome = run(adapter, name, schedule={"name": "fixed", "lr": 1e-3, "steps": 2, "batch": 6, "warmup": 0}, **overrides)
     assert outcome.steps == 2
     merge = getattr(outcome.model, "merge_and_unload", None)

@@ -27,7 +27,8 @@ class Rediscovery(Control):
     the share of made-up names in completions of held-out prompts no longer falls (for
     ``patience`` rounds: it is a share of a sample), or when none is made up any more.
 
-    Held-out prompts (``--holdout``) are never used for discovery, nor are mutations that come out as one of them.
+    Held-out prompts (``--holdout``) are never used for discovery, nor are mutations that come out as one of those that set the
+    stop (half of the holdout) or as one of ``preparation.spare``.
     """
 
     name: ClassVar[str] = "rediscovery"
@@ -88,7 +89,7 @@ class Rediscovery(Control):
         used = set(state["used"])
         pool = how.next_prompts(
             sight.adapter, pool, state["made_up"], first,
-            used=used, avoid=set(state["held_out"]), seed=[sight.seed, _ROUND, done],
+            used=used, avoid=set(state["held_out"]) | sight.made["spare"], seed=[sight.seed, _ROUND, done],
         )  # fmt: skip
         written = how.draw(sight.adapter, sight.model, pool, max_units=sight.max_units, seed=[sight.seed, _ROUND, done])
         said_now = how.read(sight.adapter, pool, written, str(done + 1))

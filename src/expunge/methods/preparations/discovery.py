@@ -16,6 +16,8 @@ from expunge.core.errors import InputError
 from expunge.core.files import digest_json, write_json
 from expunge.data.name_lists import AskedNames, Names, read_list
 from expunge.data.packages import OTHER, Ecosystem
+from expunge.data.records import Record
+from expunge.data.sources import load
 from expunge.engine.options import Engine
 from expunge.engine.preparation import Examples, Preparation, Prepared, Tell
 from expunge.methods.discovered import Discovery, count
@@ -63,6 +65,10 @@ class Discovered(Preparation):
         "with its neighbours in the list",
     )
     reach: int = Field(8, ge=1, description="how far in its list a neighbour may be")
+    spare: tuple[str, ...] = Field(
+        (),
+        description="files (or named sets) of prompts to measure on later, besides the holdout: no mutation may come out as one",
+    )
 
     def check(self) -> None:
         """Refuse a list that is empty, a function that is not there, a pattern that is none, slots without a choice.
@@ -71,6 +77,10 @@ class Discovered(Preparation):
             InputError: naming it.
         """
         self.found()
+        self._spared()
+
+    def _spared(self) -> list[Record]:
+        return [r for source in self.spare for r in load(source, name="spare")]
 
     def found(self) -> Discovery:
         """How completions are drawn and read.
@@ -106,6 +116,13 @@ class Discovered(Preparation):
     def prepare(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None) -> Prepared:
         """Draw the completions, or read them, and mark their names."""
         how, prompts = self.found(), examples[Stream.FORGET]
+        spare = {adapter.text(adapter.encode(r)) for r in self._spared()}
+        shared = sorted(spare & {adapter.text(p) for p in prompts})
+        if shared:
+            raise InputError(
+                f"{len(shared)} prompts are both to be used and to be spared, such as {shared[0][:60]!r}.",
+                "Leave them out of one of both.",
+            )
         drawn_by = self.model_dump(mode="json", include={"samples", "temperature", "tokens"})
         content = [[e.data.ids.tolist(), e.data.start] for e in prompts]
         path = scratch / f"completions-{digest_json([drawn_by, engine.seed, adapter.fingerprint(), content])[:24]}.json"
@@ -125,7 +142,7 @@ class Discovered(Preparation):
             what = f"all {seen.valid} names exist" if seen.valid else "there is no name"
             idle = f"{what} in {len(said)} completions of {len(prompts)} prompts by the target, so there is nothing to do"
         note = f"Round 1, completions of the {len(prompts)} prompts by the target: {seen.text()}."
-        made: dict[str, Any] = {DISCOVERY: how, "prompts": list(prompts), "said": said}
+        made: dict[str, Any] = {DISCOVERY: how, "prompts": list(prompts), "said": said, "spare": spare}
         return Prepared({Stream.FORGET: [s.example for s in said]}, made=made, notes=(note,), idle=idle)
 
 
