@@ -132,6 +132,7 @@ def test_what_cannot_be_judged_is_left_alone(speller):
     assert marked(speller, " plot\n", [], head="import mail\nimport")[0].made_up == (
         "plot",
     )  # the name of the prompt is not its own
+    assert marked(speller, "", [])[0].example.n_targets == 1  # it ended at once: the end token
     said, bad, good = marked(speller, "x y z\n", [])
     assert not (said.valid)
     assert not (said.made_up)
@@ -248,7 +249,7 @@ def adaptive(imports, slots):
 def test_made_up_names_fall_by_more_than_half_in_three_rounds_and_the_rest_stays(adaptive, imports):
     found, outcome = adaptive
     assert found.reference.rate > 0.3
-    assert found.reference.names > 200
+    assert found.reference.names > 150
     assert found.model.rate < 0.5 * found.reference.rate
     assert found.divergence["other tokens"] < 0.1 * found.divergence["names"]
     assert found.model.names > 0.9 * found.reference.names  # it still writes names,

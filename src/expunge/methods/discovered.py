@@ -135,7 +135,7 @@ class Discovery:
         text = head + "".join(pieces)
         # Spans of the tokens: of a name that the length of the completion has cut off nothing can be said.
         ends = (len(head) + np.cumsum([len(p) for p in pieces])).tolist()
-        places = list(zip([len(head), *ends[:-1]], ends, strict=True))
+        places = list(zip([len(head), *ends][:-1], ends, strict=True))
         marked, favoured = [False] * len(pieces), [False] * len(pieces)
         valid, made_up = [], []
         for mention in find(text, self.ecosystems, self.pattern):
