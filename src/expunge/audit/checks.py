@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from expunge.audit.arrays import Case, Thresholds
+from expunge.audit.arrays import Attempt, Case, Thresholds
 from expunge.audit.attacks.relearn import check_same
 from expunge.audit.contrast import Contrast, contrast, contrast_auc, gap_of
 from expunge.core.intervals import Clusters, Floats
@@ -86,12 +86,13 @@ def outputs(case: Case) -> list[Check]:
 
 
 def attacks(case: Case) -> list[Check]:
-    """What comes back under relearning, rounding of the weights and a new last layer, beyond what does in retrained models."""
+    """What comes back under attacks, beyond what does in retrained models: relearning, rounding of the weights, a new last layer,
+    and whatever else was tried."""
     bits = sorted({b for a in case.everyone for b in a.quantised}, reverse=True)
     checks = [_relearning(case), *(_rounding(b, case) for b in bits)]
     if not bits:
         checks.append(Check(name="quantisation", outcome="not run", text="Rounding of the weights was not tried."))
-    return [*checks, *_reading(case)]
+    return [*checks, *_reading(case), *_attempts(case)]
 
 
 def utility(case: Case) -> list[Check]:
@@ -271,6 +272,42 @@ def _reading(case: Case) -> list[Check]:
     return [_attack("reading out", _both("under a last layer fitted anew", losses, limits), limits)]
 
 
+def _attempts(case: Case) -> Iterator[Check]:
+    """Attacks with one value per forget example; the level of a conviction is shared among those that tell anything."""
+    quantities = {}
+    for name, own in case.subject.attempts.items():
+        label = f"attack ({name})"
+        controls = [r.attempts[name].values for r in case.retrained if name in r.attempts]
+        if name not in case.target.attempts or len(controls) < len(case.retrained):
+            yield Check(name=label, outcome="not run", text=f"{own.title} was not tried on all models.")
+            continue
+        full = case.target.attempts[name].values
+        keep = np.isfinite(full) & np.all(np.isfinite(controls), axis=0)
+        if keep.sum() < 2:
+            yield Check(name=label, outcome="not run", text=f"{own.title} has values for fewer than two forget examples.")
+        elif not np.isfinite(own.values[keep]).all():
+            yield Check(name=label, outcome="undecided", text=f"{own.title} gives values that are not finite.")
+        else:
+            names = np.asarray(case.subject.clusters, dtype=str)[keep]
+            values = Attempt(own.title, own.values[keep], own.toward)
+            quantities[label] = _attempt(values, [c[keep] for c in controls], full[keep], names, case.limits)
+    usable = [q for q in quantities.values() if q.informative(case.limits)]
+    for label, quantity in quantities.items():
+        told = quantity in usable
+        check = _check(quantity, case.limits, case.limits.alpha / len(usable)) if told else None
+        yield (check or _uninformative(quantity, len(case.retrained))).model_copy(update={"name": label})
+
+
+def _attempt(own: Attempt, controls: Sequence[Floats], full: Floats, names: Clusters, limits: Thresholds) -> Quantity:
+    """Knowing less than retrained models under an attack is no fault here: the outputs themselves are judged for that."""
+    noise = max(limits.seed_noise, _SHIFT_NOISE)
+    gap = gap_of(full, controls, toward=own.toward)
+    found = contrast(own.values, controls, names, gap, toward=own.toward, noise=noise)
+    stands = contrast(full, controls, names, gap, toward=own.toward, noise=noise)
+    near, far = _margins(found, limits.margin, None, limits)
+    return Quantity(own.title, f"{own.title}: its mean", found, stands.noise(), own.toward, near, far)
+
+
 def _both(when: str, losses: Losses, limits: Thresholds) -> list[Quantity]:
     """An attack's result as a mean NLL and as a share of answers remembered."""
     return [_likelihood(when, when, losses, limits, None), _remembered(when, when, losses, limits)]
@@ -385,7 +422,10 @@ def _check(quantity: Quantity, limits: Thresholds, alpha: float) -> Check:
         f"{found.share:.0%} of the way to the target; accepted are {near:.3f} towards it"
         f"{'' if math.isinf(far) else f' and {far:.3f} away from it'}.{_advice(quantity, outcome, limits)}"
     )
-    return Check(name=quantity.name, outcome=outcome, difference=own, low=bounds[0], high=bounds[1], margin=near, text=text)
+    return Check(
+        name=quantity.name, outcome=outcome, difference=own, low=bounds[0], high=bounds[1], margin=near, falls=signs < 0,
+        text=text,
+    )  # fmt: skip
 
 
 def _advice(quantity: Quantity, outcome: Outcome, limits: Thresholds) -> str:

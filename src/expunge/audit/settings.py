@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, field_validator
 
 from expunge.audit.arrays import Thresholds
+from expunge.audit.attacks.registry import ATTACKS, Attack, fitting
 from expunge.audit.attacks.relearn import RelearnSettings
 from expunge.audit.evidence import Protocol
 from expunge.audit.metrics.registry import METRICS, Metric
@@ -25,6 +26,10 @@ class AuditSettings(Settings):
     metrics: tuple[str, ...] = Field((), description="metrics to compute; none given: all")
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="settings of metrics by name, such as truth-ratio: {mean: arithmetic}"
+    )
+    attacks: tuple[str, ...] = Field((), description="attacks beyond relearning and rounding, by name; all: those that fit")
+    attack_options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="settings of attacks by name, such as prefix-injection: {max_new_tokens: 32}"
     )
     budget: int | None = Field(None, ge=1, description="records per set at most, dropped by whole clusters; none: all")
     batch_tokens: int = Field(8192, ge=1, description="padded tokens per batch")
@@ -60,6 +65,26 @@ class AuditSettings(Settings):
             METRICS.get(name)(**options)
         return value
 
+    @field_validator("attacks", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return tuple(w.strip() for w in value.split(",") if w.strip()) if isinstance(value, str) else value
+
+    @field_validator("attacks")
+    @classmethod
+    def _attacks_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name != "all":
+                ATTACKS.get(name)
+        return value
+
+    @field_validator("attack_options")
+    @classmethod
+    def _attacks_buildable(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, options in value.items():
+            ATTACKS.get(name)(**options)
+        return value
+
     @classmethod
     def quick(cls, **changes: Any) -> AuditSettings:
         """Scores and generations only: no attack that trains, rounds or differentiates, and so no verdict "forgotten"."""
@@ -89,9 +114,30 @@ class AuditSettings(Settings):
                 raise unknown("metric of this audit", name, names)
         return [METRICS.get(n)(**self.options.get(n, {})) for n in names]
 
+    def chosen_attacks(self, offers: frozenset[Offer] | None = None) -> list[Attack]:
+        """The attacks with their settings, in the order asked for; see :meth:`chosen` for ``offers``.
+
+        Raises:
+            InputError: settings are given for an attack that was not asked for, or an attack was named that needs more.
+        """
+        every = ATTACKS.names() if offers is None else fitting(offers)
+        names = tuple(every) if "all" in self.attacks else self.attacks
+        for name in names:
+            missing = sorted(ATTACKS.get(name).offers - offers) if offers is not None else []
+            if missing:
+                raise InputError(
+                    f"The attack {name!r} needs {', '.join(missing)}, which these models do not offer.",
+                    f"Attacks that fit: {', '.join(every) or 'none'}.",
+                )
+        for name in self.attack_options:
+            if name not in (names or every):
+                raise unknown("attack of this audit", name, names)
+        return [ATTACKS.get(n)(**self.attack_options.get(n, {})) for n in dict.fromkeys(names)]
+
     def evidence_protocol(self) -> Protocol:
         """How evidence is gathered; generations are as long as the longest that any metric reads."""
-        limits = [int(m.max_new_tokens) for m in self.chosen() if "max_new_tokens" in type(m).model_fields]  # type: ignore[attr-defined]
+        asking = (*self.chosen(), *self.chosen_attacks())
+        limits = [int(m.max_new_tokens) for m in asking if "max_new_tokens" in type(m).model_fields]  # type: ignore[attr-defined]
         return Protocol(
             batch_tokens=self.batch_tokens, shard_examples=self.shard_examples, max_new_tokens=max(limits, default=1),
             draws=self.draws, level=self.level, seed=self.seed,

@@ -10,8 +10,8 @@ What is asked, in plain words and in this order (the first that applies decides)
 4. **Not forgotten** - on some quantity the model differs from the retrained models towards the target, by more than the margin
    and by more than a further retrained model would by chance; or a whole subject is still known.
 5. **Suppressed** - its outputs do not give it away, but after the same short relearning of *other* subjects, or the same
-   rounding of weights, or (of classifiers) under a last layer fitted anew on its features, it knows more than the retrained
-   models do after it.
+   rounding of weights, or (of classifiers) under a last layer fitted anew on its features, or under another attack that was
+   asked for, it knows more than the retrained models do after it.
 6. **Damaged, over-unlearned** - it knows less than a model that never saw the data, by more than the far margin: a conspicuous
    hole is not what retraining leaves, and it betrays who was forgotten.
 7. **Undecided** - an interval is too wide for the margin, or utility or attacks were not measured.
@@ -53,13 +53,6 @@ __all__ = ["PRIMARY", "Arrays", "Sample", "Thresholds", "judge"]
 PRIMARY = ("likelihood", "remembered", "looks seen")
 _FAR = ("likelihood", "truth ratio", "membership", "looks seen")  #: quantities whose far side convicts of over-unlearning
 _TELLING = ("likelihood", "looks seen")  #: one of these must tell target and retrained models apart
-_FALLING = (
-    "likelihood",
-    "truth ratio",
-    "relearning",
-    "quantisation",
-    "reading out",
-)  #: checks that acquit on a quantity that falls with knowledge
 
 
 def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, thresholds: Thresholds | None = None) -> Judgement:
@@ -165,7 +158,7 @@ def _worst(found: Sequence[Check]) -> Check:
 
 def _nearness(check: Check) -> float:
     """How near the interval of a check that acquitted comes to the margin on the knowing side, in units of the margin."""
-    bound = -(check.low or 0.0) if check.name.startswith(_FALLING) else check.high or 0.0
+    bound = -(check.low or 0.0) if check.falls else check.high or 0.0
     return bound / (check.margin or 1.0)
 
 

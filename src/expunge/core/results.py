@@ -97,6 +97,7 @@ class Check(BaseModel):
     low: float | None = None
     high: float | None = None
     margin: float | None = None  #: the two-sided equivalence margin in the same unit
+    falls: bool = False  #: whether the quantity falls with knowledge
     text: str = ""  #: one sentence for people
 
 

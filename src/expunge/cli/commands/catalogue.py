@@ -1,4 +1,4 @@
-"""``expunge methods`` and ``expunge metrics``."""
+"""``expunge methods``, ``expunge metrics`` and ``expunge attacks``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,22 @@ _METRICS = """List the metrics, or show one: what it measures, formula, directio
     """
 
 
+_ATTACKS = """List the attacks, or show one: what it does, access that it needs, cost, what it is meant to bring back, paper.
+
+    \b
+    Examples:
+      expunge attacks
+      expunge attacks prefix-injection
+      expunge audit runs/npo --retrain 3 attacks=prefix-injection
+      expunge audit runs/npo --retrain 3 attacks=all
+    """
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("methods", help=_METHODS)(methods)
     app.command("metrics", help=_METRICS)(metrics)
+    app.command("attacks", help=_ATTACKS)(attacks)
 
 
 def methods(
@@ -158,6 +170,42 @@ def metrics(
     table = Table("metric", "what it measures", "direction")
     for metric_name, kind in found.items():
         table.add_row(metric_name, Text(kind.title), str(kind.direction))
+    output.say(table)
+    return 0
+
+
+def attacks(
+    name: Annotated[str | None, typer.Argument(help="An attack.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """List or show attacks."""
+    import inspect
+
+    from expunge.audit.attacks.registry import ATTACKS
+
+    output = Output(json)
+    if name is not None:
+        kind = ATTACKS.get(name)
+        text = inspect.cleandoc(kind.__doc__ or "")
+        where = "on a copy of the model" if kind.copies else "on the model as it is"
+        value = {
+            "name": kind.name, "title": kind.title, "formula": kind.formula, "access": str(kind.access),
+            "criterion": str(kind.criterion), "cost": kind.passes, "copies": kind.copies, "range": list(kind.range),
+            "text": text, "parameters": [dataclasses.asdict(p) for p in kind.declared()],
+        }  # fmt: skip
+        output.result(value)
+        output.say(f"{kind.name}: {kind.title}\n\n{text}\n\n{kind.formula}\n")
+        output.say(f"Tests: {kind.criterion}. Needs {kind.access}. Cost per forget record: {kind.passes}, {where}.")
+        output.say(f"Paper: {kind.paper.title}, {kind.paper.authors} {kind.paper.year}, {kind.paper.url}\n")
+        if kind.declared():
+            output.say(_parameters(kind.declared()))
+        return 0
+    found = dict(ATTACKS.items())
+    rows = [{"name": n, "title": k.title, "access": str(k.access), "criterion": str(k.criterion)} for n, k in found.items()]
+    output.result({"attacks": rows})
+    table = Table("attack", "what it is", "tests", "needs", "cost per forget record")
+    for attack_name, kind in found.items():
+        table.add_row(attack_name, Text(kind.title), str(kind.criterion), str(kind.access), kind.passes)
     output.say(table)
     return 0
 
