@@ -47,11 +47,13 @@ class Attempt:
         title: for sentences.
         values: one per forget example (n); NaN where an example does not allow the attack.
         toward: +1 if values grow with knowledge, -1 if they fall.
+        criterion: what it tests.
     """
 
     title: str
     values: Floats
     toward: int
+    criterion: str = ""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from expunge.audit.metrics.probability import OptionProbability, Probability
 from expunge.audit.metrics.registry import Need, RecordMetric
 from expunge.audit.metrics.rouge import RougeRecall, lacks_questions
 from expunge.audit.metrics.truth_ratio import TruthRatio
+from expunge.audit.protocol import judged
 from expunge.audit.scores import Floats, score
 from expunge.audit.settings import AuditSettings
 from expunge.audit.store import compute_signature, examples_digest
@@ -91,7 +92,9 @@ def judge_models(
     out = {}
     for label in labels:
         others = [arrays[g] for g in evidence.labels("retrained", but=label)]
-        out[label] = judge(arrays[label], others, arrays[target or label], settings.thresholds)
+        asked = settings.protocol
+        found = judge(arrays[label], others, arrays[target or label], settings.thresholds, protocol=asked)
+        out[label] = found if asked is None else judged(asked, found, len(gold), settings.protocol_label())
     return out
 
 
@@ -150,7 +153,7 @@ def _values(metric: RecordMetric, evidence: Evidence, label: str) -> Floats | No
 
 def _attempt(attack: Attack, evidence: Evidence, label: str) -> Attempt:
     found = attack.values(evidence, label, "forget")
-    return Attempt(attack.title, np.where(found.present, found.values, np.nan), attack.toward)
+    return Attempt(attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion))
 
 
 def _looks_seen(evidence: Evidence, label: str) -> Floats | None:

@@ -11,10 +11,12 @@ from expunge.audit.attacks.registry import ATTACKS, Attack, fitting
 from expunge.audit.attacks.relearn import RelearnSettings
 from expunge.audit.evidence import Protocol
 from expunge.audit.metrics.registry import METRICS, Metric
+from expunge.audit.protocol import AuditProtocol, load_protocol
 from expunge.core.access import Offer
 from expunge.core.errors import InputError, unknown
 from expunge.core.settings import Settings
 
+_HARMLESS = ("protocol", "batch_tokens", "shard_examples", "samples_forget", "samples_retain")
 QUICK_ATTACKS = ("loss", "zlib", "min-k", "min-k-plus-plus", "reference")
 
 
@@ -50,6 +52,10 @@ class AuditSettings(Settings):
     thresholds: Thresholds = Field(default_factory=Thresholds, description="what a verdict takes for the same, lost and sure")
     samples_forget: int = Field(6, ge=0, description="forget prompts whose answers are shown")
     samples_retain: int = Field(3, ge=0, description="retain prompts whose answers are shown")
+
+    protocol: AuditProtocol | None = Field(
+        None, description="the declared protocol that these settings come from (expunge audit --protocol)"
+    )
 
     @field_validator("metrics")
     @classmethod
@@ -91,6 +97,28 @@ class AuditSettings(Settings):
         asked = changes.get("metrics") or METRICS.names()
         options = {n: {"attacks": QUICK_ATTACKS} for n in ("membership", "privleak") if n in asked}
         return cls(**{"relearn": None, "quantise": (), "read_out": False, "options": options, **changes})
+
+    @classmethod
+    def under(cls, protocol: AuditProtocol | str, **changes: Any) -> AuditSettings:
+        """The settings of a protocol, by name, file or as an object, with changes; what is changed is said beside its name.
+
+        Raises:
+            InputError: there is no such protocol, or a setting is wrong.
+        """
+        held = load_protocol(protocol) if isinstance(protocol, str) else protocol
+        given = {"attacks": held.attacks, **held.settings}
+        for key, value in changes.items():
+            both = isinstance(value, dict) and isinstance(given.get(key), dict)
+            given[key] = {**given[key], **value} if both else value
+        return cls(**given, protocol=held)
+
+    def protocol_label(self) -> str:
+        """``removal-v1``, and in brackets what was changed of it that a verdict could depend on; empty without a protocol."""
+        if self.protocol is None:
+            return ""
+        declared = AuditSettings.under(self.protocol)
+        changed = [k for k in type(self).model_fields if k not in _HARMLESS and getattr(self, k) != getattr(declared, k)]
+        return self.protocol.label + (f" (changed: {', '.join(changed)})" if changed else "")
 
     def chosen(self, offers: frozenset[Offer] | None = None) -> list[Metric]:
         """The metrics with their settings, in the order asked for.

@@ -45,17 +45,24 @@ import numpy as np
 
 from expunge.audit import checks
 from expunge.audit.arrays import Arrays, Case, Sample, Thresholds
+from expunge.audit.protocol import PRIMARY, AuditProtocol
 from expunge.core.errors import InputError
 from expunge.core.results import Check, Judgement, Verdict
 
 __all__ = ["PRIMARY", "Arrays", "Sample", "Thresholds", "judge"]
 
-PRIMARY = ("likelihood", "remembered", "looks seen")
 _FAR = ("likelihood", "truth ratio", "membership", "looks seen")  #: quantities whose far side convicts of over-unlearning
 _TELLING = ("likelihood", "looks seen")  #: one of these must tell target and retrained models apart
 
 
-def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, thresholds: Thresholds | None = None) -> Judgement:
+def judge(
+    subject: Arrays,
+    retrained: Sequence[Arrays],
+    target: Arrays,
+    thresholds: Thresholds | None = None,
+    *,
+    protocol: AuditProtocol | None = None,
+) -> Judgement:
     """Judge one model; the module's docstring says how.
 
     Args:
@@ -63,6 +70,8 @@ def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, threshol
         retrained: models trained without the forget set; never the subject itself.
         target: the model trained on everything.
         thresholds: defaults if none are given.
+        protocol: what it says of its criteria: those that only report decide nothing, those that need no conviction do not
+            have to be shown equivalent. None: every attack that was run must acquit.
 
     Raises:
         InputError: the arrays are not about the same examples, or a retrained model or the target has losses that are not finite.
@@ -85,7 +94,10 @@ def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, threshol
         return Judgement(verdict=Verdict.DAMAGED, reason=broken.text, checks=(broken, *utility), thresholds=written)
     outputs = checks.outputs(case)
     attacks = checks.attacks(case)
-    verdict, reason = _decide(outputs, attacks, utility, limits)
+    soft = protocol.kinds("no conviction") if protocol is not None else frozenset()
+    quiet = protocol.kinds("report") if protocol is not None else frozenset()
+    told = [c for c in outputs if c.criterion not in quiet], [c for c in attacks if c.criterion not in quiet]
+    verdict, reason = _decide(*told, utility, limits, soft)
     note = _noise_note(len(retrained), limits)
     return Judgement(
         verdict=verdict, reason=f"{reason} {note}".strip(), checks=(*outputs, *attacks, *utility), thresholds=written
@@ -93,7 +105,7 @@ def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, threshol
 
 
 def _decide(
-    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds
+    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds, soft: frozenset[str]
 ) -> tuple[Verdict, str]:
     more = [c for c in outputs if c.outcome == "knows more"]
     worse = [c for c in utility if c.outcome == "worse"]
@@ -111,14 +123,14 @@ def _decide(
     less = [c for c in outputs if c.outcome == "knows less" and c.name.startswith(_FAR)]
     if less:
         return Verdict.DAMAGED, f"Over-unlearned, it can be told from models that never saw the data: {_worst(less).text}"
-    return _acquit(outputs, attacks, utility, limits)
+    return _acquit(outputs, attacks, utility, limits, soft)
 
 
 def _acquit(
-    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds
+    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds, soft: frozenset[str]
 ) -> tuple[Verdict, str]:
     open_checks = [c for c in (*outputs, *attacks) if c.outcome == "undecided"]
-    blocking = [c for c in open_checks if c.name in PRIMARY or c in attacks]
+    blocking = [c for c in open_checks if (c.name in PRIMARY or c in attacks) and c.criterion not in soft]
     if blocking:
         return Verdict.UNDECIDED, f"The evidence is too thin to tell: {blocking[0].text}"
     if all(c.outcome == "not run" for c in utility):

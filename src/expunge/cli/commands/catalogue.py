@@ -1,4 +1,4 @@
-"""``expunge methods``, ``expunge metrics`` and ``expunge attacks``."""
+"""``expunge methods``, ``expunge metrics``, ``expunge attacks`` and ``expunge protocols``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expunge.cli.output import Output
+from expunge.core.errors import InputError
 
 _METHODS = """List the methods, or show one: what it does, formula, parameters with ranges and defaults, needs, paper.
 
@@ -40,11 +41,26 @@ _ATTACKS = """List the attacks, or show one: what it does, access that it needs,
     """
 
 
+_PROTOCOLS = """List the protocols of an audit, or show one: its criteria, what each must show, its attacks and settings.
+
+    What is printed for a name or a file with --yaml is a protocol file: change it, give it a name and version of its own, and use
+    it by --protocol FILE.
+
+    \b
+    Examples:
+      expunge protocols
+      expunge protocols removal-v1
+      expunge protocols removal-v1 --yaml > mine.yaml
+      expunge audit runs/npo --retrain 3 --protocol removal-v1
+    """
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("methods", help=_METHODS)(methods)
     app.command("metrics", help=_METRICS)(metrics)
     app.command("attacks", help=_ATTACKS)(attacks)
+    app.command("protocols", help=_PROTOCOLS)(protocols)
 
 
 def methods(
@@ -207,6 +223,44 @@ def attacks(
     for attack_name, kind in found.items():
         table.add_row(attack_name, Text(kind.title), str(kind.criterion), str(kind.access), kind.passes)
     output.say(table)
+    return 0
+
+
+def protocols(
+    name: Annotated[str | None, typer.Argument(help="A protocol, by name or file.")] = None,
+    yaml: Annotated[bool, typer.Option("--yaml", help="Print it as a file that can be changed.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """List or show protocols."""
+    import yaml as library
+
+    from expunge.audit.protocol import load_protocol, packaged
+
+    output = Output(json)
+    found = [load_protocol(n) for n in ([name] if name is not None else packaged())]
+    plain = [p.model_dump(mode="json") for p in found]
+    if yaml and name is None:
+        raise InputError("--yaml prints one protocol.", f"Name it: {', '.join(packaged())}.")
+    output.result(plain[0] if name is not None else {"protocols": [{"name": p.label, "title": p.title} for p in found]})
+    if yaml:
+        output.say(Text(library.safe_dump(plain[0], sort_keys=False, allow_unicode=True, width=120)))
+        return 0
+    if name is None:
+        table = Table("protocol", "question", "criteria", "retrained models")
+        for protocol in found:
+            table.add_row(
+                protocol.label, Text(protocol.title), ", ".join(d.id for d in protocol.criteria), str(protocol.references)
+            )
+        output.say(table)
+        return 0
+    protocol = found[0]
+    output.say(f"{protocol.label}: {protocol.title}\n\n{protocol.text}\n\nRetrained models: at least {protocol.references}.")
+    table = Table("criterion", "of", "needs", "attacks", "what holds if it holds")
+    for demand in protocol.criteria:
+        table.add_row(demand.id, str(demand.criterion), demand.needs, ", ".join(demand.attacks), Text(demand.text))
+    output.say(table)
+    for key, value in protocol.settings.items():
+        output.say(Text(f"{key}: {value}"))
     return 0
 
 
