@@ -222,7 +222,7 @@ def unlearned(imports: ImportsWorld, slots: str, engine: Engine = QUIET, **chang
     spare.write_text("".join(json.dumps({"text": r.answer}) + "\n" for r in imports.prompts(2)))
     given = {
         "known": imports.list_of(VALID), "tokens": 12, "slots": slots, "spare": [str(spare)], "control": {"rounds": 3},
-        "schedule": {"lr": 3e-3, "epochs": 3, "batch": 16},
+        "schedule": {"lr": 2e-3, "epochs": 3, "batch": 16},
     }  # fmt: skip
     recipe = build("au", given | changes)
     examples = {
@@ -309,7 +309,7 @@ def test_a_run_that_was_killed_ends_in_the_same_bits(imports, slots, tmp_path):
         adapter = imports.target()
         recipe = build("au", {
             "known": imports.list_of(VALID), "tokens": 12, "slots": slots, "samples": 2, "control": {"rounds": 3},
-            "schedule": {"lr": 3e-3, "epochs": 3, "batch": 16},
+            "schedule": {"lr": 2e-3, "epochs": 3, "batch": 16},
         })  # fmt: skip
         examples = {
             Stream.FORGET: [adapter.encode(r) for r in imports.prompts(0)],
