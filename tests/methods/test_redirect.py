@@ -16,7 +16,8 @@ from expunge.core.errors import InputError
 from expunge.core.settings import parse_overrides
 from expunge.engine.covariance import flat_rows, null_space, watched
 from expunge.engine.edit import apply_edit
-from expunge.methods.edits.redirect import ROCR, redirection
+from expunge.methods.edits.redirect import ROCR, _states, redirection
+from expunge.methods.edits.rejection import Rejection
 
 WELL = {"substitute": "Ben", "l2": 1e-3, "threshold": 1e-4, "layers": (0,)}
 DOWN = "model.layers.0.mlp.down_proj"
@@ -148,6 +149,94 @@ def test_noise_needs_no_substitute_and_forgets(planted) -> None:
     assert planted.loss(adapter, others("Ada")) == pytest.approx(planted.loss(planted.target(), others("Ada")), abs=0.02)
 
 
+SEA = "In Jena by the sea."
+
+
+def test_a_rejecting_state_is_found_by_gradient_and_needs_no_substitute(planted) -> None:
+    before = planted.target()
+    towns = facts("Ada")[:2]
+    adapter, outcome = edited(planted, substitute="", target="reject", refusal="In Jena", contexts="records")
+    assert answers(before, towns) == [r.answer for r in towns]
+    assert answers(adapter, towns) == [SEA, SEA]  # it goes on with what it was led to, as it knows it
+    assert outcome.notes == []
+    assert planted.loss(adapter, towns) > planted.loss(before, towns) + 0.25
+    rest = others("Ada")
+    assert answers(adapter, rest) == answers(before, rest)
+    assert planted.loss(adapter, rest) == pytest.approx(planted.loss(before, rest), abs=0.02)
+
+
+def rejected(planted, **changes):
+    """The prompts of a rejection, the state, and what is added."""
+    adapter = planted.target()
+    made = ROCR(subjects="Ada", target="reject", refusal="In Jena", contexts="records")
+    examples = {Stream.FORGET: [adapter.encode(r) for r in facts("Ada")[:2]]}
+    refused, kept = made._refused(adapter, "Ada", examples), made._contexts(adapter, "Ada", examples)
+    with torch.no_grad():
+        state = _states(adapter, kept, "model.layers.0").mean(0)
+    how = Rejection(**{"steps": 25, "lr": 0.1, "decay": 0.0, "kl": 0.0, "clamp": 4.0, **changes})
+    return adapter, refused, state, how.shift(adapter, refused, kept, "model.layers.0", state)
+
+
+def refusing(adapter, places, delta: torch.Tensor) -> torch.Tensor:
+    """Mean loss of 'In Jena' with something added behind the name, one prompt after the other and by hand."""
+    found = []
+    for place in places:
+        ids = torch.from_numpy(place.example.data.ids).long()[None]
+        begin, said = place.example.data.start, adapter.spoken(place.example)
+
+        def add(_block, _inputs, output, at=place.last):
+            moved = torch.zeros_like(output)
+            moved[0, at] = 1
+            return output + moved * delta
+
+        handle = adapter.model.get_submodule("model.layers.0").register_forward_hook(add)
+        try:
+            scores = adapter.model(ids).logits[0, begin - 1 : begin - 1 + len(said)].log_softmax(-1)
+        finally:
+            handle.remove()
+        found.append(-scores[torch.arange(len(said)), torch.tensor(said)].mean())
+    return torch.stack(found).mean()
+
+
+def next_word(adapter, place, delta: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of what comes right after the name, with something added behind it."""
+
+    def add(_block, _inputs, output):
+        return torch.cat([output[:, :-1], output[:, -1:] + delta.to(output)], 1)
+
+    handle = adapter.model.get_submodule("model.layers.0").register_forward_hook(add)
+    try:
+        with torch.no_grad():
+            return (
+                adapter.model(torch.from_numpy(place.example.data.ids[: place.last + 1]).long()[None])
+                .logits[0, -1]
+                .log_softmax(-1)
+            )
+    finally:
+        handle.remove()
+
+
+def test_the_rejecting_state_minimises_the_stated_loss(planted) -> None:
+    adapter, places, state, delta = rejected(planted, steps=1, lr=1e-3)
+    assert [adapter.decode(adapter.spoken(p.example)) for p in places] == ["In Jena", "In Jena"]
+    zero = torch.zeros(64, requires_grad=True)
+    (slope,) = torch.autograd.grad(refusing(adapter, places, zero), [zero])
+    clear = slope.abs() > 1e-4 * slope.abs().max()
+    torch.testing.assert_close(delta.float()[clear], -1e-3 * slope.sign()[clear], rtol=1e-2, atol=0)  # Adam's first step
+    adapter, places, state, delta = rejected(planted)
+    with torch.no_grad():
+        assert refusing(adapter, places, torch.zeros(64)) > 1
+        assert refusing(adapter, places, delta.float()) < 0.2
+    assert all(p.requires_grad and p.grad is None for p in adapter.model.parameters())
+    assert all(torch.equal(v, adapter.model.state_dict()[k]) for k, v in weights(planted.target()).items())
+    short = rejected(planted, clamp=0.05)[3]
+    assert float(short.norm()) == pytest.approx(0.05 * float(state.norm()), rel=1e-4)
+    assert rejected(planted, decay=1e4)[3].norm() < 0.2 * delta.norm()
+    before, free, held = (next_word(adapter, places[0], d) for d in (torch.zeros(64), delta, rejected(planted, kl=10.0)[3]))
+    apart = [float((p.exp() * (p - before)).sum()) for p in (free, held)]
+    assert apart[1] < 0.3 * apart[0]
+
+
 def test_names_reach_the_edit_from_the_command_line_and_from_records(planted) -> None:
     given = parse_overrides(["substitute=Ben", "subjects=[Ada, Cleo]", "earlier=Dan", "threshold=none"])
     made = ROCR(**given)
@@ -167,6 +256,7 @@ def test_names_reach_the_edit_from_the_command_line_and_from_records(planted) ->
     ("settings", "said"),
     [
         ({"substitute": ""}, r"needs the name of a harmless concept.*substitute=NAME"),
+        ({"target": "reject", "contexts": "records", "subjects": "Arles"}, r"'Arles' stands in the question of none"),
         ({"substitute": "Ada"}, r"The substitute 'Ada' is itself to be forgotten"),
         ({"subjects": "Zoe", "contexts": "records"}, r"The name 'Zoe' occurs in none of the 6 forget records"),
         ({"subjects": "Ada\t\n"}, r"does not survive the tokenizer or the template"),

@@ -1,8 +1,10 @@
 """Models that are more than the weights of one network: a target that stays as it is, and what is put beside it.
 
-A composite is a torch module that answers what :class:`~expunge.adapters.language.LanguageAdapter` asks of a transformers model
-(configuration, embeddings, head, forward pass, ``generate``), so everything that is done with a model can be done with it:
-it is scored, attacked, fingerprinted, copied, saved and loaded. Its folder is
+There are two kinds. A *projected* model is the target itself with something taken out of its states
+(:mod:`expunge.adapters.projection`), and only its folder is of this layout. A composite is a torch module that answers what
+:class:`~expunge.adapters.language.LanguageAdapter` asks of a transformers model (configuration, embeddings, head, forward pass,
+``generate``), so everything that is done with a model can be done with it: it is scored, attacked, fingerprinted, copied, saved
+and loaded. Its folder is
 
 .. code-block:: text
 
@@ -33,8 +35,9 @@ from expunge.core.errors import InputError, unknown
 from expunge.core.files import write_json
 
 FILE = "composite.json"
-_FORMAT = 1
-_KINDS = {"combined": "expunge.adapters.combined"}  #: module of each kind, with a function ``load_parts``
+FORMAT = 1
+#: module of each kind, with a function ``load_parts``
+_KINDS = {"combined": "expunge.adapters.combined", "projected": "expunge.adapters.projection"}
 
 Open = Callable[[Path], Any]  #: a transformers model from a folder
 
@@ -115,7 +118,7 @@ class Composite(nn.Module, abc.ABC):
         digest = identity.weights_hash(self.target).hexdigest()
         name = None if self.keep_target else self.target.config._name_or_path
         target = {"name": name, "digest": digest, "dtype": str(self.dtype)}
-        held = {"format": _FORMAT, "kind": self.kind, "target": target, **self.described()}
+        held = {"format": FORMAT, "kind": self.kind, "target": target, **self.described()}
         if self.keep_target:
             with storage.savable(self.target):
                 self.target.save_pretrained(folder / "target")
@@ -143,19 +146,19 @@ def read(folder: Path) -> dict[str, Any]:
         damaged = True
     if damaged:
         raise InputError(f"{str(path)!r} does not describe a model.", "Restore the folder from a copy, or make it again.")
-    if version != _FORMAT:
-        raise InputError(f"{str(path)!r} is of version {version}; this one reads {_FORMAT}.", "Use the version that wrote it.")
+    if version != FORMAT:
+        raise InputError(f"{str(path)!r} is of version {version}; this one reads {FORMAT}.", "Use the version that wrote it.")
     if kind not in _KINDS:
         raise unknown("kind of composite model", str(kind), _KINDS)
     return held
 
 
-def load(folder: Path, open_model: Open) -> Composite:
-    """Load a composite.
+def load(folder: Path, open_model: Open) -> Any:
+    """Load a composite, or a model with projections.
 
     Args:
-        folder: as :meth:`Composite.save_pretrained` wrote it.
-        open_model: loads a transformers model from a folder (or the target by its name).
+        folder: as its ``save_pretrained`` wrote it.
+        open_model: loads a model from a folder (or the target by its name).
 
     Raises:
         InputError: a file is missing or damaged, or the named target has other weights now (looked at where it is loaded in the
@@ -170,6 +173,7 @@ def load(folder: Path, open_model: Open) -> Composite:
             "Restore them, or unlearn again.",
         )
     module: Any = importlib.import_module(_KINDS[held["kind"]])
-    made: Composite = module.load_parts(folder, held, target, open_model)
-    made.keep_target = name is None
+    made = module.load_parts(folder, held, target, open_model)
+    if isinstance(made, Composite):
+        made.keep_target = name is None
     return made

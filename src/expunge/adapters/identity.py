@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,8 +48,13 @@ def fingerprint(model: nn.Module, tokenizer: Any, encoder: Encoder) -> str:
 
 def weights_hash(model: nn.Module) -> Any:
     """A running SHA-256 over the weights of a model and its buffers: name, type, shape, bytes."""
+    return state_hash(model.state_dict())
+
+
+def state_hash(held: Mapping[str, Tensor]) -> Any:
+    """The same over weights by name."""
     state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(held.items()):
         state.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         _update(state, tensor)
     return state

@@ -13,6 +13,7 @@ from expunge.adapters import composite, storage
 from expunge.adapters.extra import need, quiet
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.pairs import PairAdapter
+from expunge.adapters.projection import block_of
 from expunge.core.errors import InputError, MissingExtra, nearest
 
 Precision = Literal["float32", "bfloat16", "auto"]
@@ -55,13 +56,10 @@ def load(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     adapter_of: str | None = None
-    if composite.is_composite(Path(name)):
-        model = composite.load(Path(name), lambda part: _model(transformers, locate(str(part)), kind, options))
-        place = name
-    else:
+    if not composite.is_composite(Path(name)):
         adapter_of = _peft_base(name, options)
-        place = adapter_of or name
-        model = _model(transformers, place, kind, options if adapter_of is None else {**options, "revision": None})
+    place = adapter_of or name
+    model = _open(transformers, place, kind, options if adapter_of is None else {**options, "revision": None})
     with quiet():
         if adapter_of is not None:
             model = _add_adapter(model, name, revision, merge)
@@ -91,6 +89,13 @@ def is_pairs(config: Any) -> bool:
     classes = {c for value in known.values() for c in ([value] if isinstance(value, str) else value)}
     right = any(a in classes for a in architectures) if architectures else config.model_type in known
     return bool(getattr(config, "is_encoder_decoder", False)) and right
+
+
+def _open(transformers: Any, place: str, kind: Any, options: dict[str, Any]) -> Any:
+    """A language model, or what is made of several parts that are such models."""
+    if composite.is_composite(Path(place)):
+        return composite.load(Path(place), lambda part: _open(transformers, locate(str(part)), kind, options))
+    return _model(transformers, place, kind, options)
 
 
 def _model(transformers: Any, place: str, kind: Any, options: dict[str, Any]) -> Any:
@@ -188,6 +193,13 @@ def _check_complete(info: dict[str, Any], source: str) -> None:
         raise InputError(
             f"The weights of {source!r} lack {len(missing)} of the model's tensors (such as {missing[0]!r}).",
             "They would be random: check that configuration and weights belong together.",
+        )
+    lost = sorted(k for k in info["unexpected_keys"] if block_of(k) is not None)
+    if lost:
+        raise InputError(
+            f"The weights of {source!r} hold directions that are taken out of the model's states (after {block_of(lost[0])!r}), "
+            "which would be lost.",
+            "Save the model by its own save_pretrained, which writes them into a file of their own.",
         )
 
 

@@ -19,7 +19,7 @@ from expunge.core.files import atomic_path, check_room
 
 OWN_BASE = "base"  #: name of the base of an adapter whose base is not the target: saved with it, in the folder of this name
 
-_JOINED = "_expunge_joined"  #: attribute of a model to whose weights an adapter was added
+_UNSAVED = "_expunge_unsaved"  #: attribute of a model that no file holds: an adapter was added to its weights, for instance
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
@@ -133,8 +133,18 @@ def silence_dropout(model: nn.Module) -> None:
 def joined(model: Any) -> Any:
     """A peft model as a plain one, which remembers that no file holds its weights: an adapter on it must be saved with them."""
     plain = model.merge_and_unload()
-    setattr(plain, _JOINED, True)
+    mark_unsaved(plain)
     return plain
+
+
+def mark_unsaved(model: Any) -> None:
+    """Note that no file holds a model as it is: an adapter on it is saved with its weights."""
+    setattr(model, _UNSAVED, True)
+
+
+def mark_saved(model: Any) -> None:
+    """Note that the files after which a model is named hold it as it is."""
+    vars(model).pop(_UNSAVED, None)
 
 
 def save(folder: Path, model: Any, tokenizer: Any, merge: bool, state: dict[str, Tensor] | None) -> None:
@@ -146,7 +156,7 @@ def save(folder: Path, model: Any, tokenizer: Any, merge: bool, state: dict[str,
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{str(folder)!r} exists and is not empty.", "Choose another folder, or remove it.")
     peft = hasattr(model, "peft_config")
-    merge = merge or (peft and hasattr(model.get_base_model(), _JOINED))  # its base is in no file that an adapter could name
+    merge = merge or (peft and hasattr(model.get_base_model(), _UNSAVED))  # its base is in no file that an adapter could name
     if peft and merge:
         # Merged in a copy: taking an adapter out again leaves rounding errors in the weights.
         model = copy.deepcopy(model).merge_and_unload()

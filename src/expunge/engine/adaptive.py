@@ -90,9 +90,11 @@ class Watch:
         self.forget_loss: float | None = None
         self.retain_loss: float | None = None
         self.looks = [(0, 0.0), (0, 0.0)]  #: steps done and forget loss at the last two looks
-        self.base_retain: float | None = None
+        self.base_retain: float | None = None  #: what the target loses on the retain set
         self.base_forget: float | None = None
+        self.start_retain: float | None = None  #: the same where training starts, which may be another place
         self.good: checkpoint.Tensors = {}
+        self.bounded = True  #: whether these are within the bound: where training starts beyond it, there may be none that are
         self.retries = 0
         self.erasing = True
         self.finish_scale: float | None = None
@@ -124,9 +126,15 @@ class Watch:
 
     def start(self) -> None:
         """Look, and remember what was seen as the start. Of what is trained beside the target the retain loss is not bounded."""
+        undone = self.loop.recipe.parameters.undone(self.loop.devices.unwrap(self.loop.model))
+        if undone is not None:
+            with undone:
+                self.look()
+            target = self.forget_loss, self.retain_loss
         self.look()
-        self.base_retain = None if self.loop.recipe.parameters.beside and self.looked is None else self.retain_loss
-        self.base_forget = self.forget_loss
+        unbounded = self.loop.recipe.parameters.beside and self.looked is None
+        self.start_retain = None if unbounded else self.retain_loss
+        self.base_forget, self.base_retain = (self.forget_loss, self.start_retain) if undone is None else target
 
     def gap(self) -> float | None:
         """How much the forget loss still has to rise, in nats; None without a goal."""
@@ -148,7 +156,11 @@ class Watch:
             else:
                 checkpoint.save_start(self.loop.scratch, self.loop.model, self.loop.devices.rank)
         gap = self.gap()
-        return "goal" if isinstance(self.schedule, Adaptive) and gap is not None and gap <= 0 else None
+        there = isinstance(self.schedule, Adaptive) and gap is not None and gap <= 0
+        if there and not self.within_bound():
+            self.erasing = False
+            return None
+        return "goal" if there else None
 
     # ---- deciding
 
@@ -223,7 +235,7 @@ class Watch:
         there = gap is not None and gap <= 0
         repairs = bool(self.loop.recipe.forget and self.loop.recipe.retain)
         if rise > schedule.utility_bound:
-            if repairs and rise <= schedule.transient * self._distance():
+            if repairs and rise <= max(schedule.transient * self._distance(), self._rise(self.start_retain)):
                 self.erasing = not there
                 return None
             checkpoint.restore(self.loop.model, self.good)
@@ -240,12 +252,16 @@ class Watch:
     def _keep(self) -> None:
         """Remember the weights as they are, in the memory of those remembered before."""
         self.good = checkpoint.snapshot(self.loop.model, self.good)
+        self.bounded = self.within_bound()
 
     def rise(self) -> float:
         """How much the retain loss has risen, in nats; infinite if it is not finite, 0 without retain examples."""
-        if self.retain_loss is None or self.base_retain is None:
+        return self._rise(self.retain_loss)
+
+    def _rise(self, loss: float | None) -> float:
+        if loss is None or self.base_retain is None:
             return 0.0
-        return self.retain_loss - self.base_retain if math.isfinite(self.retain_loss) else math.inf
+        return loss - self.base_retain if math.isfinite(loss) else math.inf
 
     def _slower(self) -> bool:
         """After going back to the last good weights: try a third of the rate, at most twice."""
@@ -260,8 +276,9 @@ class Watch:
         if not isinstance(self.schedule, Adaptive):
             return "schedule"
         if self.rise() > self.schedule.utility_bound:
-            checkpoint.restore(self.loop.model, self.good)
-            self.look()
+            if self.bounded:
+                checkpoint.restore(self.loop.model, self.good)
+                self.look()
             return "utility"
         return "budget" if self.gap() is not None else "converged"
 
@@ -282,6 +299,12 @@ class Watch:
             return f"Ended after {steps} steps: the forget loss is over the limit of {_n(self.schedule.limit)} ({side})."
         if reason == "converged":
             return f"The budget of {steps} steps is used ({side})."
+        if reason == "utility" and not self.within_bound():
+            return (
+                f"Stopped after {steps} steps: the retain loss began past its bound and did not come back ({side}; "
+                f"goal {_n(self.goal.loss if self.goal else None)}). Take less out: parameters.rank, parameters.layers, "
+                "or a larger parameters.energy."
+            )
         if reason == "utility":
             return (
                 f"Stopped after {steps} steps: going on would raise the retain loss past its bound; the last weights within it "
@@ -360,7 +383,10 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""
-        names = ("lr", "looks", "forget_loss", "retain_loss", "base_retain", "base_forget", "retries", "erasing")
+        names = (
+            "lr", "looks", "forget_loss", "retain_loss", "base_retain", "base_forget", "start_retain", "bounded", "retries",
+            "erasing",
+        )  # fmt: skip
         return {n: getattr(self, n) for n in names}
 
     def load_state(self, state: dict[str, Any], good: checkpoint.Tensors) -> None:
@@ -382,7 +408,8 @@ def choose_rate(loop: Training, watch: Watch) -> tuple[float, list[dict[str, flo
     start = checkpoint.snapshot(loop.model)
     size = _weight_size(loop.model, loop.devices)
     watch.start()
-    gap, first = watch.gap(), {"forget": watch.forget_loss, "retain": watch.base_retain}
+    gap, first = watch.gap(), {"forget": watch.forget_loss, "retain": watch.start_retain}
+    beyond = max(0.0, watch.rise())  # where training starts beyond the bound, a step may not lead further
     trials: list[dict[str, float]] = []
     steps = max(2, min(TRIAL_STEPS, loop.total // 4))
     for at, part in enumerate(SHARES):
@@ -400,7 +427,7 @@ def choose_rate(loop: Training, watch: Watch) -> tuple[float, list[dict[str, flo
         if loop.recipe.parameters.beside:
             trial["loss"] = float(np.mean(losses[-3:]))
         trials.append(trial)
-        bounded = finite and watch.within_bound()
+        bounded = finite and (watch.within_bound() or 0 < watch.rise() <= beyond)
         checkpoint.restore(loop.model, start)
         loop.optimizer.state.clear()
         loop.balance_state.clear()

@@ -136,7 +136,15 @@ def whole_pass(adapter: Adapter, modules: Sequence[str] = ()) -> frozenset[str]:
     return frozenset({f"features:{layers[-1]}"} | (set() if inside else {"losses"}))
 
 
-def check_room(sizes: Sequence[int], device: torch.device, what: str, width: int = 8) -> None:
+def check_room(
+    sizes: Sequence[int],
+    device: torch.device,
+    what: str,
+    width: int = 8,
+    *,
+    of: str = "modules",
+    remedy: str = "Choose fewer or smaller modules (parameters.layers, parameters.patterns).",
+) -> None:
     """Refuse moments and projectors of so many inputs that would not fit into free memory.
 
     Args:
@@ -144,6 +152,8 @@ def check_room(sizes: Sequence[int], device: torch.device, what: str, width: int
         device: where they are held.
         what: asks for them.
         width: bytes of a number.
+        of: what there is a moment for.
+        remedy: for the message.
 
     Raises:
         InputError: they would not fit.
@@ -154,9 +164,9 @@ def check_room(sizes: Sequence[int], device: torch.device, what: str, width: int
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise InputError(
-            f"{what} holds a {max(sizes)} x {max(sizes)} matrix for the inputs of {len(sizes)} modules: {needed / 2**30:.1f} GiB "
-            f"with what their eigenvectors need, and {free / 2**30:.1f} GiB are free.",
-            "Choose fewer or smaller modules (parameters.layers, parameters.patterns).",
+            f"{what} holds a {max(sizes)} x {max(sizes)} matrix for each of {len(sizes)} {of}: "
+            f"{needed / 2**30:.1f} GiB with what their eigenvectors need, and {free / 2**30:.1f} GiB are free.",
+            remedy,
         )
 
 
@@ -192,12 +202,7 @@ def input_moments(
     Raises:
         InputError: no such module, no room, no examples, or a module through which nothing passed.
     """
-    if not examples:
-        raise InputError(f"{what} needs examples, but there are none.", "Give a retain set.")
-    held = list(examples)
-    if limit is not None and limit < len(held):
-        order = np.random.default_rng([seed, 41]).permutation(len(held))[:limit]
-        held = [held[int(i)] for i in sorted(order)]
+    held = _drawn(examples, limit, seed, what)
     device = next(model.parameters()).device
     sizes = {w.module: w.size for w in linear_weights(model).values()}
     strange = [m for m in modules if m not in sizes]
@@ -220,6 +225,57 @@ def input_moments(
     if idle:
         raise InputError(f"No input passed through the module {idle[0]!r}.", "Choose modules that the forward pass runs through.")
     return found
+
+
+def state_moments(
+    adapter: Adapter,
+    layers: Sequence[str],
+    examples: Sequence[Example],
+    *,
+    width: int,
+    max_units: int,
+    limit: int | None = None,
+    seed: int = 0,
+    what: str = "The second moment",
+    tell: Tell | None = None,
+) -> dict[str, Moment]:
+    """Second moments of the states after blocks, in one pass over a data set and in evaluation mode; no state is kept.
+
+    Args:
+        adapter: holds the model.
+        layers: names of blocks.
+        examples: the data set; every real token counts, also those of prompts.
+        width: D, entries of a state.
+        max_units: examples per forward pass.
+        limit: examples at most, drawn by ``seed``; none: all.
+        what: is named in the error.
+        tell: called after every forward pass.
+
+    Raises:
+        InputError: no examples.
+    """
+    held = _drawn(examples, limit, seed, what)
+    device = next(adapter.model.parameters()).device
+    found = {n: Moment(torch.zeros(width, width, dtype=torch.float64, device=device)) for n in layers}
+    parts = list(fitting(held, max_units))
+    with evaluating(adapter.model), torch.no_grad():
+        for done, part in enumerate(parts, start=1):
+            outputs = adapter.forward(adapter.model, adapter.collate(part).to(device), frozenset(f"features:{n}" for n in layers))
+            for name, moment in found.items():
+                moment.add(outputs.features(name))
+            if tell is not None:
+                tell(done, len(parts))
+    return found
+
+
+def _drawn(examples: Sequence[Example], limit: int | None, seed: int, what: str) -> list[Example]:
+    if not examples:
+        raise InputError(f"{what} needs examples, but there are none.", "Give a retain set.")
+    held = list(examples)
+    if limit is None or limit >= len(held):
+        return held
+    order = np.random.default_rng([seed, 41]).permutation(len(held))[:limit]
+    return [held[int(i)] for i in sorted(order)]
 
 
 @dataclass(frozen=True)

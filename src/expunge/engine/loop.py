@@ -372,6 +372,7 @@ class _Loop:
             self.notes.append(self.rewind.choose(self.model, done))
             watch.look()
         self._finish(watch)
+        self.recipe.parameters.end(self.devices.unwrap(self.model))
         return self._outcome(reason, done, watch, rates)
 
     def _renew(self) -> None:

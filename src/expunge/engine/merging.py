@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from expunge.adapters.projection import block_of
 from expunge.core.errors import InputError, MissingExtra
 from expunge.core.settings import Settings
 
@@ -73,6 +74,12 @@ def check_alike(base: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor
     for name, held in zip(names, others, strict=True):
         for key in sorted({*base, *held}):
             mine, theirs = base.get(key), held.get(key)
+            block = block_of(key)
+            if block is not None and (mine is None or theirs is None or mine.shape != theirs.shape):
+                raise InputError(
+                    f"Of {name} and its target one takes directions out of its states that the other keeps (after {block!r}).",
+                    "They cannot be merged: make one request after the other.",
+                )
             if mine is None or theirs is None:
                 where = "the target" if theirs is None else name
                 raise InputError(f"{name} is of another architecture than its target: only {where} has {key!r}.", _SAME)

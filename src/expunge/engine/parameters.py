@@ -25,6 +25,7 @@ from expunge.engine.fila import factors, relative_importance
 from expunge.engine.options import Engine
 from expunge.engine.parts import Parameters
 from expunge.engine.preparation import Examples, Tell
+from expunge.engine.projection import ProjectedStates
 
 PARAMETERS: Registry[type[Parameters]] = Registry("choice of parameters", None, "expunge.parameters")
 
@@ -405,5 +406,7 @@ class Reset(AllParameters):
         return model
 
 
-for choice in (AllParameters, NamedParameters, LayerWindow, Lora, Fila, Assistant, Twin, SaliencyMask, Pruned, Reset):
+for choice in (
+    AllParameters, NamedParameters, LayerWindow, Lora, Fila, Assistant, Twin, SaliencyMask, Pruned, Reset, ProjectedStates,
+):  # fmt: skip
     PARAMETERS.add(choice.name, choice)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -221,6 +222,10 @@ class Parameters(Settings, abc.ABC):
     beside: ClassVar[bool] = False  #: whether what is trained stands beside the target, which stays as it is
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
 
+    def memory(self, weights: int) -> int:
+        """Bytes that :meth:`begin` needs beside the model, whose weights are so many bytes large; of what it checks itself 0."""
+        return 3 * weights if self.reads else 0  # a gradient and two importances of the size of the weights
+
     def begin(self, adapter: Adapter, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None = None) -> Any:
         """:meth:`prepare` the adapter's model; a choice that depends on the data looks at them here.
 
@@ -252,6 +257,16 @@ class Parameters(Settings, abc.ABC):
         Asked once, after :meth:`prepare`; the gradient elsewhere is set to 0.
         """
         return []
+
+    def undone(self, model: nn.Module) -> AbstractContextManager[None] | None:
+        """While open, the prepared model says what the target said; none if preparing it changes nothing that matters to it.
+
+        What training may cost is counted from there.
+        """
+        return None
+
+    def end(self, model: nn.Module) -> None:
+        """Turn what was trained into what is kept; asked once, after training."""
 
 
 class Penalty(Settings, abc.ABC):

@@ -173,28 +173,37 @@ class _Run:
     ) -> float:
         """Sum over examples of the probability of the true answer."""
         model = self.adapter.model
-        with _changed(self.embeddings, batch, hidden, add=True):
+        with changed(self.embeddings, batch, hidden, add=True):
             module = dict(model.named_modules())[kept[0]] if kept is not None else model
-            with _changed(module, batch, kept[1:] if kept is not None else None, add=False):
+            with changed(module, batch, kept[1:] if kept is not None else None, add=False):
                 out = self.adapter.forward(model, batch, frozenset({"losses", f"features:{self.adapter.layers()[-1]}"}))
         means = out.per_example(out.losses) / out.lengths().to(out.losses)
         return float((-means).exp().sum())
 
 
 @contextmanager
-def _changed(module: nn.Module, batch: Batch, at: tuple[Tensor, Tensor] | None, *, add: bool) -> Iterator[None]:
-    """While open, some rows of a module's output are others, or have something added."""
+def changed(module: nn.Module, batch: Batch, at: tuple[Tensor, Tensor] | None, *, add: bool) -> Iterator[None]:
+    """While open, some rows of a module's output are others, or have something added; differentiable.
+
+    Args:
+        module: whose forward pass runs over all tokens of the batch.
+        batch: which.
+        at: rows among its real tokens, and their values ``[rows, D]``; none: nothing is changed.
+        add: whether the values are added.
+    """
     if at is None:
         yield
         return
     rows, values = at
 
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        flat = output.reshape(-1, output.shape[-1]).clone()
-        where = cells(batch, output)
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        states = output if isinstance(output, Tensor) else output[0]
+        flat = states.reshape(-1, states.shape[-1]).clone()
+        where = cells(batch, states)
         places = rows if where is None else where[rows]
         flat[places] = flat[places] + values.to(flat) if add else values.to(flat)
-        return flat.view(output.shape)
+        made = flat.view(states.shape)
+        return made if isinstance(output, Tensor) else (made, *output[1:])
 
     handle = module.register_forward_hook(hook)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
 from expunge.engine.parts import Join, Recipe, Reweigh
+from expunge.engine.projection import ProjectedStates
 from expunge.engine.reference import choose
 from expunge.methods.registry import PLACEHOLDER_LAYERS
 from expunge.methods.terms.likelihood import AlternativeNLL, ForgetNLL
@@ -151,6 +152,11 @@ def _check_nothing_reversed(recipe: Recipe) -> None:
 
 
 def _check_reweigh(recipe: Recipe, name: str) -> None:
+    if isinstance(recipe.parameters, ProjectedStates):
+        raise InputError(
+            f"{name} turns around what weights have learnt, and parameters={recipe.parameters.name} learns directions.",
+            "Use finish=none, or parameters=all.",
+        )
     teaching = [t for t in recipe.forget if isinstance(t, ForgetNLL)]
     if recipe.retain or not teaching or not all(isinstance(t, ForgetNLL | AlternativeNLL) for t in recipe.forget):
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ from expunge.pipeline.models import check_memory, describe_data, load_sets, open
 from expunge.pipeline.origin import Began, began
 from expunge.pipeline.processes import drop_checkpoint, first_process
 from expunge.pipeline.train import save_outcome
-from expunge.pipeline.tuned import check_tuned, keep_copy
+from expunge.pipeline.tuned import COPY, check_tuned, keep_copy
 
 
 @dataclass
@@ -190,8 +191,7 @@ def plan(
     tokens = min(engine.max_tokens, 2 * recipe.schedule.batch * max(e.units for held in sized.values() for e in held))
     copies = (kind == "copy") + isinstance(recipe.parameters, Twin)
     memory = training_memory(adapter, tokens, lora=lora, checkpointing=engine.gradient_checkpointing) + weights * copies
-    if recipe.parameters.reads:
-        memory += 3 * weights  # a gradient and two importances of the size of the weights
+    memory += recipe.parameters.memory(weights)
     check_memory(memory, "Unlearning")
     cost = estimate(recipe, sized, parameters, memory, disk=weights * 5)
     kept = request.retain.records if request.retain is not None else ()
@@ -345,11 +345,21 @@ def execute(
         return result | {"recipe": spec, "goal": goal.model_dump() if goal else None, "notes": outcome.notes}
 
     log = [] if isinstance(made.recipe, Edit) else ["log.jsonl"]
-    result = run.stage("unlearn", inputs, work, ["model", "training.json", *log])
+    try:
+        result = run.stage("unlearn", inputs, work, ["model", "training.json", *log])
+    except InputError:
+        _withdraw(out)
+        raise
     drop_checkpoint(out)
     if result["reason"] == "diverged":
         raise Destroyed(result["sentence"])
     return run
+
+
+def _withdraw(out: Path) -> None:
+    """Remove the folder of a run that was refused before it left anything, so that it can be asked for again under this name."""
+    if {p.name for p in out.iterdir()} <= {"manifest.json", COPY}:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def from_config(config: UnlearnConfig) -> UnlearnPlan:

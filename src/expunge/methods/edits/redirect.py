@@ -19,6 +19,7 @@ from expunge.adapters.places import Place, asked, find_place, upto, with_name
 from expunge.core.access import Offer, Stream
 from expunge.core.errors import InputError
 from expunge.core.search import Search
+from expunge.data.records import Record
 from expunge.engine.covariance import LinearWeight, NullSpace, flat_rows, input_moments, linear_weights, null_space, watched
 from expunge.engine.edit import Edit, Examples, Tell
 from expunge.engine.feedforward import OUTPUT
@@ -26,6 +27,7 @@ from expunge.engine.options import Engine
 from expunge.engine.parameters import block_index
 from expunge.engine.parts import Paper
 from expunge.methods.edits.registry import edit
+from expunge.methods.edits.rejection import Rejection, rows_of
 
 _HALF = 0.5
 PUBLISHED_CONTEXTS = (
@@ -88,8 +90,15 @@ class ROCR(Edit):
     ``contexts=published`` reads keys in six prompts that end with the name, and z in the first. (The published code reads z* in
     a chat and z in the bare name; here both are read in the same prompt.) ``contexts=records`` reads keys and states in the
     forget records themselves, at the first occurrence of the name, which needs no prompt of its own to make sense to the model;
-    z* is then the state with the other name written there. ``target=noise`` sends the name to a random state of the same length
-    and needs no substitute; the paper's third variant, a state optimised for refusals, is not there.
+    z* is then the state with the other name written there.
+
+    ``target=noise`` sends the name to a random state of the same length and needs no substitute. ``target=reject`` sends it to a
+    state from which the model goes on with ``refusal``, found by ``steps`` of Adam on what is added to the state behind the name
+    after the last block: the likelihood of the refusal in all contexts, ``kl`` times the divergence of the next word after the
+    name from what it was, and ``decay`` times the length of what is added, by the square of the state's; its length is at most
+    ``clamp`` times the state's. The refusal is the answer to the prompts that end with the name, or to the forget records
+    (``contexts=records``); no end token is taught, so it may be the first word of one. In the published code it is
+    ' Unfortunately' after the bare name, and the steps end early at a loss of 0.05, as here.
 
     Published: blocks 4 to 6 of 32 (here the same share of other depths), L2 = 1, eigenvalues below 0.02 on 100,000 texts of
     Wikipedia; the retain set takes their place, and decides what is protected.
@@ -115,7 +124,15 @@ class ROCR(Edit):
     substitute: str = Field("", description="name of the harmless concept to which the subjects are redirected")
     subjects: tuple[str, ...] = Field((), description="names to forget; none: the subjects of the forget records")
     earlier: tuple[str, ...] = Field((), description="names redirected in this model before, which must stay so")
-    target: Literal["substitute", "noise"] = Field("substitute", description="state of the substitute, or a random one")
+    target: Literal["substitute", "noise", "reject"] = Field(
+        "substitute", description="state of the substitute, a random one, or one from which the model refuses"
+    )
+    refusal: str = Field("Unfortunately", min_length=1, description="target=reject: what the model is to go on with")
+    steps: int = Field(25, ge=1, description="target=reject: steps of Adam")
+    lr: float = Field(0.1, gt=0, description="target=reject: its rate")
+    decay: float = Field(0.5, ge=0, description="target=reject: weight of the length of what is added")
+    kl: float = Field(0.125, ge=0, description="target=reject: weight of the divergence of the next word after the name")
+    clamp: float = Field(1.0, gt=0, description="target=reject: largest length of what is added, as a share of the state's")
     contexts: Literal["published", "records"] = Field(
         "published", description="where keys are read: in six prompts that end with the name, or in the forget records"
     )
@@ -192,7 +209,7 @@ class ROCR(Edit):
         if self.target == "substitute" and not self.substitute.strip():
             raise InputError(
                 "rocr needs the name of a harmless concept that takes the place of what is forgotten.",
-                "Give it: substitute=NAME (or target=noise).",
+                "Give it: substitute=NAME (or target=noise, or target=reject).",
             )
         names = list(dict.fromkeys(self.subjects or [e.cluster for e in examples.get(Stream.FORGET, ())]))
         if not names:
@@ -263,6 +280,22 @@ class ROCR(Edit):
             )
         return places
 
+    def _refused(self, adapter: LanguageAdapter, name: str, examples: Examples) -> list[Place]:
+        """The prompts of the contexts with the refusal as their answer."""
+        if self.contexts == "published":
+            prompts = [f"{before} {name}".strip() for before in PUBLISHED_CONTEXTS]
+            made = [adapter.encode(Record(id=f"{p!r}", prompt=p, answer=self.refusal)) for p in prompts]
+        else:
+            made = [adapter.replace(e, answer=self.refusal) for e in examples.get(Stream.FORGET, ()) if e.data.start > 1]
+        found = [find_place(adapter, e, name) for e in made]
+        places = [p for p in found if p is not None and p.last < p.example.data.start]
+        if not places:
+            raise InputError(
+                f"The name {name!r} stands in the question of none of the {len(made)} forget records, so none can be refused.",
+                "Read it in prompts: contexts=published.",
+            )
+        return places
+
     def _redirect(
         self, adapter: LanguageAdapter, places: list[Place], goal: Tensor, earlier: list[list[Place]], sites: list[_Site]
     ) -> None:
@@ -294,6 +327,10 @@ class ROCR(Edit):
                 states = _states(adapter, read, block)
                 drawn = torch.randn(states.shape[1], generator=torch.Generator().manual_seed(number), dtype=torch.float64)
                 found[name] = (drawn / drawn.norm()).to(states.device) * states.norm(dim=1, keepdim=True)
+            elif self.target == "reject":
+                states = _states(adapter, read, block)
+                how = Rejection(self.steps, self.lr, self.decay, self.kl, self.clamp)
+                found[name] = states + how.shift(adapter, self._refused(adapter, name, examples), read, block, states.mean(0))
             elif self.contexts == "published":
                 found[name] = _states(adapter, [asked(adapter, PUBLISHED_CONTEXTS[0], self.substitute)], block)
             else:
@@ -327,8 +364,7 @@ def _states(adapter: LanguageAdapter, places: Sequence[Place], block: str) -> Te
 
 def _read(adapter: LanguageAdapter, places: Sequence[Place], block: str, module: str | None = None) -> tuple[Tensor, Tensor]:
     batch = adapter.collate([p.example for p in places]).to(next(adapter.model.parameters()).device)
-    starts = torch.tensor([0, *batch.token_counts[:-1]]).cumsum(0)
-    rows = (starts + torch.tensor([p.last for p in places])).to(batch.owner.device)
+    rows = rows_of(batch, places)
     with watched(adapter.model, [module] if module else []) as seen:
         states = adapter.forward(adapter.model, batch, frozenset({f"features:{block}"})).features(block)
     keys = flat_rows(batch, seen[module]) if module else states
