@@ -136,22 +136,22 @@ def experiment(plan: Plan) -> Result:
         parts={"schedule": dict(plan.schedule)},
         engine=Engine(checkpoint_every=0),
     )
-    _train(config, target)
+    train_once(config, target)
     forget = load(plan.forget_source, name="forget")
     twins = []
     for seed in plan.retrained:
         made, _ = training.retraining(config, forget, seed)
         twins.append((seed, plan.out / f"retrained-{seed}"))
-        _train(made, twins[-1][1])
-    learnt = {p.name: _learnt(run, p, plan.longest) for p in (target, *(p for _, p in twins))}
-    for name, found in learnt.items():
-        say(f"{name}: loss per token {found['loss_token']:.4f}, exact match {found['exact']:.1%} of {found['records']} records")
+        train_once(made, twins[-1][1])
+    found = {p.name: learnt(run, p, plan.longest) for p in (target, *(p for _, p in twins))}
+    for name, what in found.items():
+        say(f"{name}: loss per token {what['loss_token']:.4f}, exact match {what['exact']:.1%} of {what['records']} records")
     done, failed = _unlearn_all(plan, target, files["retain"])
     models = [entry_of("target", "target", target, TextConfig(), seed=0, stage="train")]
     for seed, out in twins:
         models.append(entry_of(f"retrained seed {seed}", "retrained", out, TextConfig(), seed=seed, stage="train"))
     models += [unlearned_model(out, f"{method}, seed {seed}") for (method, seed), out in done.items()]
-    return Result(plan, _audit(plan, run, models), learnt, failed, run)
+    return Result(plan, _audit(plan, run, models), found, failed, run)
 
 
 def _write_data(plan: Plan) -> dict[str, Path]:
@@ -169,16 +169,17 @@ def _write_data(plan: Plan) -> dict[str, Path]:
     return files
 
 
-def _train(config: TrainConfig, out: Path) -> None:
+def train_once(config: TrainConfig, out: Path) -> None:
+    """Train into a run folder, or go on with it, or leave it as it is."""
     if training.finished(out):
         say(f"{out.name}: from an earlier run")
         return
     made = training.plan(config)
     say(f"{out.name}: training on {len(made.records)} records")
-    training.execute(made, out, resume=(out / "manifest.json").is_file(), progress=_told(out.name))
+    training.execute(made, out, resume=(out / "manifest.json").is_file(), progress=told(out.name))
 
 
-def _learnt(run: Run, folder: Path, longest: int) -> dict[str, Any]:
+def learnt(run: Run, folder: Path, longest: int) -> dict[str, Any]:
     """Loss and exact match of a model on what it was trained on, as a stage of the experiment."""
     weights = Run.open(folder).manifest["stages"]["train"]["outputs"]
 
@@ -247,7 +248,7 @@ def _unlearn(config: UnlearnConfig, out: Path) -> None:
     if held and Run.open(out).manifest["stages"].get("unlearn", {}).get("state") == "done":
         say(f"{out.name}: from an earlier run")
         return
-    run = unlearning.execute(unlearning.from_config(config), config, out, resume=held, progress=_told(out.name))
+    run = unlearning.execute(unlearning.from_config(config), config, out, resume=held, progress=told(out.name))
     entry = run.manifest["stages"]["unlearn"]
     say(f"{out.name}: {entry['result']['sentence']} ({entry['seconds']:.0f} s)")
 
@@ -258,7 +259,7 @@ def _audit(plan: Plan, run: Run, models: list[AuditedModel]) -> AuditDocument:
     seen = set(load(f"tofu:holdout10?authors={plan.goal}", name="goal").clusters())
     sets["holdout"] = RecordSet("holdout", tuple(r for r in held if r.cluster not in seen), held.source)
     say(f"audit of {len(models)} models")
-    if not audit_stage(run, models, sets, plan.audit, progress=_told("audit"), title="A part of TOFU, a small model"):
+    if not audit_stage(run, models, sets, plan.audit, progress=told("audit"), title="A part of TOFU, a small model"):
         say("audit: from an earlier run")
     return read(run.folder)
 
@@ -272,7 +273,7 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def _told(name: str) -> Any:
+def told(name: str) -> Any:
     """A progress callback that writes a line every half minute at most."""
     last = time.perf_counter()
 
