@@ -36,6 +36,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "ihl": ("loku", {"retain": "none", "parameters": "all"}),
     "ascent + nll": ("graddiff", {}),
     "ihl + nll": ("loku", {"parameters": "all"}),
+    "flat": ("flat", {}),
     "graddiff": ("graddiff", NO_MOMENTUM),
     "graddiff + gu": ("graddiff", {**NO_MOMENTUM, **GU}),
     "npo-kl": ("gu", {"gradient": "plain", **NO_MOMENTUM}),

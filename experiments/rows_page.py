@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from experiments.lines import Line, cell, listed, nan_last, row
 from experiments.rows_small import METHODS, Plan, Result
 from expunge.core.files import write_text
 from expunge.core.runs import Run
-from expunge.core.statistics import Interval, seed_interval
-from expunge.report.text import DASH, MINUS, duration
+from expunge.report.text import DASH, duration
 
 FLOOR = "retrained"
 #: heading, key of the number, decimals
@@ -45,36 +44,6 @@ REASONS = {
 PACKAGES = ("python", "expunge", "torch", "numpy", "scipy", "scikit-learn")
 
 
-@dataclass(frozen=True, eq=False)
-class Line:
-    """One row of the tables: a method, the target or the retrained models.
-
-    Attributes:
-        label: its name.
-        values: by key, one value for each seed.
-        pooled: by key, one value for all seeds.
-    """
-
-    label: str
-    values: Mapping[str, Sequence[float]]
-    pooled: Mapping[str, float]
-
-    def interval(self, key: str) -> Interval | None:
-        """The mean over seeds with its interval; None where a seed has no value."""
-        held = self.values.get(key)
-        return seed_interval(held) if held else None
-
-    def mean(self, key: str) -> float:
-        """The mean over seeds, or the value of all; NaN where there is none."""
-        found = self.interval(key)
-        return found.value if found else self.pooled.get(key, math.nan)
-
-    def half(self, key: str) -> float:
-        """Half of the interval over seeds; 0 where there is none."""
-        found = self.interval(key)
-        return 0.0 if found is None or found.high is None else found.high - found.value
-
-
 def lines_of(result: Result) -> list[Line]:
     """Retrained models first, then all others by their average gap.
 
@@ -93,11 +62,7 @@ def lines_of(result: Result) -> list[Line]:
     for label, seeds in found.items():
         shared = set.intersection(*(set(s) for s in seeds))
         lines.append(Line(label, {k: [s[k] for s in seeds] for k in sorted(shared)}, result.pooled.get(label, {})))
-    return sorted(lines, key=lambda line: (line.label != FLOOR, _nan_last(line.mean("average-gap"))))
-
-
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+    return sorted(lines, key=lambda line: (line.label != FLOOR, nan_last(line.mean("average-gap"))))
 
 
 def left(line: Line, floor: Line, target: Line, key: str) -> float | None:
@@ -136,11 +101,11 @@ def _setting(plan: Plan, results: Sequence[Result]) -> dict[str, object]:
 
 
 def _data(plan: Plan, results: Sequence[Result]) -> Iterator[str]:
-    yield _row([
+    yield row([
         "data", "rows trained on", "unseen: to stop by", "unseen: audited", "network", "parameters", "training",
         "class to forget", "rows of it", "random rows",
     ])  # fmt: skip
-    yield _row(["---", *["---:"] * 3, "---", "---:", "---", "---", "---:", "---:"])
+    yield row(["---", *["---:"] * 3, "---", "---:", "---", "---", "---:", "---:"])
     for name in plan.sources:
         held = [r for r in results if r.request.name.startswith(f"{name}/")]
         one, source = held[0].request.problem, held[0].request.source
@@ -149,7 +114,7 @@ def _data(plan: Plan, results: Sequence[Result]) -> Iterator[str]:
         t, sizes = source.training, {r.request.name.rpartition("/")[2]: len(r.request.chosen) for r in held}
         training = f"Adam, {t.steps} steps of {t.batch} rows, rate {t.lr:g}, {t.decay}"
         counts = [len(one.data), len(one.holdout), plan.unseen]
-        yield _row([
+        yield row([
             source.title, *(f"{n:,}" for n in counts), f"`{one.build.__name__}`",
             f"{sum(p.numel() for p in one.build().parameters()):,}", training, source.gone,
             *(str(sizes.get(kind, DASH)) for kind in ("class", "random")),
@@ -174,27 +139,14 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _table(lines: Sequence[Line], columns: Sequence[tuple[str, str, int]]) -> Iterator[str]:
-    yield _row(["model", *(heading for heading, _, _ in columns)])
-    yield _row(["---"] + ["---:"] * len(columns))
+    yield row(["model", *(heading for heading, _, _ in columns)])
+    yield row(["---"] + ["---:"] * len(columns))
     for line in lines:
-        yield _row([_name(line.label), *(_cell(line, key, places) for _, key, places in columns)])
+        yield row([_name(line.label), *(cell(line, key, places) for _, key, places in columns)])
 
 
 def _name(label: str) -> str:
     return {FLOOR: "*retrained (the floor)*", "target": "*target (nothing unlearned)*"}.get(label, label)
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _cell(line: Line, key: str, places: int) -> str:
-    value = line.mean(key)
-    if math.isnan(value):
-        return DASH
-    text = f"{value:.{places}f}".replace("-", MINUS)
-    found = line.interval(key)
-    return text if found is None or found.high is None else f"{text} ± {line.half(key):.{places}f}"
 
 
 def _findings(results: Sequence[Result]) -> Iterator[str]:
@@ -226,16 +178,12 @@ def _findings(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _labels(lines: Iterable[Line]) -> str:
-    return _listed(line.label for line in lines)
-
-
-def _listed(words: Iterable[str]) -> str:
-    return ", ".join(f"`{w}`" for w in words) or "no method"
+    return listed(line.label for line in lines)
 
 
 def _stopped(plan: Plan, results: Sequence[Result]) -> Iterator[str]:
-    yield _row(["method", *(r.request.name for r in results)])
-    yield _row(["---"] * (1 + len(results)))
+    yield row(["method", *(r.request.name for r in results)])
+    yield row(["---"] * (1 + len(results)))
     for method in METHODS:
         cells = []
         for result in results:
@@ -246,7 +194,7 @@ def _stopped(plan: Plan, results: Sequence[Result]) -> Iterator[str]:
             ends = Counter(REASONS[Run.open(p).manifest["stages"]["unlearn"]["result"]["reason"]] for p in places)
             cells.append(", ".join(f"{n} {reason}" for reason, n in ends.most_common()))
         if set(cells) != {DASH}:
-            yield _row([method, *cells])
+            yield row([method, *cells])
 
 
 def _failed(results: Sequence[Result]) -> Iterator[str]:
@@ -255,17 +203,17 @@ def _failed(results: Sequence[Result]) -> Iterator[str]:
 
 
 def _times(results: Sequence[Result]) -> Iterator[str]:
-    yield _row(["request", *results[0].seconds])
-    yield _row(["---"] + ["---:"] * len(results[0].seconds))
+    yield row(["request", *results[0].seconds])
+    yield row(["---"] + ["---:"] * len(results[0].seconds))
     for result in results:
-        yield _row([result.request.name, *(duration(s) for s in result.seconds.values())])
+        yield row([result.request.name, *(duration(s) for s in result.seconds.values())])
     total = np.sum([list(r.seconds.values()) for r in results])
-    yield _row(["all", duration(float(total)), *[""] * (len(results[0].seconds) - 1)])
+    yield row(["all", duration(float(total)), *[""] * (len(results[0].seconds) - 1)])
 
 
 def _skipped(plan: Plan) -> str:
     """What was left out, as a sentence."""
-    return f" Left out, since time was short: {_listed(plan.skip)}." if plan.skip else ""
+    return f" Left out, since time was short: {listed(plan.skip)}." if plan.skip else ""
 
 
 def _command(plan: Plan) -> str:

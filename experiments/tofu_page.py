@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.lines import row
 from experiments.tofu_small import Plan, Result
 from expunge.audit.document import ModelEntry
 from expunge.core.files import write_text
@@ -133,21 +134,17 @@ def _numbers(models: Sequence[ModelEntry], columns: Sequence[tuple[str, str, int
     """A table of numbers; ``full`` adds verdict, intervals and cost."""
     flags: list[str] = []
     verdict, cost = (["verdict"], ["steps", "time"]) if full else ([], [])
-    yield _row(["model", *verdict, *(heading for heading, _, _ in columns), *cost])
-    yield _row(["---"] * (1 + len(verdict)) + ["---:"] * (len(columns) + len(cost)))
+    yield row(["model", *verdict, *(heading for heading, _, _ in columns), *cost])
+    yield row(["---"] * (1 + len(verdict)) + ["---:"] * (len(columns) + len(cost)))
     for model in models:
         cells = [_cell(model.numbers.get(key), places, flags, full) for _, key, places in columns]
         if full:
             cells = [model.judgement.verdict.value if model.judgement else "not judged", *cells]
             cells += [f"{model.cost['steps']:.0f}", duration(model.cost["seconds"])]
-        yield _row([model.label, *cells])
+        yield row([model.label, *cells])
     if flags:
         yield ""
         yield " ".join(f"({at}) {flag}." for at, flag in enumerate(flags, 1))
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _cell(number: Number | None, places: int, flags: list[str], interval: bool) -> str:
@@ -164,11 +161,11 @@ def _cell(number: Number | None, places: int, flags: list[str], interval: bool) 
 
 
 def _stopped(result: Result) -> Iterator[str]:
-    yield _row(["run", "step size", "why it stopped"])
-    yield _row(["---", "---:", "---"])
+    yield row(["run", "step size", "why it stopped"])
+    yield row(["---", "---:", "---"])
     for label, found in _runs(result):
         size = f"{found['lr']:.1e}".replace("-", MINUS) if "lr" in found else DASH
-        yield _row([label, size, found["sentence"]])
+        yield row([label, size, found["sentence"]])
 
 
 def _runs(result: Result) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -187,8 +184,8 @@ def _times(result: Result) -> Iterator[str]:
     stages += [(f"{m}-{s}", "unlearn") for m, s in plan.runs if f"{m}-{s}" not in result.failed]
     rows = [(name, Run.open(plan.out / name).manifest["stages"][stage]) for name, stage in stages]
     rows += list(result.run.manifest["stages"].items())
-    yield _row(["stage", "wall time", "largest memory of the process until then"])
-    yield _row(["---", "---:", "---:"])
+    yield row(["stage", "wall time", "largest memory of the process until then"])
+    yield row(["---", "---:", "---:"])
     for name, entry in rows:
-        yield _row([name, duration(entry["seconds"]), f"{entry['peak_bytes'] / 2**20:,.0f} MiB"])
-    yield _row(["all", duration(sum(entry["seconds"] for _, entry in rows)), ""])
+        yield row([name, duration(entry["seconds"]), f"{entry['peak_bytes'] / 2**20:,.0f} MiB"])
+    yield row(["all", duration(sum(entry["seconds"] for _, entry in rows)), ""])

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from experiments.lines import Line
 from experiments.rows_data import SOURCES, Source, convolutional, problem, residual, unpack
-from experiments.rows_page import Line, left, lines_of, write_page
+from experiments.rows_page import left, lines_of, write_page
 from experiments.rows_small import CLASS_ONLY, METHODS, SHARES, Plan, Result, experiment, parse
 from torch import nn
 
