@@ -130,7 +130,7 @@ def _over_steps(courses: Courses) -> list[Claim]:
     for claim, method, first, second, what, of, larger in asked:
         a, b = ([of(c) for c in courses.get(name, ())] for name in (first, second))
         setting = f"`{first}` beside `{second}`, fixed schedule: {what}"
-        found.append(Claim(claim, method, setting, told(a, b, larger), _numbers(first, a, second, b)))
+        found.append(Claim(claim, method, setting, told(a, b, larger), _numbers(first, a, second, b, larger)))
     return found
 
 
@@ -146,7 +146,7 @@ def _by_runs(lines: Mapping[str, Line]) -> list[Claim]:
     for claim, method, first, second, key, larger in asked:
         a, b = (list(lines[name].values.get(key, ())) if name in lines else [] for name in (first, second))
         setting = f"`{first}` beside `{second}`, runs of the main table: {names[key]}"
-        found.append(Claim(claim, method, setting, told(a, b, larger), _numbers(first, a, second, b)))
+        found.append(Claim(claim, method, setting, told(a, b, larger), _numbers(first, a, second, b, larger)))
     took = list(lines["rocr"].values.get("seconds", ())) if "rocr" in lines else []
     outcome: Outcome = "cannot be told here" if len(took) < LEAST else "held" if max(took) < SECONDS else "not held"
     setting = f"`rocr`, runs of the main table: seconds, below {SECONDS:g} in all"
@@ -165,16 +165,19 @@ def _relearning(lines: Mapping[str, Line]) -> Claim:
             names[name in SUPPRESSION].append(name)
     outcome, p = told_by_rank(gains[True], gains[False])
     setting = (
-        "gain under relearning (area less share before it) of methods that are at "
-        f"{HIDDEN:g} of the target's level or below before it: {', '.join(names[True]) or 'none'} beside {', '.join(names[False]) or 'none'}; one-sided rank test over methods"
+        f"gain under relearning (area less share before it) of methods that are at {HIDDEN:g} of the target's level or below "
+        f"before it: {', '.join(names[True]) or 'none'} beside {', '.join(names[False]) or 'none'}; rank test over methods"
     )
     told_of = [f"median {np.median(g):.2f} of {len(g)}" if g else "none" for g in (gains[True], gains[False])]
     numbers = f"{told_of[0]} beside {told_of[1]}" + ("" if math.isnan(p) else f", p = {p:.2g}")
     return Claim("Methods that suppress give more back under relearning than the others", "rmu", setting, outcome, numbers)
 
 
-def _numbers(first: str, a: Sequence[float], second: str, b: Sequence[float]) -> str:
-    return f"{_values(first, a)}; {_values(second, b)}"
+def _numbers(first: str, a: Sequence[float], second: str, b: Sequence[float], larger: bool) -> str:
+    """All values, in the order of seeds, and how many seeds of the first beat the same seed of the second."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=False) if not math.isnan(x) and not math.isnan(y)]
+    wins = sum(x > y if larger else x < y for x, y in pairs)
+    return f"{_values(first, a)}; {_values(second, b)}" + (f"; seed by seed {wins} of {len(pairs)}" if pairs else "")
 
 
 def _values(name: str, values: Sequence[float]) -> str:

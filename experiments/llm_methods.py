@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
+import re
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from experiments import llm_curves
+from experiments.stages import Stages
 from experiments.tofu_small import PERTURBED_RETAIN, learnt, say, told, train_once
 from expunge.adapters.language import LanguageAdapter
 from expunge.audit.run import AuditedModel
@@ -48,6 +49,7 @@ from expunge.pipeline import train as training
 from expunge.pipeline import unlearn as unlearning
 from expunge.pipeline.audit import audit_stage, entry_of, unlearned_model
 from expunge.pipeline.config import TextConfig, TrainConfig, UnlearnConfig
+from expunge.pipeline.models import open_adapter
 from expunge.pipeline.tuned import USED, unseen, used_text
 from expunge.pipeline.validation import TextGround
 
@@ -71,7 +73,7 @@ OWN_SCHEDULE: dict[str, dict[str, Any]] = {
 #: Ranges where a method's published step size belongs to models ten thousand times as large and its schedule finds none itself.
 RANGES = {"laf": {"laf:schedule.lr": "1e-4..1e-2:log"}}
 CHOSEN_FOR_SWEEP = 9  #: seed of the model retrained without the stand-in; the gold standard has others
-STAGES = ("sweep", "seed", "audit")
+SUBSTITUTE = "the author"  #: to which ROCR redirects the names of authors
 SHORT = {"max_new_tokens": 80}
 
 
@@ -185,57 +187,36 @@ def experiment(plan: Plan) -> None:
     """Do all stages, or what is left of them."""
     Run.start(plan.out, "llm-methods", plan.settings(), resume=(plan.out / "manifest.json").is_file())
     write_data(plan)
-    _stage(plan, "models", lambda: _models(plan), plan.out / "models.failed", again=True)
+    stages = Stages(plan.limit, apart=plan.apart)
+    stages.do("models", lambda: _models(plan), plan.out / "models.failed", again=True)
     if not training.finished(plan.out / f"retrained-{plan.retrained[-1]}"):
         raise InputError("The target and the retrained models are not there.", f"See {plan.out / 'models.failed'}.")
+    _imports(plan)
     if plan.curve is not None:
-        llm_curves.all_courses(plan.curve, _request(plan), plan.out / "curves", lambda n, work, out: _stage(plan, n, work, out))
+        llm_curves.all_courses(plan.curve, _request(plan), plan.out / "curves", stages.do)
     for method in plan.methods:
-        _method(plan, method)
+        _method(plan, stages, method)
 
 
-def _method(plan: Plan, method: str) -> None:
+def _imports(plan: Plan) -> None:
+    """Import once what every stage needs: its process then has it. Nothing may be trained here: autograd does not fork."""
+    import peft  # noqa: F401
+    import scipy.stats  # noqa: F401
+
+    open_adapter(str(plan.target), TextConfig())
+
+
+def _method(plan: Plan, stages: Stages, method: str) -> None:
     """Sweep, three runs, audit; a sweep that fails leaves the method its own settings."""
     place = plan.out / "methods" / method
     place.mkdir(parents=True, exist_ok=True)
     if not (place / "sweep" / sweep.DOCUMENT).is_file():
-        _stage(plan, f"{method}: sweep", lambda: _sweep(plan, method), place / "sweep.failed")
+        stages.do(f"{method}: sweep", lambda: _sweep(plan, method), place / "sweep.failed")
     for seed in plan.seeds:
         if not done(place / f"seed-{seed}"):
-            _stage(plan, f"{method}: seed {seed}", lambda s=seed: _unlearn(plan, method, s), place / f"seed-{seed}.failed")  # type: ignore[misc]
+            stages.do(f"{method}: seed {seed}", lambda s=seed: _unlearn(plan, method, s), place / f"seed-{seed}.failed")  # type: ignore[misc]
     if any(done(place / f"seed-{s}") for s in plan.seeds):
-        _stage(plan, f"{method}: audit", lambda: _audit(plan, method), place / "audit.failed")
-
-
-def _stage(plan: Plan, name: str, work: Callable[[], None], failure: Path, *, again: bool = False) -> None:
-    """Do a stage within the limit; what it raises is left in a file, and it is not tried again."""
-    if failure.is_file() and not again:
-        return
-    failure.unlink(missing_ok=True)
-    started = time.perf_counter()
-    if not plan.apart:
-        _told_errors(work, failure)
-    else:
-        process = multiprocessing.get_context("fork").Process(target=_told_errors, args=(work, failure))
-        process.start()
-        process.join(None if again else plan.limit)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            write_text(failure, f"Not finished within {plan.limit:.0f} s.")
-        elif process.exitcode:
-            write_text(failure, f"The process ended with exit code {process.exitcode}.")
-    ended = f"FAILED: {failure.read_text(encoding='utf-8')}" if failure.is_file() else "done"
-    say(f"{name}: {ended} ({time.perf_counter() - started:.1f} s)")
-
-
-def _told_errors(work: Callable[[], None], failure: Path) -> None:
-    try:
-        work()
-    except ExpungeError as error:
-        write_text(failure, str(error))
-    except Exception as error:  # a defect of one method is a finding, and no reason to lose the others
-        write_text(failure, f"{type(error).__name__}: {error}")
+        stages.do(f"{method}: audit", lambda: _audit(plan, method), place / "audit.failed")
 
 
 def done(folder: Path) -> bool:
@@ -318,11 +299,29 @@ def _request(plan: Plan) -> dict[str, Any]:
 
 def sweep_config(plan: Plan, method: str) -> sweep.SweepConfig:
     """The sweep of a method, on the stand-in."""
-    request = {**_request(plan), "forget": plan.file("standin"), "retain": plan.file("rest"), "parts": plan.parts_of(method)}
+    forget = plan.file("standin")
+    parts = {**plan.parts_of(method), **given(method, forget)}
+    request = {**_request(plan), "forget": forget, "retain": plan.file("rest"), "parts": parts}
     return sweep.SweepConfig(
         request=request, methods=(method,), trials=plan.trials, split={"forget_share": 1.0}, rule=plan.rule,  # type: ignore[arg-type]
         retrained=(str(plan.out / "without-standin"),), search=RANGES.get(method, {}),
     )  # fmt: skip
+
+
+def names(records: Sequence[Record]) -> list[str]:
+    """The name of each author: the run of capitalised words that stands most often in the questions and answers about it."""
+    found: dict[str, Counter[str]] = {}
+    for record in records:
+        texts = re.findall(r"[A-Z][\w-]+(?: [A-Z][\w-]+)+", f"{record.prompt} . {record.answer}")
+        found.setdefault(record.cluster, Counter()).update(texts)
+    return [held.most_common(1)[0][0] for held in found.values()]
+
+
+def given(method: str, source: str) -> dict[str, Any]:
+    """Parts that a method cannot do without and that the request gives: ROCR is told which names lead where."""
+    if method != "rocr":
+        return {}
+    return {"subjects": names(load(source, name="forget").records), "substitute": SUBSTITUTE, "contexts": "records"}
 
 
 def _sweep(plan: Plan, method: str) -> None:
@@ -335,10 +334,11 @@ def chosen(plan: Plan, method: str) -> dict[str, Any]:
     """Parts and origin of the settings that a method's sweep chose; its own where there are none."""
     place = plan.out / "methods" / method / "sweep"
     file = place / sweep.CHOSEN
+    asked = given(method, plan.forget_source)
     if not (place / sweep.DOCUMENT).is_file() or not file.is_file():
-        return {"parts": plan.parts_of(method)}
+        return {"parts": {**plan.parts_of(method), **asked}}
     held = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return {"parts": held.get("parts", {}), "tuned": held["tuned"]}
+    return {"parts": {**held.get("parts", {}), **asked}, "tuned": held["tuned"]}
 
 
 def _unlearn(plan: Plan, method: str, seed: int) -> None:
@@ -412,6 +412,11 @@ def main(words: Sequence[str] | None = None) -> int:
                 file.unlink()
         if not given.only_page:
             experiment(plan)
+        from experiments.llm_page import write_page, write_settings  # they import this module
+
+        write_page(plan, given.page or plan.out / "page.md")
+        if given.tuned:
+            write_settings(plan, given.tuned)
     except ExpungeError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2

@@ -57,7 +57,7 @@ def _setting(result: Result) -> dict[str, object]:
         "methods": len({m for m, _ in plan.runs}), "records": trained["records"], "tokens": f"{trained['tokens']:,}",
         "retain_authors": plan.retain, "forget_authors": plan.forget, "questions": 20 * (plan.retain + plan.forget),
         "forget_records": result.document.data["forget"]["records"], "goal_authors": plan.goal, "holdout_authors": plan.holdout,
-        "model": plan.model, "parameters": f"{_parameters(plan.out / 'target' / 'model'):,}", "epochs": schedule["epochs"],
+        "model": plan.model, "parameters": f"{parameters(plan.out / 'target' / 'model'):,}", "epochs": schedule["epochs"],
         "batch": schedule["batch"], "lr": f"{schedule['lr']:g}", "decay": f"{schedule['weight_decay']:g}",
         "seeds": ", ".join(map(str, plan.retrained)), "parts": f", except {dict(plan.parts)}" if plan.parts else "",
         "cpus": target["machine"]["cpus"], "command": _command(plan),
@@ -123,7 +123,7 @@ def _command(plan: Plan) -> str:
     return " \\\n  ".join(words)
 
 
-def _parameters(folder: Path) -> int:
+def parameters(folder: Path) -> int:
     """Numbers in the weights of a model; tied matrices are stored, and count, once."""
     from safetensors.numpy import load_file
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from expunge.core.errors import InputError
-from expunge.core.settings import Settings, load_yaml
+from expunge.core.settings import Settings, load_yaml, nest
 from expunge.data.spans import Spans
 from expunge.engine.options import Engine
-from expunge.pipeline.tuned import Tuned
+from expunge.methods.tuned import beneath, chosen, folder
+from expunge.pipeline.tuned import Tuned, shipped_origin
 
 
 class TextConfig(Settings):
@@ -46,6 +47,7 @@ class UnlearnConfig(Allowances):
     retain: str | None = Field(None, description="what to keep: a file or a named data set")
     holdout: str | None = Field(None, description="records that the model was never trained on")
     method: str = Field("npo", description="a method's name, or 'custom' with all parts given")
+    settings: str | None = Field(None, description="a shipped set of settings that sweeps found, put beneath the parts")
     parts: dict[str, Any] = Field(default_factory=dict, description="parts and parameters that differ from the method's own")
     alternatives: Literal["auto", "refusals", "given", "others", "passages", "template", "reasons"] = Field(
         "auto",
@@ -59,6 +61,16 @@ class UnlearnConfig(Allowances):
     spans: Spans = Field(default_factory=Spans, description="which parts of the texts are marked")
     engine: Engine = Field(default_factory=Engine, description="how the machine is used")
     tuned: Tuned | None = Field(None, description="where the settings come from, if `expunge sweep` has chosen them")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_settings(cls, given: Any) -> Any:
+        """A shipped set by its name: its parts beneath those given, and the records that it was chosen on."""
+        if not isinstance(given, dict) or not given.get("settings"):
+            return given
+        name, method = given["settings"], given.get("method") or cls.model_fields["method"].default
+        parts = beneath(chosen(name, method).parts, nest(dict(given.get("parts") or {})))
+        return {**given, "parts": parts, "tuned": given.get("tuned") or shipped_origin(folder(name))}
 
 
 class TrainConfig(Settings):

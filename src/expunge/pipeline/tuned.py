@@ -34,6 +34,11 @@ class Tuned(Settings):
     digest: str = Field(description="SHA-256 of its list of the records that it measured on")
 
 
+def shipped_origin(folder: Path) -> Tuned:
+    """Where the settings of a shipped set come from: its own folder, which holds the list of records too."""
+    return Tuned(sweep=str(folder), digest=digest_file(folder / USED))
+
+
 def key_of(record: Item) -> str:
     """Identity of what a record says, whatever file or id it came under: 16 hex digits."""
     if isinstance(record, Record):

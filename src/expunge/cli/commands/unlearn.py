@@ -24,6 +24,7 @@ _HELP = """Make a model forget a set of records.
           --holdout tofu:holdout10 --method simnpo --out runs/simnpo
       expunge unlearn MODEL --forget F --retain R --method npo retain=kl parameters=lora gradient=project --out runs/x
       expunge unlearn MODEL --forget F --retain R --method npo schedule=paper --out runs/paper
+      expunge unlearn MODEL --forget F --retain R --method simnpo --settings tofu-small --out runs/small
       expunge unlearn --config run.yaml --out runs/y
       expunge unlearn MODEL --requests requests.jsonl --retain all.jsonl --retrain 3 --out runs/many
 
@@ -79,6 +80,10 @@ def unlearn(
     ] = None,
     retrain: Annotated[int, typer.Option(help="With --requests: retrained models to compare with.", metavar="N")] = 0,
     method: Annotated[str | None, typer.Option(help="Name of the method [default: npo].")] = None,
+    settings: Annotated[
+        str | None,
+        typer.Option(help="Settings that a sweep found, by name: demo, tofu-small. None: the published ones.", metavar="NAME"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", metavar="RUN")] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with the same settings; options win over it.", metavar="FILE")
@@ -123,6 +128,7 @@ def unlearn(
         alternatives = "template"
     given: dict[str, Any] = {
         "model": model, "forget": forget, "retain": retain, "holdout": holdout, "method": method, "base": base,
+        "settings": settings,
         "alternatives": alternatives, "allow_overlap": allow_overlap or None, "drop_overlap": drop_overlap or None,
         "allow_large_forget": allow_large_forget or None, "alternative_template": alternative_template,
         "parts": overrides or None, "engine": engine or None, "text": text or None, "spans": spans or None,
@@ -133,6 +139,8 @@ def unlearn(
         merged["data"] = data
     if is_rows(merged, choice):
         merged |= {"requests": str(requests)} if requests is not None else {}
+        if settings is not None:
+            raise InputError("--settings is for language models.", "Find settings for rows by expunge sweep.")
         if retrain:
             raise InputError("--retrain belongs to --requests.", f"Retrain in the audit: expunge audit RUN --retrain {retrain}.")
         return unlearn_rows(merged, choice, out, resume=resume, dry_run=dry_run, output=output)
@@ -159,6 +167,8 @@ def _one(merged: dict[str, Any], out: Path, *, resume: bool, dry_run: bool, outp
     stage.check_out(out, resume)
     made = stage.from_config(settings)
     check_room(out, made.cost.disk, "Unlearning")
+    if settings.settings is not None:
+        output.note(f"Settings {settings.settings}, found by a sweep: {settings.parts}; the audit leaves its records out.")
     for note in made.notes:
         output.note(note)
     output.note(f"{settings.method}: {made.cost.text()}")
