@@ -41,6 +41,7 @@ def unlearn(
     template: str | None = None,
     alternatives: str = "auto",
     alternative_template: str | None = None,
+    settings: str | None = None,
     parts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **more: Any,
@@ -62,6 +63,7 @@ def unlearn(
         template: prompt template where the tokenizer has no chat template.
         alternatives: where other answers come from: auto, refusals, given, others, passages, template, reasons.
         alternative_template: their text, for ``template``.
+        settings: a shipped set of settings that sweeps found (``tofu-small``), beneath ``parts``.
         parts: parameters and parts of the method, as in a configuration file: ``{"retain": "kl", "parameters": "lora"}``. Here
             ``forget`` and ``retain`` are the loss terms, not the data.
         progress: called with (done, total, text).
@@ -77,6 +79,7 @@ def unlearn(
     from expunge.adapters.loading import wrap
     from expunge.data.spans import Spans
     from expunge.engine.options import Engine
+    from expunge.methods.tuned import beneath, chosen
     from expunge.pipeline import unlearn as stage
     from expunge.pipeline.config import Allowances, UnlearnConfig
 
@@ -85,6 +88,8 @@ def unlearn(
     if alternatives not in kinds:
         raise unknown("kind of alternatives", str(alternatives), kinds)
     given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
+    if settings is not None:
+        given = beneath(chosen(settings, method).parts, given)
     engine = Engine(**{"seed": seed, "checkpoint_every": 0, **given.pop("engine", {})})
     allowed = Allowances(allow_overlap=allow_overlap, drop_overlap=drop_overlap, allow_large_forget=allow_large_forget)
     request = stage.check(_request(forget, retain, holdout, columns, Spans(**given.pop("spans", {}))), allowed)

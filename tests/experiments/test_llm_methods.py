@@ -317,7 +317,7 @@ def test_no_trial_saw_what_is_judged(made: Plan, shared_data: Path, monkeypatch:
         left = [r for r in whole[name] if key_of(r) not in everything]
         assert held["records"] == len(left), name
     assert found.data["forget"]["records"] == 40
-    assert found.data["retain"]["records"] < 100
+    assert sum(held["records"] for held in found.data.values()) < sum(len(s) for s in whole.values())
     twins = [Run.open(made.out / n).manifest for n in ("retrained-1", "without-standin")]
     assert [set(t["config"]["exclude"]) for t in twins] == [forget, keys["standin"]]
 
@@ -333,6 +333,9 @@ def test_runs_have_the_settings_of_the_sweep_and_failures_stand(made: Plan) -> N
         for seed in made.seeds:
             run = Run.open(made.out / "methods" / method / f"seed-{seed}").manifest
             assert run["config"]["parts"] == settings["parts"]
+            assert method != "rocr" or len(settings["parts"]["subjects"]) == made.forget, (
+                "the names of the request, not of the stand-in"
+            )
             assert run["config"]["engine"]["seed"] == seed
             assert run["config"]["tuned"]["digest"] == settings["tuned"]["digest"]
             assert seed not in [t.seed for t in one.trials]
