@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -271,7 +271,7 @@ def test_a_stage_that_fails_or_hangs_stands_in_a_file_and_is_not_tried_again(tmp
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Plan:
+def made(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Iterator[Plan]:
     """All stages with models that have hardly learnt anything: what the parts do with each other, not what comes out."""
     out = tmp_path_factory.mktemp("llm")
     short = {name: {"max_new_tokens": 6} for name in ("rouge-l-recall", "model-utility", "fluency")}
@@ -291,12 +291,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Plan:
         patch.setenv("EXPUNGE_DATA", str(shared_data))
         patch.setenv("EXPUNGE_CACHE", str(out / "cache"))
         experiment(plan)
-    return plan
+        yield plan
 
 
 @pytest.mark.shared_data
-def test_no_trial_saw_what_is_judged(made: Plan, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXPUNGE_DATA", str(shared_data))
+def test_no_trial_saw_what_is_judged(made: Plan) -> None:
     keys = {n: {key_of(r) for r in load(made.file(n), name=n)} for n in ("rest", "standin", "retain")}
     forget = {key_of(r) for r in load(made.forget_source, name="forget")}
     assert keys["retain"] == keys["rest"] | keys["standin"]
@@ -333,9 +332,7 @@ def test_runs_have_the_settings_of_the_sweep_and_failures_stand(made: Plan) -> N
         for seed in made.seeds:
             run = Run.open(made.out / "methods" / method / f"seed-{seed}").manifest
             assert run["config"]["parts"] == settings["parts"]
-            assert method != "rocr" or len(settings["parts"]["subjects"]) == made.forget, (
-                "the names of the request, not of the stand-in"
-            )
+            assert method != "rocr" or len(settings["parts"]["subjects"]) == made.forget, "names of the request"
             assert run["config"]["engine"]["seed"] == seed
             assert run["config"]["tuned"]["digest"] == settings["tuned"]["digest"]
             assert seed not in [t.seed for t in one.trials]
@@ -345,10 +342,7 @@ def test_runs_have_the_settings_of_the_sweep_and_failures_stand(made: Plan) -> N
 
 
 @pytest.mark.shared_data
-def test_the_page_and_the_settings_come_from_the_folders(
-    made: Plan, tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EXPUNGE_DATA", str(shared_data))
+def test_the_page_and_the_settings_come_from_the_folders(made: Plan, tmp_path: Path, shared_data: Path) -> None:
     write_page(made, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert str(made.out) not in text
@@ -375,11 +369,7 @@ def test_the_page_and_the_settings_come_from_the_folders(
 
 
 @pytest.mark.shared_data
-def test_what_is_done_is_not_done_again_and_methods_can_be_added(
-    made: Plan, shared_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EXPUNGE_DATA", str(shared_data))
-    monkeypatch.setenv("EXPUNGE_CACHE", str(made.out.parent / "cache"))
+def test_what_is_done_is_not_done_again_and_methods_can_be_added(made: Plan) -> None:
     before = {p: p.stat().st_mtime_ns for p in made.out.rglob("*") if p.suffix in (".safetensors", ".failed")}
     courses = {p: json.loads(p.read_text(encoding="utf-8")) for p in made.out.glob("curves/*.json")}
     assert {c["name"] for c in courses.values()} == {"ascent", "npo"}
