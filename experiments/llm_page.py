@@ -17,7 +17,7 @@ import numpy as np
 from experiments.lines import Line, listed, number, row, spread
 from experiments.llm_claims import AT, SECONDS, Claim, claims
 from experiments.llm_measures import GOLD, TARGET, TELLING, detectable, lines_of, measured
-from experiments.llm_methods import OWN_SCHEDULE, RANGES, Plan, done, language_methods, left_out, measured_on
+from experiments.llm_methods import OWN_SCHEDULE, RANGES, SUBSTITUTE, Plan, done, language_methods, left_out, measured_on
 from experiments.ship import origin_of, write
 from experiments.tofu_page import PACKAGES, parameters
 from expunge.audit.document import AuditDocument
@@ -135,7 +135,7 @@ def _setting(found: Found) -> dict[str, object]:
         "audited_sets": ", ".join(f"{held['records']} of {name.replace('_', ' ')}" for name, held in data.items()),
         "used": ", ".join(f"{count} of {name}" for name, count in used.items()),
         "n": n, "floor": f"{log10_floor(n):.1f}".replace("-", MINUS), "shift": f"{detectable(n):.2f}", "at": f"{AT:g}",
-        "ten": f"{SECONDS:g}", "telling": "; ".join(TELLING.values()), "limit": f"{plan.limit:.0f}",
+        "ten": f"{SECONDS:g}", "substitute": SUBSTITUTE, "telling": "; ".join(TELLING.values()), "limit": f"{plan.limit:.0f}",
         "rate": f"{courses[0]['lr']:.1e}".replace("-", MINUS) if courses else DASH, "course": plan.curve,
         "looks": ", ".join(map(str, plan.curve.looks)) if plan.curve else DASH,
         "relative": f"{plan.curve.relative:g}" if plan.curve else DASH,
@@ -199,7 +199,9 @@ def _claims(said: Sequence[Claim]) -> Iterator[str]:
     yield row(["claim", "paper", "setting here", "outcome", "values"])
     yield row(["---"] * 5)
     for claim in said:
-        yield row([claim.claim, f"[{claim.paper.year}]({claim.paper.url})", claim.setting, f"**{claim.outcome}**", claim.numbers])
+        yield row(
+            [claim.claim, f"[{claim.paper.title}]({claim.paper.url})", claim.setting, f"**{claim.outcome}**", claim.numbers]
+        )
 
 
 def _courses(found: Found) -> Iterator[str]:
