@@ -122,7 +122,7 @@ def _spaces(config: SweepConfig) -> list[Study]:
     twice = sorted({m for m in config.methods if config.methods.count(m) > 1})
     if twice:
         raise InputError(f"The method {twice[0]!r} is named twice.", "Name each once; --trials says how often it is tried.")
-    for key in ("method", "tuned", "settings"):
+    for key in ("method", "settings", "tuned"):
         if config.request.get(key):
             raise InputError(f"A sweep chooses {key!r} itself.", "Leave it out; name methods by --method NAME.")
     for name in config.own:
