@@ -36,14 +36,14 @@ from expunge.report.text import DASH, MINUS, duration
 
 #: heading, key of the value, decimals
 COLUMNS = (
-    ("distance", "distance", 2), ("forget probability", "forget.probability", 3), ("forget quality (p)", "forget-quality", 3),
+    ("distance", "distance", 3), ("forget probability", "forget.probability", 3), ("forget quality (p)", "forget-quality", 3),
     ("KS distance", "forget-quality.d", 2), ("model utility", "model-utility", 3), ("PrivLeak (Min-K)", "privleak.min-k", 1),
     ("relearning area", "relearn.area", 2), ("share before it", "relearn.start", 2),
     ("broken forget answers", "forget.degenerate", 2), ("seconds", "seconds", 1), ("peak MiB", "memory", 0),
 )  # fmt: skip
 #: of every seed: with the interval over items where the audit gives one
 SINGLE = (
-    ("distance", "distance", 2), ("forget probability", "forget.probability", 3), ("forget quality (p)", "forget-quality", 4),
+    ("distance", "distance", 3), ("forget probability", "forget.probability", 3), ("forget quality (p)", "forget-quality", 4),
     ("KS distance", "forget-quality.d", 2), ("model utility", "model-utility", 3), ("PrivLeak (Min-K)", "privleak.min-k", 1),
     ("relearning area", "relearn.area", 2), ("recovered at the end", "relearn.recovered", 2),
 )  # fmt: skip
@@ -168,9 +168,9 @@ def _outcome(found: Found, said: Sequence[Claim]) -> Iterator[str]:
     floor = next((line for line in found.lines if line.label == GOLD), None)
     target = next((line for line in found.lines if line.label == TARGET), None)
     if methods and floor and target:
-        near = [f"`{line.label}` {spread(line.values['distance'], 2)}" for line in methods[:5]]
-        yield f"- Nearest to the gold standard (whose own distance is {spread(floor.values['distance'], 2)}, the target's"
-        yield f"  {spread(target.values['distance'], 2)}): {', '.join(near)}."
+        near = [f"`{line.label}` {spread(line.values['distance'], 3)}" for line in methods[:5]]
+        yield f"- Nearest to the gold standard (whose own distance is {spread(floor.values['distance'], 3)}, the target's"
+        yield f"  {spread(target.values['distance'], 3)}): {', '.join(near)}."
         apart = sum(max(a.values["distance"]) < min(b.values["distance"]) for a, b in itertools.pairwise(methods))
         yield f"- Of {len(methods) - 1} pairs of neighbours in that order, the seeds of {apart} do not overlap."
     held = Counter(c.outcome for c in said)
