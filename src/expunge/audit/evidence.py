@@ -157,6 +157,10 @@ class Evidence:
             self._open = (label, source())
         return self._open[1]
 
+    def release(self) -> None:
+        """Let go of the model that was loaded last; it is loaded again if it is asked for."""
+        self._open = None
+
     def decoder(self, label: str) -> Callable[[Sequence[int]], str]:
         """Writes a model's tokens as text; loads the model only when it is called."""
         return lambda tokens: self.adapter(label).decode(tokens)

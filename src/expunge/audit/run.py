@@ -174,7 +174,7 @@ def _gather(
         found = _register(evidence, model, settings)
         _comparable(signature or found, found, model.label)
         signature = signature or found
-        _visit(evidence, model.label, metrics)
+        visit(evidence, model.label, metrics)
         attack_copy(evidence, model.label, settings, attacked)
     return signature
 
@@ -196,7 +196,8 @@ def _comparable(first: Mapping[str, str], other: Mapping[str, str], label: str) 
             )
 
 
-def _visit(evidence: Evidence, label: str, metrics: Sequence[Metric]) -> None:
+def visit(evidence: Evidence, label: str, metrics: Sequence[Metric]) -> None:
+    """Gather all that ``metrics`` read of a model, in one pass over each set."""
     needs = {n for m in metrics for n in m.needs}
     kinds: dict[Need, Kind] = {Need.PARAPHRASE: "paraphrase", Need.PERTURBED: "perturbed"}
     for name in evidence.sets:

@@ -208,7 +208,7 @@ def audit_stage(
     ``notes`` are what the report must say first of what it does not show.
     """
     inputs = {
-        "models": [[m.label, resolve(m.path), _weights(m.path)] for m in models],
+        "models": [[m.label, resolve(m.path), weights_of(m.path)] for m in models],
         "sets": {k: v.digest for k, v in sets.items()}, "settings": settings.model_dump(mode="json"),
         **({"notes": list(notes)} if notes else {}),
     }  # fmt: skip
@@ -280,7 +280,7 @@ def requests_of(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob("*/manifest.json"))
 
 
-def _weights(source: str) -> dict[str, str]:
+def weights_of(source: str) -> dict[str, str]:
     """Digests of a local model's weights as they lie there now; nothing for a hub id."""
     place = Path(resolve(source))
     return {p.name: digest_file(p) for p in sorted(place.glob("*.safetensors"))} if place.is_dir() else {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -65,6 +65,10 @@ class Tofu(NamedSet):
 
     name: ClassVar[str] = "tofu"
     folder: str = Field("", description="folder that holds forget10.json and the others (JSON Lines or JSON), as on the hub")
+    size: Literal["published", "any"] = Field(
+        "published",
+        description="any: take a set of another size too (generated data of the same schema); its ids are then its own",
+    )
     authors: int | None = Field(
         None, ge=1, description="only the first authors of the configuration, 20 rows each, for small models; none given: all"
     )
@@ -84,7 +88,7 @@ class Tofu(NamedSet):
         label = f"tofu:{configuration}"
         self._check_authors(part, label)
         records = records_of(_numbered(self._rows(configuration), part, label), label)
-        if len(records) != part.rows:
+        if self.size == "published" and len(records) != part.rows:
             raise InputError(f"{label} has {len(records)} rows, the published one has {part.rows}.", "Fetch the file again.")
         kept = records if self.authors is None else records[: self.authors * part.per_subject]
         return RecordSet(label, tuple(kept), label)
@@ -119,7 +123,7 @@ class Tofu(NamedSet):
         )
 
     def _reference(self, configuration: str, authors: int | None = None) -> str:
-        options = {"folder": self.folder, "authors": authors}
+        options = {"folder": self.folder, "size": "any" if self.size == "any" else "", "authors": authors}
         given = "&".join(f"{name}={value}" for name, value in options.items() if value)
         return f"tofu:{configuration}" + (f"?{given}" if given else "")
 
