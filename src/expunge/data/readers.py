@@ -21,14 +21,20 @@ _BLOCK = 1 << 16
 _CELL_LIMIT = 1 << 30
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, Row]]:
+def rows_of(path: Path, *, texts: bool = False) -> Iterator[tuple[str, Row]]:
     """The rows of a data file; the format follows from the file's suffix (``.json`` and ``.jsonl`` hold either kind of JSON).
+
+    With ``texts`` a bare string in JSON is a row with the one column ``text``, and a ``.txt`` file is one such row.
 
     Raises:
         InputError: the file is missing, is a folder, has a suffix that is not read, is not UTF-8 or is malformed; the
             message names the line.
     """
+    if texts and path.suffix.lower() == ".txt" and path.is_file():
+        return iter([("line 1", {"text": _decode(path.read_bytes().removeprefix(codecs.BOM_UTF8), path.name, 1)})])
     check_file(path)
+    if texts and path.suffix.lower() in (".json", ".jsonl"):
+        return _read_json(path, texts=True)
     return READERS[path.suffix.lower()](path)
 
 
@@ -75,14 +81,14 @@ def _decode(data: bytes, name: str, line: int) -> str:
 # --- JSON -----------------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_json(path: Path, texts: bool = False) -> Iterator[tuple[str, Row]]:
     with path.open("rb") as handle:
         first = handle.read(_BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
         handle.seek(0)
-        yield from _json_array(handle, path.name) if first == b"[" else _json_lines(handle, path.name)
+        yield from _json_array(handle, path.name, texts) if first == b"[" else _json_lines(handle, path.name, texts)
 
 
-def _json_lines(handle: BinaryIO, name: str) -> Iterator[tuple[str, Row]]:
+def _json_lines(handle: BinaryIO, name: str, texts: bool = False) -> Iterator[tuple[str, Row]]:
     for number, text in _lines(handle, name):
         if not text.strip():
             continue
@@ -90,10 +96,10 @@ def _json_lines(handle: BinaryIO, name: str) -> Iterator[tuple[str, Row]]:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise _malformed(name, number, error) from None
-        yield f"line {number}", _object(value, name, number)
+        yield f"line {number}", _object(value, name, number, texts)
 
 
-def _json_array(handle: BinaryIO, name: str) -> Iterator[tuple[str, Row]]:
+def _json_array(handle: BinaryIO, name: str, texts: bool = False) -> Iterator[tuple[str, Row]]:
     """The objects of one JSON array, parsed one by one from a window over the file."""
     window = _Window(handle, name)
     window.skip(" \t\r\n")
@@ -103,7 +109,7 @@ def _json_array(handle: BinaryIO, name: str) -> Iterator[tuple[str, Row]]:
         return
     while True:
         line = window.line
-        yield f"line {line}", _object(window.value(), name, line)
+        yield f"line {line}", _object(window.value(), name, line, texts)
         window.skip(" \t\r\n")
         if window.peek() == "]":
             return
@@ -183,7 +189,9 @@ def _malformed(name: str, line: int, error: Exception) -> InputError:
     return InputError(f"{name} line {line} is no valid JSON: {reason}.", remedy)
 
 
-def _object(value: Any, name: str, line: int) -> Row:
+def _object(value: Any, name: str, line: int, texts: bool = False) -> Row:
+    if texts and isinstance(value, str):
+        return {"text": value}
     if not isinstance(value, dict):
         kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
         raise InputError(f"{name} line {line} is {kind}, not an object.", 'Write {"question": ..., "answer": ...}.')
