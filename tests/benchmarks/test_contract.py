@@ -54,7 +54,7 @@ def test_every_set_of_its_sample_loads_and_every_axis_is_measured(name: str, tmp
     benchmark = sampled(name, tmp_path / "data")
     sets, models = untrained(benchmark)
     assert set(sets) == set(benchmark.sources()), "the sample lacks a set"
-    settings = AuditSettings.quick(draws=100, budget=24)
+    settings = AuditSettings.quick(draws=100, budget=12)
     document = measure(benchmark, models, sets, settings)
     assert [a.name for a in document.axes] == [a.name for a in benchmark.axes()]
     numbers = document.entry("unlearned").numbers

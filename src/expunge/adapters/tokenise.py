@@ -100,7 +100,10 @@ class Encoder:
             ids, start, ends = self.prefix + own, 1, False
             marks = [False] * len(self.prefix) + (self._marks("", answer, own, spans) if spans else [])
         else:
-            head, tail, prefix = self._texts(record, answer, prompt)
+            head, tail, prefix = self._texts(record, record.lead + answer, prompt)
+            if record.lead:
+                at = tail.find(record.lead) + len(record.lead)
+                head, tail = head + tail[:at], tail[at:]
             before, after = self._split(head, tail, prefix)
             marks = [False] * len(before) + (self._marks(head, tail, after, moved(spans, answer, tail)) if spans else [])
             after, ends = self._end(after)

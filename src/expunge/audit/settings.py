@@ -22,7 +22,7 @@ class AuditSettings(Settings):
 
     name: ClassVar[str] = "audit"
 
-    metrics: tuple[str, ...] = Field((), description="metrics to compute; none given: all")
+    metrics: tuple[str, ...] = Field((), description="metrics to compute; none given: all that fit any records")
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="settings of metrics by name, such as truth-ratio: {mean: arithmetic}"
     )
@@ -83,9 +83,10 @@ class AuditSettings(Settings):
                     f"The metric {name!r} needs {', '.join(missing)}, which these models do not offer.",
                     "See `expunge metrics`, or name no metrics: then all that fit are computed.",
                 )
-        names = self.metrics or tuple(n for n in METRICS.names() if offers is None or METRICS.get(n).offers <= offers)
+        usual = [n for n, kind in METRICS.items() if not kind.on_request]
+        names = self.metrics or tuple(n for n in usual if offers is None or METRICS.get(n).offers <= offers)
         for name in self.options:
-            if name not in (self.metrics or METRICS.names()):
+            if name not in (self.metrics or usual):
                 raise unknown("metric of this audit", name, names)
         return [METRICS.get(n)(**self.options.get(n, {})) for n in names]
 

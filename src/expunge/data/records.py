@@ -51,6 +51,8 @@ class Record:
         verbatim: prompt and answer are parts of one text (prompt + completion) and joined as they are, without a template.
         spans: parts of the answer that are treated otherwise than the rest (a password in code, a name in a letter): pairs of
             first character and the one after the last, in order and apart from each other; see :mod:`expunge.data.spans`.
+        lead: how the answer is made to begin ("Answer:"): it stands before the answer, belongs to what is given, and is neither
+            learnt nor scored; empty for most.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Record:
     alternatives: tuple[str, ...] = ()
     verbatim: bool = False
     spans: tuple[tuple[int, int], ...] = ()
+    lead: str = ""
 
     @property
     def cluster(self) -> str:
@@ -88,6 +91,7 @@ class Record:
             "subject": self.subject,
             **({"verbatim": True} if self.verbatim else {}),
             **({"spans": [list(s) for s in self.spans]} if self.spans else {}),
+            **({"lead": self.lead} if self.lead else {}),
         }
 
 

@@ -15,8 +15,8 @@ or ``response``
 
 Optional columns: ``id``; ``subject`` or ``author`` (the independent unit); ``paraphrased_answer``; ``paraphrased_question``;
 ``perturbed_answer`` (list); ``alternatives`` or ``alternate`` (text or list); ``spans`` (a list of ``[start, end]`` or of
-``{start, end}``: characters of the answer, or of the text, that are treated otherwise than the rest, the end not included). Other
-columns are ignored.
+``{start, end}``: characters of the answer, or of the text, that are treated otherwise than the rest, the end not included);
+``lead`` (how the answer is made to begin; given, not learnt). Other columns are ignored.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "perturbed": ("perturbed_answer",),
     "alternatives": ("alternatives", "alternate"),
     "spans": ("spans",),
+    "lead": ("lead",),
 }
 """Column names of each role, in order of preference."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-OPTIONAL = ("id", "subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives", "spans")
+OPTIONAL = ("id", "subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives", "spans", "lead")
 """Roles that a row may lack."""
 
 _SHAPES: tuple[tuple[str, ...], ...] = (("prompt", "answer"), ("messages",), ("text",))
@@ -162,7 +163,7 @@ def row_of(record: Record) -> dict[str, Any]:
         row["text"] = record.answer
     else:
         row |= {"prompt": record.prompt, "completion" if record.verbatim else "answer": record.answer}
-    more = {role: getattr(record, role) for role in ("subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives")}
+    more = {role: getattr(record, role) for role in ("subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives", "lead")}
     return row | {ALIASES[role][0]: list(v) if isinstance(v, tuple) else v for role, v in more.items() if v}
 
 
@@ -201,6 +202,7 @@ class _RowReader:
             alternatives=self._list("alternatives"),
             verbatim=self.mapping.get("answer") == "completion" and not messages,
             spans=self._spans(answer),
+            lead=self._optional("lead"),
         )
 
     def _value(self, role: str) -> Any:

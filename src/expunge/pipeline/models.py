@@ -132,7 +132,7 @@ def all_texts(sets: Sequence[RecordSet]) -> list[str]:
 def _texts(record: Record) -> tuple[str, ...]:
     turns = tuple(content for _, content in record.messages)
     more = (record.paraphrase, record.question_paraphrase, *record.perturbed, *record.alternatives)
-    return (record.prompt, record.answer, *turns, *more)
+    return (record.prompt, record.lead + record.answer, *turns, *more)
 
 
 def refuse_composite(adapter: LanguageAdapter) -> None:

@@ -53,6 +53,16 @@ RWKU = Paper(
     "RWKU: Benchmarking Real-World Knowledge Unlearning for Large Language Models", "Jin, Cao, Wang et al.", 2024,
     "https://arxiv.org/abs/2406.10890",
 )  # fmt: skip
+WMDP = Paper(
+    "The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning", "Li, Pan, Gopal et al.", 2024,
+    "https://arxiv.org/abs/2403.03218",
+)  # fmt: skip
+MMLU = Paper(
+    "Measuring Massive Multitask Language Understanding", "Hendrycks, Burns, Basart et al.", 2020, "https://arxiv.org/abs/2009.03300"
+)
+TRUTHFUL = Paper(
+    "TruthfulQA: Measuring How Models Mimic Human Falsehoods", "Lin, Hilton and Evans", 2021, "https://arxiv.org/abs/2109.07958"
+)
 SPARSE = Paper("Model Sparsity Can Simplify Machine Unlearning", "Jia, Liu, Ram et al.", 2023, "https://arxiv.org/abs/2304.04934")
 BLINDSPOT = Paper(
     "Deep Regression Unlearning", "Tarun, Chundawat, Mandal and Kankanhalli", 2022, "https://arxiv.org/abs/2210.08196"

@@ -48,6 +48,7 @@ class Metric(Settings, abc.ABC):
     paper: ClassVar[Paper]
     evaluate: ClassVar[Callable[..., Any]]  #: the pure function, see :func:`evaluate_metric`
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT})  #: what it needs of a modality; the others leave it out
+    on_request: ClassVar[bool] = False  #: whether an audit computes it only if it is named: it needs records of a special form
 
     def visit(self, evidence: Evidence, label: str) -> None:
         """Gather, while the model is in memory, what goes beyond the scores and answers that :attr:`needs` names."""

@@ -101,6 +101,7 @@ class RougeRecall(RecordMetric):
 
     max_new_tokens: int = Field(200, ge=1, description="longest answer in tokens")
     stem: bool = Field(True, description="compare word stems")
+    stops: tuple[str, ...] = Field((), description="texts at which an answer is cut, such as a line end")
     tokeniser: Tokeniser = Field("rouge", description="rouge: ASCII words only, as published; unicode: all scripts")
 
     def lacks(self, evidence: Evidence, name: str) -> str:
@@ -111,7 +112,7 @@ class RougeRecall(RecordMetric):
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
         """ROUGE-L recall of each record's answer."""
-        made = answers(evidence, label, name, self.max_new_tokens)
+        made = answers(evidence, label, name, self.max_new_tokens, stops=self.stops)
         golds = [r.answer for r in evidence.records(name)]
         return rouge_values(made, golds, lambda p, g: rouge_l(p, g, "recall", self.stem, self.tokeniser))
 
