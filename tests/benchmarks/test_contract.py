@@ -54,7 +54,7 @@ def test_every_set_of_its_sample_loads_and_every_axis_is_measured(name: str, tmp
     benchmark = sampled(name, tmp_path / "data")
     sets, models = untrained(benchmark)
     assert set(sets) == set(benchmark.sources()), "the sample lacks a set"
-    settings = AuditSettings.quick(draws=100, budget=12)
+    settings = AuditSettings.quick(draws=100, budget=6)
     document = measure(benchmark, models, sets, settings)
     assert [a.name for a in document.axes] == [a.name for a in benchmark.axes()]
     numbers = document.entry("unlearned").numbers
@@ -63,9 +63,12 @@ def test_every_set_of_its_sample_loads_and_every_axis_is_measured(name: str, tmp
         low, high = number.range
         assert number.value is not None or number.note or number.flags, axis
         if number.value is not None and not number.flags:
-            assert (low is None or number.value >= low - 1e-9) and (high is None or number.value <= high + 1e-9), axis
-    again = measure(benchmark, models, sets, settings)
-    assert [m.numbers for m in again.models] == [m.numbers for m in document.models]
+            assert low is None or number.value >= low - 1e-9, axis
+            assert high is None or number.value <= high + 1e-9, axis
+    first = [a.name for a in benchmark.axes()][:2]
+    again = measure(benchmark, models, sets, settings, axes=first)
+    for one, two in zip(again.models, document.models, strict=True):
+        assert one.numbers == {k: v for k, v in two.numbers.items() if k in first}
 
 
 @pytest.mark.parametrize("name", NAMES)

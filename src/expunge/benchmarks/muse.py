@@ -138,16 +138,16 @@ class _Muse(Benchmark):
         return [verbatim, known, leak, *aucs, kept]
 
     def small(self) -> Mapping[str, Any]:
-        """Two solved questions, short continuations."""
-        return {"shots": 2, "space": "answer", "words": 0, "passage_tokens": 24, "answer_tokens": 12, "size": "any"}
+        """Questions without solved ones before them, short continuations."""
+        return {"shots": 0, "space": "answer", "words": 0, "passage_tokens": 24, "answer_tokens": 12, "size": "any"}
 
     def sample(self, folder: Path, seed: int = 0) -> None:
-        """Documents about invented people, half prose and half questions with answers, in the layout of the repository."""
+        """Documents about invented people, prose and single questions with answers, in the layout of the repository."""
         place = folder / CORPORA[self.corpus][0]
         held = {"forget": range(8), "retain1": range(8, 16), "retain2": range(16, 24), "holdout": range(40, 48)}
         persons = {name: [list(people(1, seed + 1, 8, first=i)) for i in numbers] for name, numbers in held.items()}
         for name, found in persons.items():
-            _dump(place / "raw" / f"{name}.json", [_document(p) for p in found])
+            _dump(place / "raw" / f"{name}.json", [d for p in found for d in _documents(p)])
         passages = [_passage(p) for p in persons["forget"]]
         _dump(place / "verbmem" / "forget.json", passages)
         for side, name in (("forget", "forget"), ("retain2", "retain2")):
@@ -156,10 +156,10 @@ class _Muse(Benchmark):
             solved = [p[7] for p in persons["retain1"]]
             _dump(place / "knowmem" / f"{side}_qa_icl.json", [{"question": r.prompt, "answer": r.answer} for r in solved])
         for side in ("forget", "retain2", "holdout"):
-            _dump(place / "privleak" / f"{side}.json", [_document(p) for p in persons[side]])
+            _dump(place / "privleak" / f"{side}.json", [_documents(p)[0] for p in persons[side]])
         for k in range(1, 5):
-            _dump(place / "scal" / f"forget_{k}.json", [_document(p) for p in persons["forget"][: 2 * k]])
-            _dump(place / "sust" / f"forget_{k}.json", [_document(p) for p in persons["forget"][2 * k - 2 : 2 * k]])
+            _dump(place / "scal" / f"forget_{k}.json", [d for p in persons["forget"][: 2 * k] for d in _documents(p)])
+            _dump(place / "sust" / f"forget_{k}.json", [d for p in persons["forget"][2 * k - 2 : 2 * k] for d in _documents(p)])
 
 
 @benchmark
@@ -182,10 +182,10 @@ class MuseBooks(_Muse):
     corpus: ClassVar[str] = "books"
 
 
-def _document(person: Sequence[Record]) -> str:
-    """Prose from the first facts of a person, then all but the last asked and answered."""
+def _documents(person: Sequence[Record]) -> list[str]:
+    """Prose from the first facts of a person; and each of the others but the last, asked and answered."""
     prose = " ".join(r.answer for r in person[:4])
-    return prose + "\n\n" + "\n\n".join(f"Question: {r.prompt}\nAnswer: {r.answer}" for r in person[4:])
+    return [prose, *(f"Question: {r.prompt}\nAnswer: {r.answer}\n\n" for r in person[4:7])]
 
 
 def _passage(person: Sequence[Record]) -> dict[str, str]:
