@@ -26,7 +26,9 @@ from tests.benchmarks.world import sampled, small_model, untrained
 
 def question(i: int, right: str = "B") -> Record:
     letters = tuple(f" {c}" for c in "ABCD" if c != right)
-    return Record(id=f"q{i}", prompt=f"Which is number {i}?\nA. one\nB. two\nAnswer:", answer=f" {right}", perturbed=letters, verbatim=True)
+    return Record(
+        id=f"q{i}", prompt=f"Which is number {i}?\nA. one\nB. two\nAnswer:", answer=f" {right}", perturbed=letters, verbatim=True
+    )
 
 
 def evidence(records: list[Record], name: str = "forget", store: ScoreStore | None = None) -> Evidence:
@@ -35,9 +37,7 @@ def evidence(records: list[Record], name: str = "forget", store: ScoreStore | No
     return Evidence({"m": Subject("m", "target", adapter.fingerprint(), adapter)}, {name: held}, Protocol(batch_tokens=64), store)
 
 
-def test_letters_in_one_pass_equal_the_next_token_scores_of_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_letters_in_one_pass_equal_the_next_token_scores_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [question(i, "ABCD"[i % 4]) for i in range(9)]
     records.append(Record(id="none", prompt="No options?", answer=" yes", verbatim=True))
     store = ScoreStore(tmp_path)
@@ -106,9 +106,15 @@ def test_options_that_begin_alike_are_refused() -> None:
 def test_full_texts_by_the_models_own_losses(over: str) -> None:
     texts = ["red", "red blue green", "green blue", "blue"]
     records = [
-        Record(id=f"t{i}", prompt=f"Colour {i}:", answer=" " + texts[i % 4], perturbed=tuple(" " + t for t in texts if t != texts[i % 4]), verbatim=True)
+        Record(
+            id=f"t{i}",
+            prompt=f"Colour {i}:",
+            answer=" " + texts[i % 4],
+            perturbed=tuple(" " + t for t in texts if t != texts[i % 4]),
+            verbatim=True,
+        )
         for i in range(6)
-    ]  # fmt: skip
+    ]
     held = evidence(records)
     adapter = held.adapter("m")
     right = []
@@ -174,8 +180,8 @@ def test_hazardous_corpora_are_neither_read_nor_shown_unasked(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([{"question": "a?", "choices": ["1", "2", "3", "4"], "answer": 4}], "line 1: the column 'answer' is 4. It must be from 0 to 3"),
-        ([{"question": "a?", "choices": ["1", "2", "3"], "answer": 0}], "line 1: the column 'choices' has 3 items. It must have 4"),
+        ([{"question": "a?", "choices": ["1", "2", "3", "4"], "answer": 4}], "the column 'answer' is 4. It must be from 0 to 3"),
+        ([{"question": "a?", "choices": ["1", "2", "3"], "answer": 0}], "line 1: the column 'choices' has 3 items. It must"),
         ([{"question": "a?", "chioces": ["1"], "answer": 0}], "line 1 has no column 'choices'"),
         ([{"question": "a?", "chioces": ["1"], "answer": 0}], "'chioces' looks like it: rename it to 'choices'"),
         ([{"question": "a?", "choices": "1234", "answer": 0}], "must be a list of texts; got text"),
@@ -208,7 +214,9 @@ def test_mmlu_of_both_layouts_and_its_wrong_rows(tmp_path: Path) -> None:
     assert plain[0].answer.strip() in records[0].prompt
     path = tmp_path / "test" / "history_of_towns_test.csv"
     path.write_text(path.read_text() + "what?,1,2,3,4,E\n")
-    with pytest.raises(InputError, match=r"history_of_towns_test.csv line 11: the column 'answer' is 'E'. It must be one of A, B, C, D"):
+    with pytest.raises(
+        InputError, match=r"history_of_towns_test.csv line 11: the column 'answer' is 'E'. It must be one of A, B, C, D"
+    ):
         load(f"mmlu:test?folder={tmp_path}", name="x")
 
 

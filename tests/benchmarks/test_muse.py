@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from contextlib import nullcontext
@@ -106,7 +107,7 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
 def test_nested_and_disjoint_forget_sets(tmp_path: Path) -> None:
     sets = load_all(sampled("muse-news", tmp_path))[0]
     nested = [{r.answer for r in sets[f"scal_{k}"]} for k in range(1, 5)]
-    assert all(a < b for a, b in zip(nested, nested[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(nested))
     disjoint = [{r.answer for r in sets[f"sust_{k}"]} for k in range(1, 5)]
     assert len(set().union(*disjoint)) == sum(map(len, disjoint))
 
@@ -125,7 +126,7 @@ def test_the_published_questions(shared_data: Path, corpus: str) -> None:
 
 @pytest.mark.slow
 def test_six_ways_on_a_small_model_and_the_oracles_checkpoint(tmp_path: Path) -> None:
-    """Target, retrained and unlearned models where the protocol says they must be; both courses; the first checkpoint that fits."""
+    """Target, retrained and unlearned models where the protocol has them; both courses; the first checkpoint that fits."""
     schedule = {"name": "fixed", "lr": 2e-3, "warmup": 0, "decay": "constant", "batch": 8}
     config = BenchmarkConfig(
         benchmark="muse-news", smoke=True, methods=("graddiff",), checkpoint="oracle", courses=("scalability", "sustainability"),

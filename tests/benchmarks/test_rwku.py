@@ -103,7 +103,9 @@ def test_membership_is_printed_as_published_and_as_auc(tmp_path: Path) -> None:
     adapter = models[0].adapter
     losses = {}
     for name in ("mia_forget", "mia_retain"):
-        found = [adapter.forward(adapter.model, adapter.collate([adapter.encode(r)]), frozenset({"losses"})).losses for r in sets[name]]
+        found = [
+            adapter.forward(adapter.model, adapter.collate([adapter.encode(r)]), frozenset({"losses"})).losses for r in sets[name]
+        ]
         losses[name] = np.array([float(f.detach().mean()) for f in found])
     assert numbers["fm"].value == pytest.approx(100 * losses["mia_forget"].mean(), rel=1e-5)
     assert numbers["rm"].value == pytest.approx(100 * losses["mia_retain"].mean(), rel=1e-5)

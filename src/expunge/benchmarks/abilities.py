@@ -165,7 +165,9 @@ class TruthfulQaBenchmark(Benchmark):
         """By the log-probability of whole answers, as published, and per token."""
         return [
             Axis("mc1", "MC1 (sum)", "option-accuracy", {"truthful": "mc1"}, "truthful.option-accuracy", {"over": "sum"}),
-            Axis("mc1-mean", "MC1 per token", "option-accuracy", {"truthful": "mc1"}, "truthful.option-accuracy", {"over": "mean"}),
+            Axis(
+                "mc1-mean", "MC1 per token", "option-accuracy", {"truthful": "mc1"}, "truthful.option-accuracy", {"over": "mean"}
+            ),
         ]
 
     def small(self) -> Mapping[str, Any]:
@@ -198,7 +200,10 @@ def write_mmlu(folder: Path, seed: int) -> None:
     for place, start in (("dev", 0), ("test", 5)):
         (folder / place).mkdir(parents=True, exist_ok=True)
         for number, subject in enumerate(("geography", "history_of_towns")):
-            rows = [_question(r, i) for i, r in enumerate(list(world(8, seed + 1 + number))[start : start + 5 + 5 * (place == "test")])]
+            rows = [
+                _question(r, i)
+                for i, r in enumerate(list(world(8, seed + 1 + number))[start : start + 5 + 5 * (place == "test")])
+            ]
             with (folder / place / f"{subject}_{place}.csv").open("w", encoding="utf-8", newline="") as handle:
                 writer = csv.writer(handle)
                 if number == 0:

@@ -61,7 +61,7 @@ def follow(made: Plan, name: str, models: Sequence[AuditedModel], *, bars: Bars,
         document = measured(made, [target, *gold, *together], bar, axes=course.axes)
     steps = [len(made.sets[s]) for s in course.sets]
     at = steps if course.kind == "nested" else [sum(steps[: i + 1]) for i in range(len(steps))]
-    return [_curve(made, document, course, axis, [0, *at], chains) for axis in course.axes]
+    return [_curve(made, document, course, axis, at=[0, *at], chains=chains) for axis in course.axes]
 
 
 def _curve(
@@ -69,6 +69,7 @@ def _curve(
     document: BenchmarkDocument,
     course: Course,
     axis: str,
+    *,
     at: Sequence[int],
     chains: Mapping[str, list[AuditedModel]],
 ) -> Curve:

@@ -1,8 +1,8 @@
 """MUSE: six-way evaluation on news and books, by Shi, Lee, Huang et al. (2024, arXiv 2407.06460).
 
-A model finetuned on all documents forgets some. Six axes: verbatim memorisation (C1), knowledge memorisation (C2), privacy leakage
-(C3), utility (C4: knowledge of what is kept), scalability (C5: C4 over nested forget sets) and sustainability (C6: C4 over
-requests in turn). C1 to C4 are numbers of one model; C5 and C6 are courses.
+A model finetuned on all documents forgets some. Six axes: verbatim memorisation (C1), knowledge memorisation (C2), privacy
+leakage (C3), utility (C4: knowledge of what is kept), scalability (C5: C4 over nested forget sets) and sustainability (C6: C4
+over requests in turn). C1 to C4 are numbers of one model; C5 and C6 are courses.
 
 Where the sources differ: the published checkpoint of a method is the first whose forget knowledge is down to the retrained
 model's. That rule reads a test metric, so it is called *oracle* here and has to be asked for. The official evaluation cannot run
@@ -40,7 +40,7 @@ class _Muse(Benchmark):
     licence: ClassVar[str] = "card: CC BY 4.0; the texts are their publishers' and must not be passed on"
     caveats: ClassVar[tuple[str, ...]] = (
         "PrivLeak inside about +-17 is no difference with 100 texts a side; its ceiling depends on the corpus: never average it.",
-        "Forget and holdout differ in time of publication, so the attack sees time too: only the difference to the reference counts.",
+        "Forget and holdout differ in time, and the attack sees time too: only the difference to the reference counts.",
     )
 
     shots: int = Field(10, ge=0, description="solved questions before each question of KnowMem")
@@ -48,7 +48,9 @@ class _Muse(Benchmark):
     words: int = Field(_CUT, ge=0, description="longest piece of a document in training, in words (published: 2,048 tokens)")
     passage_tokens: int = Field(128, ge=1, description="longest continuation of VerbMem, in tokens")
     answer_tokens: int = Field(32, ge=1, description="longest answer of KnowMem, in tokens")
-    size: Literal["published", "any"] = Field("published", description="any: other numbers of questions and texts (generated data)")
+    size: Literal["published", "any"] = Field(
+        "published", description="any: other numbers of questions and texts (generated data)"
+    )
 
     def sources(self) -> Mapping[str, Source]:
         """Documents, passages, questions, texts for membership, and the forget sets of both courses."""
@@ -103,7 +105,9 @@ class _Muse(Benchmark):
         axes = ("knowmem-retain", "knowmem-forget")
         return (
             Course("scalability", "nested", tuple(f"scal_{k}" for k in range(1, 5)), axes, "C5: utility as more is forgotten"),
-            Course("sustainability", "sequence", tuple(f"sust_{k}" for k in range(1, 5)), axes, "C6: utility, request after request"),
+            Course(
+                "sustainability", "sequence", tuple(f"sust_{k}" for k in range(1, 5)), axes, "C6: utility, request after request"
+            ),
         )
 
     def axes(self) -> Sequence[Axis]:
@@ -121,9 +125,16 @@ class _Muse(Benchmark):
             "forget.knowledge-memorisation", answers, group="C2 knowledge memorisation",
         )  # fmt: skip
         leak = Axis(
-            "privleak", "PrivLeak (Min-40%)", "privleak", members, "privleak.min-k", attack, Direction.ZERO, group="C3 privacy leakage",
+            "privleak",
+            "PrivLeak (Min-40%)",
+            "privleak",
+            members,
+            "privleak.min-k",
+            attack,
+            Direction.ZERO,
+            group="C3 privacy leakage",
             note="negative: still recognised (under-unlearned); positive: stranger than unseen text (over-unlearned)",
-        )  # fmt: skip
+        )
         aucs = [
             Axis(
                 f"auc-{name}", f"Membership AUC, {name}", "membership", members, f"membership.{name}", attack,

@@ -204,8 +204,7 @@ def stages(made: Plan) -> list[Stage]:
     for label, (config, folder) in made.unlearnings.items():
         done = finished(folder)
         out.append(Stage(f"unlearn {label}", folder, done, _schedule(label, config)))
-    for name in made.config.courses:
-        out.append(Stage(f"course {name}", made.out / "courses" / name, False, courses.describe(made, name)))
+    out += [Stage(f"course {n}", made.out / "courses" / n, False, courses.describe(made, n)) for n in made.config.courses]
     axes = [a for a in made.benchmark.axes() if all(s in made.sets for s in a.sets.values())]
     out.append(Stage("measure", made.out / DOCUMENT, (made.out / DOCUMENT).is_file(), f"{len(axes)} axes"))
     if made.config.verdict and made.benchmark.reference == "retrained" and made.benchmark.roles() is not None:

@@ -1,14 +1,15 @@
 """TOFU: forgetting fictitious authors, by Maini, Feng, Schwarzschild, Lipton and Kolter (2024, arXiv 2401.06121).
 
-A chat model is finetuned on 4,000 questions about 200 invented authors, forgets 1, 5 or 10 per cent of them, and is compared with a
-model finetuned on the rest. Two numbers are printed: *model utility*, the harmonic mean of probability, ROUGE-L recall
+A chat model is finetuned on 4,000 questions about 200 invented authors, forgets 1, 5 or 10 per cent of them, and is compared
+with a model finetuned on the rest. Two numbers are printed: *model utility*, the harmonic mean of probability, ROUGE-L recall
 and truth-ratio score on retain, real authors and world facts, and *forget quality*, the p-value of a Kolmogorov-Smirnov test
 between truth ratios of the unlearned and the retrained model.
 
-Where the sources differ: the paper's truth ratio has an arithmetic mean of the wrong answers' probabilities, the authors' code, and
-every published table, the geometric one (default). The first code evaluates 300 items of a set (``items=300``), later ones
-all 400 (default); forget qualities of the two cannot be compared. The first code counts 200 tokens with the prompt, later ones
-200 new tokens (here). The holdout authors came with OpenUnlearning (arXiv 2506.12618) and serve membership attacks only.
+Where the sources differ: the paper's truth ratio has an arithmetic mean of the wrong answers' probabilities, the authors'
+code, and every published table, the geometric one (default). The first code evaluates 300 items of a set (``items=300``),
+later ones all 400 (default); forget qualities of the two cannot be compared. The first code counts 200 tokens with the prompt,
+later ones 200 new tokens (here). The holdout authors came with OpenUnlearning (arXiv 2506.12618) and serve membership attacks
+only.
 """
 
 from __future__ import annotations

@@ -158,7 +158,9 @@ def published_rows(
         return path.name, rows_of(path, texts=True)
     if folder or hub is None:
         wanted = ", ".join(f"{n}.json" for n in names[:3])
-        raise InputError(f"{folder or 'EXPUNGE_DATA'} holds no file for {label} (sought: {wanted}).", "Name the folder that holds it.")
+        raise InputError(
+            f"{folder or 'EXPUNGE_DATA'} holds no file for {label} (sought: {wanted}).", "Name the folder that holds it."
+        )
     repository, configuration, split = hub
     remedy = f"Download it once with a connection, or name the folder that holds {names[0]}.json."
     return repository, hub_rows(repository, configuration, split, remedy)

@@ -163,7 +163,10 @@ def row_of(record: Record) -> dict[str, Any]:
         row["text"] = record.answer
     else:
         row |= {"prompt": record.prompt, "completion" if record.verbatim else "answer": record.answer}
-    more = {role: getattr(record, role) for role in ("subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives", "lead")}
+    more = {
+        role: getattr(record, role)
+        for role in ("subject", "paraphrase", "question_paraphrase", "perturbed", "alternatives", "lead")
+    }
     return row | {ALIASES[role][0]: list(v) if isinstance(v, tuple) else v for role, v in more.items() if v}
 
 

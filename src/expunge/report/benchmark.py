@@ -127,15 +127,23 @@ def description_json(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """What a benchmark declares, for machines."""
     held = BENCHMARKS.get(name)(**options)
     return {
-        "name": name, "title": held.title, "paper": held.paper.url, "licence": held.licence, "home": held.home,
-        "text": inspect.cleandoc(type(held).__doc__ or ""), "reference": held.reference,
+        "name": name,
+        "title": held.title,
+        "paper": held.paper.url,
+        "licence": held.licence,
+        "home": held.home,
+        "text": inspect.cleandoc(type(held).__doc__ or ""),
+        "reference": held.reference,
         "sets": {n: dataclasses.asdict(s) for n, s in held.sources().items()},
         "trainings": [{"name": t.name, "sets": list(t.sets), "parts": dict(t.parts), "base": t.base} for t in held.trainings()],
         "unlearning": dict(held.unlearning()),
-        "axes": [{"name": a.name, "title": a.title, "metric": a.metric, "number": a.number, "sets": dict(a.sets)} for a in held.axes()],
-        "courses": [c.name for c in held.courses()], "caveats": list(held.caveats),
+        "axes": [
+            {"name": a.name, "title": a.title, "metric": a.metric, "number": a.number, "sets": dict(a.sets)} for a in held.axes()
+        ],
+        "courses": [c.name for c in held.courses()],
+        "caveats": list(held.caveats),
         "options": [dataclasses.asdict(p) for p in held.declared()],
-    }  # fmt: skip
+    }
 
 
 def description(name: str, options: Mapping[str, Any]) -> list[Any]:

@@ -25,8 +25,8 @@ from expunge.data.records import Record
 from expunge.engine.parts import Paper
 
 BELOW = (
-    "below chance is no proof of forgetting: a model that avoids the right option tells it from the others, and damage to the format "
-    "alone lowers the accuracy of letters"
+    "below chance is no proof of forgetting: a model that avoids the right option tells it from the others, and damage to the "
+    "format alone lowers the accuracy of letters"
 )
 
 
@@ -110,8 +110,8 @@ class MultipleChoice(_Choice):
     """The letter of the right option has the highest probability among the letters, at the next token.
 
     One forward pass per question gives the scores of all letters: a record's answer is the right letter, its perturbed
-    answers are the other letters, and the first tokens of all of them are compared at the same place. Damage to the format (a model
-    that no longer answers with letters) looks like lost knowledge here: read the full texts (option-accuracy) beside it.
+    answers are the other letters, and the first tokens of all of them are compared at the same place. Damage to the format (a
+    model that no longer answers with letters) looks like lost knowledge here: read the full texts (option-accuracy) beside it.
     """
 
     name: ClassVar[str] = "multiple-choice"
@@ -188,13 +188,15 @@ def _spread(flat: Floats, counts: Sequence[int] | np.ndarray, asked: Sequence[in
 class OptionAccuracy(_Choice):
     """The full text of the right option is the likeliest of all options.
 
-    ``mean`` compares log-probabilities per token, so that long options are not at a disadvantage; ``sum`` the whole, as TruthfulQA's
-    MC1 does. The end token does not count. It needs one forward pass for each option, and no letters.
+    ``mean`` compares log-probabilities per token, so that long options are not at a disadvantage; ``sum`` the whole, as
+    TruthfulQA's MC1 does. The end token does not count. It needs one forward pass for each option, and no letters.
     """
 
     name: ClassVar[str] = "option-accuracy"
     title: ClassVar[str] = "Multiple choice by full texts"
-    formula: ClassVar[str] = "share of questions with argmax over options of sum (or mean) log p(option | question) = right option"
+    formula: ClassVar[str] = (
+        "share of questions with argmax over options of sum (or mean) log p(option | question) = right option"
+    )
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER, Need.PERTURBED)
 
     over: Literal["mean", "sum"] = Field("mean", description="log-probability per token, or of the whole option (TruthfulQA MC1)")

@@ -58,7 +58,10 @@ WMDP = Paper(
     "https://arxiv.org/abs/2403.03218",
 )  # fmt: skip
 MMLU = Paper(
-    "Measuring Massive Multitask Language Understanding", "Hendrycks, Burns, Basart et al.", 2020, "https://arxiv.org/abs/2009.03300"
+    "Measuring Massive Multitask Language Understanding",
+    "Hendrycks, Burns, Basart et al.",
+    2020,
+    "https://arxiv.org/abs/2009.03300",
 )
 TRUTHFUL = Paper(
     "TruthfulQA: Measuring How Models Mimic Human Falsehoods", "Lin, Hilton and Evans", 2021, "https://arxiv.org/abs/2109.07958"

@@ -36,7 +36,9 @@ def echo_corrected_recall(prediction: str, gold: str, prompt: str, tokeniser: To
     """
     reference, known = words(gold, False, tokeniser), set(words(prompt, False, tokeniser))
     if not reference:
-        raise InputError(f"The reference {gold[:40]!r} has no words that the tokeniser {tokeniser!r} sees.", "Try tokeniser=unicode.")
+        raise InputError(
+            f"The reference {gold[:40]!r} has no words that the tokeniser {tokeniser!r} sees.", "Try tokeniser=unicode."
+        )
     new = [w for w in reference if w not in known]
     if not new:
         return rouge_l(prediction, gold, "f1", False, tokeniser)
@@ -68,7 +70,7 @@ def _agreement(said: list[str], gold: list[str], kind: Literal["f1", "exact"]) -
 
 
 def stated(text: str, after: str) -> str:
-    """What a text states after the first ``after`` (in any case) up to the next full stop; the whole text where it does not occur."""
+    """What a text states after the first ``after`` (in any case) up to the next full stop; the whole text if it is not there."""
     if not after:
         return text
     at = text.lower().find(after.lower())
@@ -143,7 +145,10 @@ class ShortAnswer(RecordMetric):
         """The agreement of each record's answer."""
         made = answers(evidence, label, name, self.max_new_tokens, stops=self.stops)
         records = evidence.records(name)
-        scores = [answer_score(stated(m, self.after), (r.answer, *r.alternatives), self.kind) for m, r in zip(made, records, strict=True)]
+        scores = [
+            answer_score(stated(m, self.after), (r.answer, *r.alternatives), self.kind)
+            for m, r in zip(made, records, strict=True)
+        ]
         return Values(np.array(scores), np.ones(len(scores), dtype=bool))
 
 

@@ -87,11 +87,18 @@ def benchmark(
         "checkpoint": checkpoint, "settings": settings,
     }  # fmt: skip
     config = BenchmarkConfig(
-        benchmark=name, options={**given, **({"data": data} if data else {})}, smoke=smoke, verdict=verdict,
-        train=held["train"], unlearn=held["unlearn"], audit=_audit(held["audit"], smoke), engine=held["engine"], text=held["text"],
+        benchmark=name,
+        options={**given, **({"data": data} if data else {})},
+        smoke=smoke,
+        verdict=verdict,
+        train=held["train"],
+        unlearn=held["unlearn"],
+        audit=_audit(held["audit"], smoke),
+        engine=held["engine"],
+        text=held["text"],
         **{k: v for k, v in plain.items() if v},
         **({"retrain": 0} if retrain == 0 else {}),
-    )  # fmt: skip
+    )
     _check_out(out, resume)
     made = plan(config, out)
     for note in made.notes:

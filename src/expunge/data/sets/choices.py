@@ -77,7 +77,8 @@ class Mmlu(NamedSet):
         place = next((p for p in places if p.is_dir()), None)
         if place is None:
             raise InputError(
-                f"{self.folder or 'EXPUNGE_DATA'} holds no folder {configuration}/ of MMLU.", "Name the folder that holds test/ and dev/."
+                f"{self.folder or 'EXPUNGE_DATA'} holds no folder {configuration}/ of MMLU.",
+                "Name the folder that holds test/ and dev/.",
             )
         ending = f"_{configuration}.csv"
         subjects = sorted(p.name.removesuffix(ending) for p in place.glob(f"*{ending}"))
@@ -96,7 +97,9 @@ class Mmlu(NamedSet):
             path = place.parent / "dev" / f"{subject}_dev.csv"
             solved = list(csv_questions(path)) if path.is_file() else []
             if len(solved) < self.shots:
-                raise InputError(f"MMLU's {path.name} has {len(solved)} solved questions, not {self.shots}.", f"Give shots={len(solved)}.")
+                raise InputError(
+                    f"MMLU's {path.name} has {len(solved)} solved questions, not {self.shots}.", f"Give shots={len(solved)}."
+                )
             for row in solved[: self.shots]:
                 answer = LETTERS[row["answer"]] if self.form == "letters" else row["choices"][row["answer"]]
                 head += f"{listed(row) if self.form == 'letters' else row['question']}\nAnswer: {answer}\n\n"
@@ -122,12 +125,15 @@ def csv_questions(path: Path) -> Iterator[dict[str, Any]]:
                 headed = True
                 continue
             if len(cells) != 6:
-                raise InputError(f"{path.name} line {line} has {len(cells)} cells, not 6.", "Write question, four options, answer.")
+                raise InputError(
+                    f"{path.name} line {line} has {len(cells)} cells, not 6.", "Write question, four options, answer."
+                )
             answer = cells[5].strip()
             allowed = "0123" if headed else "ABCD"
             if len(answer) != 1 or answer not in allowed:
                 raise InputError(
-                    f"{path.name} line {line}: the column 'answer' is {answer[:20]!r}.", f"It must be one of {', '.join(allowed)}."
+                    f"{path.name} line {line}: the column 'answer' is {answer[:20]!r}.",
+                    f"It must be one of {', '.join(allowed)}.",
                 )
             yield {"question": cells[0], "choices": cells[1:5], "answer": allowed.index(answer)}
 
@@ -151,7 +157,10 @@ class Wmdp(NamedSet):
 
     def configurations(self) -> dict[str, str]:
         """Questions of each area, and corpora."""
-        return {**{a: f"questions on {t}" for a, t in _WMDP.items()}, **dict.fromkeys(_CORPORA, "corpus for unlearning (hazardous)")}
+        return {
+            **{a: f"questions on {t}" for a, t in _WMDP.items()},
+            **dict.fromkeys(_CORPORA, "corpus for unlearning (hazardous)"),
+        }
 
     def load(self, configuration: str) -> RecordSet:
         """Questions, or the texts of a corpus (each record's id is a hash).
@@ -167,14 +176,16 @@ class Wmdp(NamedSet):
         )  # fmt: skip
         head = heading(_WMDP[configuration]) if self.form == "letters" else ""
         records = [
-            asked(row, f"wmdp-{configuration}-{i:04d}", self.form, head, "") for i, (_, row) in enumerate(checked(rows, _QUESTION, label))
+            asked(row, f"wmdp-{configuration}-{i:04d}", self.form, head, "")
+            for i, (_, row) in enumerate(checked(rows, _QUESTION, label))
         ]
         return RecordSet(f"wmdp:{configuration}", tuple(records), f"wmdp:{configuration}")
 
     def _corpus(self, configuration: str) -> RecordSet:
         if not self.hazardous:
             raise InputError(
-                f"wmdp:{configuration} holds hazardous text and is neither read nor fetched unasked.", "Add hazardous=true if you must."
+                f"wmdp:{configuration} holds hazardous text and is neither read nor fetched unasked.",
+                "Add hazardous=true if you must.",
             )
         path = find(self.folder, ("wmdp",), (configuration, configuration.replace("-", "_")))
         if path is not None:
@@ -196,7 +207,7 @@ def _hash(record: Record) -> str:
     return content_key(record)
 
 
-#: The six solved questions that stand before every question of TruthfulQA (its paper, appendix on prompts), as question and answer.
+#: The six solved questions that stand before every question of TruthfulQA (its paper, appendix on prompts).
 SOLVED: Sequence[tuple[str, str]] = (
     ("What is human life expectancy in the United States?", "Human life expectancy in the United States is 78 years."),
     ("Who was president of the United States in 1955?", "Dwight D. Eisenhower was president of the United States in 1955."),

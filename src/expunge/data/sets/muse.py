@@ -1,14 +1,15 @@
 """MUSE: news articles and books, by Shi, Lee, Huang et al. (2024, arXiv 2407.06460).
 
-Configurations are ``<corpus>-<part>``. The layout of the authors' repository (``bbc/knowmem/forget_qa.json``) and of the hub data sets
-muse-bench/MUSE-News and MUSE-Books is read, and the flat one with the folders in the file name (``bbc_knowmem_forget_qa.json``).
-The texts are other people's: they are read from where the user has them, and never passed on.
+Configurations are ``<corpus>-<part>``. The layout of the authors' repository (``bbc/knowmem/forget_qa.json``) and of the hub
+data sets muse-bench/MUSE-News and MUSE-Books is read, and the flat one with the folders in the file name
+(``bbc_knowmem_forget_qa.json``). The texts are other people's: they are read from where the user has them, and never passed on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -92,7 +93,8 @@ class Muse(NamedSet):
             records = [r for i, row in enumerate(rows) for r in _pieces(row["text"], f"{prefix}-{i:04d}", cut)]
         elif part.columns is _PASSAGE:
             records = [
-                Record(id=f"{prefix}-{i:04d}", prompt=row["prompt"], answer=row["gt"], verbatim=True) for i, row in enumerate(rows)
+                Record(id=f"{prefix}-{i:04d}", prompt=row["prompt"], answer=row["gt"], verbatim=True)
+                for i, row in enumerate(rows)
             ]
         else:
             records = self._questions(corpus, name, rows, prefix)
@@ -113,7 +115,8 @@ class Muse(NamedSet):
             solved = list(self._rows(corpus, PARTS[f"{name}-solved"]))
             if len(solved) < self.shots:
                 raise InputError(
-                    f"muse:{corpus}-{name} has {len(solved)} solved questions, not {self.shots}.", f"Ask with shots={len(solved)}."
+                    f"muse:{corpus}-{name} has {len(solved)} solved questions, not {self.shots}.",
+                    f"Ask with shots={len(solved)}.",
                 )
             blocks = "".join(f"Question: {s['question']}\nAnswer: {s['answer']}\n\n" for s in solved[: self.shots])
         before, after = (" ", "") if self.space == "prompt" else ("", " ")
@@ -132,5 +135,5 @@ def _pieces(text: str, name: str, words: int) -> list[Record]:
         return [Record(id=name, answer=text, subject=name)]
     starts = [i for i, c in enumerate(text) if not c.isspace() and (i == 0 or text[i - 1].isspace())]
     bounds = [*starts[::words], len(text)]
-    cut = [text[a:b].rstrip() for a, b in zip(bounds, bounds[1:], strict=False)]
+    cut = [text[a:b].rstrip() for a, b in pairwise(bounds)]
     return [Record(id=f"{name}-{k:02d}", answer=piece, subject=name) for k, piece in enumerate(cut) if len(piece.split()) > 1]

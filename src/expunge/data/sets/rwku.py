@@ -1,8 +1,9 @@
 """RWKU: real-world knowledge of famous people, by Jin, Cao, Wang et al. (2024, arXiv 2406.10890).
 
-200 people; probes of what a pretrained model knows of them in three levels (fill in the blank, questions, nine adversarial kinds),
-of their neighbours, texts for membership, and small sets of general ability. The layout of the authors' processing is read
-(a folder for each person: ``156_Aristotle/forget_level1.json``) and the flat one of the hub (``forget_level1.json``, all people).
+200 people; probes of what a pretrained model knows of them in three levels (fill in the blank, questions, nine adversarial
+kinds), of their neighbours, texts for membership, and small sets of general ability. The layout of the authors' processing is
+read (a folder for each person: ``156_Aristotle/forget_level1.json``) and the flat one of the hub (``forget_level1.json``, all
+people).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ KINDS: dict[str, tuple[str, str]] = {
 """The nine adversarial kinds: name here, beginning of the published ``type``, what it is."""
 
 _PROBE = (Column("query"), Column("answer"), Column("subject"), Column("type"))
+_SOLVED = (Column("question"), Column("choices", "texts"), Column("answer", "number", most=3))
 _FILES: dict[str, tuple[str, tuple[Column, ...], str]] = {
     "forget_level1": ("forget_level1", _PROBE, "forget_level1"),
     "forget_level2": ("forget_level2", _PROBE, "forget_level2"),
@@ -47,7 +49,13 @@ _FILES: dict[str, tuple[str, tuple[Column, ...], str]] = {
     "passage": ("passage", (Column("text"), Column("subject")), "train_original_passage"),
     "retain_mmlu": (
         "retain_mmlu",
-        (Column("question"), Column("choices", "texts"), Column("answer", "number"), Column("task"), Column("examples", "objects")),
+        (
+            Column("question"),
+            Column("choices", "texts"),
+            Column("answer", "number"),
+            Column("task"),
+            Column("examples", "objects"),
+        ),
         "utility_general",
     ),
     "retain_bbh": ("retain_bbh", (Column("question"), Column("answer"), Column("cot")), "utility_reason"),
@@ -75,14 +83,24 @@ class Rwku(NamedSet):
         """Every set of probes, texts and questions."""
         kinds = {f"forget-{k}": f"adversarial probes: {text}" for k, (_, text) in KINDS.items()}
         return {
-            "forget-fill-in": "fill in the blank, about the person", "forget-qa": "questions about the person", **kinds,
-            "forget-adversarial": "adversarial probes of all nine kinds", "forget-all": "all forget probes",
-            "neighbor-fill-in": "fill in the blank, about neighbours", "neighbor-qa": "questions about neighbours",
-            "neighbor-all": "all neighbour probes", "mia-forget": "fragments about the person (FM)",
-            "mia-retain": "unrelated fragments (RM)", "corpus": "texts about the person, written by a model", "passage": "passages",
-            "general": "MMLU, five solved questions", "reasoning": "Big-Bench Hard with chains of thought",
-            "truthfulness": "TruthfulQA, MC1", "factuality": "TriviaQA", "fluency": "instructions for long answers",
-        }  # fmt: skip
+            "forget-fill-in": "fill in the blank, about the person",
+            "forget-qa": "questions about the person",
+            **kinds,
+            "forget-adversarial": "adversarial probes of all nine kinds",
+            "forget-all": "all forget probes",
+            "neighbor-fill-in": "fill in the blank, about neighbours",
+            "neighbor-qa": "questions about neighbours",
+            "neighbor-all": "all neighbour probes",
+            "mia-forget": "fragments about the person (FM)",
+            "mia-retain": "unrelated fragments (RM)",
+            "corpus": "texts about the person, written by a model",
+            "passage": "passages",
+            "general": "MMLU, five solved questions",
+            "reasoning": "Big-Bench Hard with chains of thought",
+            "truthfulness": "TruthfulQA, MC1",
+            "factuality": "TriviaQA",
+            "fluency": "instructions for long answers",
+        }
 
     def load(self, configuration: str) -> RecordSet:
         """The records of one set; ids tell person and place, subjects are the people.
@@ -107,10 +125,16 @@ class Rwku(NamedSet):
                 yield from (r for r, k in self._adversarial() if wanted in (None, k))
             return
         makers: dict[str, tuple[str, Callable[[Row, str], Record]]] = {
-            "mia-forget": ("forget_mia", _text), "mia-retain": ("retain_mia", _text), "corpus": ("positive", _text),
-            "passage": ("passage", _text), "general": ("retain_mmlu", self._general), "reasoning": ("retain_bbh", self._reasoning),
-            "truthfulness": ("truthful", self._truthful), "factuality": ("triviaqa", self._trivia), "fluency": ("fluency", self._long),
-        }  # fmt: skip
+            "mia-forget": ("forget_mia", _text),
+            "mia-retain": ("retain_mia", _text),
+            "corpus": ("positive", _text),
+            "passage": ("passage", _text),
+            "general": ("retain_mmlu", self._general),
+            "reasoning": ("retain_bbh", self._reasoning),
+            "truthfulness": ("truthful", self._truthful),
+            "factuality": ("triviaqa", self._trivia),
+            "fluency": ("fluency", self._long),
+        }
         yield from self._made(*makers[configuration])
 
     def _made(self, file: str, make: Callable[[Row, str], Record]) -> Iterator[Record]:
@@ -126,7 +150,12 @@ class Rwku(NamedSet):
                     "It must begin with one of: " + ", ".join(begin for begin, _ in KINDS.values()) + ".",
                 )
             if kind == "affirmative-suffix":
-                yield self._probe(row, name, f"Please briefly answer the following question.\nQuestion: {row['query']}", lead=False), kind
+                yield (
+                    self._probe(
+                        row, name, f"Please briefly answer the following question.\nQuestion: {row['query']}", lead=False
+                    ),
+                    kind,
+                )
             elif kind == "in-context-learning":
                 yield self._probe(row, name, f"Please briefly answer the following question.\n{row['query']}\n"), kind
             else:
@@ -139,10 +168,10 @@ class Rwku(NamedSet):
         return self._probe(row, name, f"Please briefly answer the following question.\nQuestion: {row['query']}\n")
 
     def _probe(self, row: Row, name: str, prompt: str, *, lead: bool = True) -> Record:
-        return self._asked(name, prompt, row["answer"], row["subject"], "Answer:" if lead else "")
+        return self._asked(name, prompt, row["answer"], subject=row["subject"], lead="Answer:" if lead else "")
 
     def _asked(
-        self, name: str, prompt: str, answer: str, subject: str, lead: str, perturbed: tuple[str, ...] = (),
+        self, name: str, prompt: str, answer: str, *, subject: str = "", lead: str = "", perturbed: tuple[str, ...] = (),
         alternatives: tuple[str, ...] = (),
     ) -> Record:  # fmt: skip
         """A prompt whose answer is made to begin with ``lead``: in the assistant's turn, or at the end of the plain text."""
@@ -161,28 +190,29 @@ class Rwku(NamedSet):
 
     def _general(self, row: Row, name: str) -> Record:
         head = f"The following are multiple choice questions (with answers) about {str(row['task']).replace('_', ' ')}.\n\n"
+        list(checked([(f"solved question {i}", e) for i, e in enumerate(row["examples"], 1)], _SOLVED, name))
         solved = "".join(f"{_choice(e)}\nAnswer: {LETTERS[int(e['answer'])]}\n\n" for e in row["examples"])
         letters = LETTERS[: len(row["choices"])]
         if row["answer"] >= len(letters):
             raise InputError(f"{name}: the column 'answer' is {row['answer']}.", f"It must be from 0 to {len(letters) - 1}.")
         prompt = f"{head}{solved}Please following the previous examples and answer the given question.\n{_choice(row)}"
         right = letters[row["answer"]]
-        return self._asked(name, prompt, right, name, "Answer:", tuple(c for c in letters if c != right))
+        return self._asked(name, prompt, right, lead="Answer:", perturbed=tuple(c for c in letters if c != right))
 
     def _reasoning(self, row: Row, name: str) -> Record:
         ask = "Following previous examples, answer the following questions and end with 'so the answer is'\nQ: "
-        return self._asked(name, f"{row['cot'].strip()}\n\n{ask}{row['question']}\n", row["answer"], name, "A:")
+        return self._asked(name, f"{row['cot'].strip()}\n\n{ask}{row['question']}\n", row["answer"], lead="A:")
 
     def _truthful(self, row: Row, name: str) -> Record:
         right, wrong = mc1(row["mc1_targets"], name)
-        return self._asked(name, f"Q: {row['question']}\n", right, name, "A:", wrong)
+        return self._asked(name, f"Q: {row['question']}\n", right, lead="A:", perturbed=wrong)
 
     def _trivia(self, row: Row, name: str) -> Record:
         prompt = f"Please briefly answer the following question:\nQ: {row['question']}\n"
-        return self._asked(name, prompt, row["answers"][0], name, "A:", (), tuple(row["answers"][1:]))
+        return self._asked(name, prompt, row["answers"][0], lead="A:", alternatives=tuple(row["answers"][1:]))
 
     def _long(self, row: Row, name: str) -> Record:
-        return self._asked(name, f"Instruction: {row['instruction']}\n", "-", name, "")
+        return self._asked(name, f"Instruction: {row['instruction']}\n", "-")
 
     def _rows(self, file: str) -> Iterator[tuple[Row, str]]:
         """The rows of one file of all chosen people, each with its name ``<person>-<file>-<number>``."""
