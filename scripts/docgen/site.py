@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from docgen import attacks, methods, metrics, parts, reference
+from docgen import attacks, benchmarks, methods, metrics, parts, reference
 from docgen.text import MARK
 
 _LABELS = {"cli": "Command line", "settings": "Settings", "python": "Python", "verdict": "How the verdict is reached"}
@@ -15,7 +15,7 @@ _BEGIN, _END = "  # begin generated navigation", "  # end generated navigation"
 def pages(root: Path) -> dict[str, str]:
     """Every generated file by its path relative to ``root``."""
     out: dict[str, str] = {}
-    for group in (methods.pages(), metrics.pages(), attacks.pages(), parts.pages(), reference.pages()):
+    for group in (methods.pages(), metrics.pages(), attacks.pages(), benchmarks.pages(), parts.pages(), reference.pages()):
         out |= {f"docs/{name}": text for name, text in group.items()}
     out["mkdocs.yml"] = _with_navigation(root, out)
     return out
@@ -62,6 +62,7 @@ def _navigation(root: Path, made: Mapping[str, str]) -> Iterator[str]:
     for title, folder, more in (
         ("Methods", "methods", (("Where each one runs", "matrix.md"), ("Papers", "papers.md"))),
         ("Metrics", "metrics", (("Attacks", "attacks.md"),)),
+        ("Benchmarks", "benchmarks", ()),
         ("Parts of a method", "parts", ()),
         ("Reference", "reference", ()),
     ):

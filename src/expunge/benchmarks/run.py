@@ -201,9 +201,8 @@ def stages(made: Plan) -> list[Stage]:
             first = str(config.model) not in {str(f) for _, f in made.trainings.values()}
             costs.setdefault(str(len(config.exclude)), training.plan(config).cost.text() if first else "as the step before")
         out.append(Stage(f"train {label}", folder, training.finished(folder), costs.get(str(len(config.exclude)), "")))
-    for label, (config, folder) in made.unlearnings.items():
-        done = finished(folder)
-        out.append(Stage(f"unlearn {label}", folder, done, _schedule(label, config)))
+    for label, (request, folder) in made.unlearnings.items():
+        out.append(Stage(f"unlearn {label}", folder, finished(folder), _schedule(label, request)))
     out += [Stage(f"course {n}", made.out / "courses" / n, False, courses.describe(made, n)) for n in made.config.courses]
     axes = [a for a in made.benchmark.axes() if all(s in made.sets for s in a.sets.values())]
     out.append(Stage("measure", made.out / DOCUMENT, (made.out / DOCUMENT).is_file(), f"{len(axes)} axes"))

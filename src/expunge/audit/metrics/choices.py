@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from numpy.typing import ArrayLike
 from pydantic import Field
@@ -176,7 +177,7 @@ def _forward(adapter: Adapter, examples: Sequence[Example], options: Sequence[Se
     return np.concatenate(found) if found else np.zeros(0)
 
 
-def _spread(flat: Floats, counts: Sequence[int] | np.ndarray, asked: Sequence[int], n: int) -> list[Floats]:  # type: ignore[type-arg]
+def _spread(flat: Floats, counts: npt.NDArray[np.int64], asked: Sequence[int], n: int) -> list[Floats]:
     out: list[Floats] = [np.zeros(0)] * n
     stops = np.cumsum(counts)
     for i, start, stop in zip(asked, stops - counts, stops, strict=True):

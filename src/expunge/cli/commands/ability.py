@@ -57,7 +57,7 @@ def ability(
         found[model] = general_ability(adapter, task, include=include, shots=shots, limit=limit, batch=batch)
         del adapter
     output.result({"models": {m: {k: n.model_dump(mode="json") for k, n in held.items()} for m, held in found.items()}})
-    shown = Table("score", *map(Text, models))
+    shown = Table("score", *models)
     for key in found[models[0]]:
         shown.add_row(Text(key), *[found[m][key].text() for m in models])
     output.say(shown)
