@@ -85,6 +85,8 @@ def plan(config: BenchmarkConfig, out: Path) -> Plan:
     benchmark = config.opened()
     sets, notes = load_all(benchmark)
     made = Plan(config, benchmark, out, sets, {}, {}, {}, notes)
+    if config.own and unseen_holdout(made):
+        notes.append("Half of the holdout set says when methods stop; numbers about holdout are of the other half.")
     if config.target is None:
         made.trainings = _trainings(config, benchmark, sets, out)
     else:
@@ -283,12 +285,21 @@ def measured(
     made: Plan, models: Sequence[AuditedModel], progress: Progress | None, axes: Sequence[str] | None = None
 ) -> BenchmarkDocument:
     """The axes of some models, with scores and generations cached by content."""
+    sets = made.sets if not made.config.own else {**made.sets, **unseen_holdout(made)}
     tell: Telling | None = None if progress is None else (lambda text, done, total: progress(done, total, text))
     store = ScoreStore(cache_folder() / "scores")
     return measure(
-        made.benchmark, models, made.sets, made.config.audit, axes=axes, store=store, progress=tell,
+        made.benchmark, models, sets, made.config.audit, axes=axes, store=store, progress=tell,
         checkpoint=made.config.checkpoint,
     )  # fmt: skip
+
+
+def unseen_holdout(made: Plan) -> dict[str, RecordSet]:
+    """The half of the holdout set that no method was stopped by, under its name; nothing where there is none."""
+    roles = made.benchmark.roles()
+    if roles is None or roles.holdout is None or roles.holdout not in made.sets or not made.config.methods:
+        return {}
+    return {roles.holdout: unlearning.split_holdout(made.sets[roles.holdout], made.config.engine.seed)[1]}
 
 
 def base_models(made: Plan) -> list[AuditedModel]:
@@ -344,9 +355,8 @@ def _audit(made: Plan, held: Run, models: Sequence[AuditedModel], bars: Bars, sa
     if roles is None:
         raise InputError(f"{made.benchmark.name} has nothing to unlearn.")
     names = {"forget": roles.forget, "retain": roles.retain, "holdout": roles.holdout, **roles.audit}
-    sets = {role: made.sets[name] for role, name in names.items() if name in made.sets}
-    if made.config.own and "holdout" in sets:
-        sets["holdout"] = unlearning.split_holdout(sets["holdout"], made.config.engine.seed)[1]
+    held_out = unseen_holdout(made) if made.config.own else {}
+    sets = {role: held_out.get(name, made.sets[name]) for role, name in names.items() if name in made.sets}
     with bars("audit") as bar:
         title = f"{made.benchmark.title}: {', '.join(made.config.methods) or 'target and reference'}"
         if not auditing.audit_stage(held, models, sets, made.config.audit, progress=bar, title=title):

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _interrupted(output: Output, words: list[str]) -> int:
-    how = " with --resume" if words[:1] in (["train"], ["unlearn"], ["sweep"]) else ""
+    how = " with --resume" if words[:1] in (["train"], ["unlearn"], ["sweep"], ["benchmark"]) else ""
     output.error("Interrupted.", f"The same command{how} goes on where it stopped.")
     return 130
 
