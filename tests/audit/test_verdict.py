@@ -144,6 +144,19 @@ def test_what_relearning_brings_back_was_suppressed() -> None:
         assert check(found, "likelihood").outcome == "equivalent"
 
 
+def test_the_relapse_is_said_in_steps_and_held_against_retrained_models() -> None:
+    found = check(verdict_on(relapsing, 3), "relearning").text
+    assert "5 steps on 50% of the forget set bring half of the rest back; retrained models do not get there in 20." in found
+    never = check(verdict_on(retrained_again, 3), "relearning").text
+    assert "20 steps on 50% of the forget set do not bring half of the rest back." in never
+
+    def from_the_start(w: World, target: Arrays) -> Arrays:
+        honest = w.draw()
+        return replace(honest, relearn=[replace(p, losses_heldout=0.1 * p.losses_heldout) for p in honest.relearn])
+
+    assert "half of the rest" not in check(verdict_on(from_the_start, 3), "relearning").text  # it was never gone
+
+
 def test_what_is_learnt_from_the_other_half_by_all_models_alike_is_no_relapse() -> None:
     """Retrained models lose a third of their loss under the attack; the same loss in the subject must not convict."""
     found = verdict_on(retrained_again, 3)

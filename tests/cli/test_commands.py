@@ -17,7 +17,8 @@ from expunge.core.files import digest_json
 from tests.command import WORLD, Run, Town, cold, content, environment, refused, start, stop_when
 
 COMMANDS = (
-    "train", "unlearn", "merge", "audit", "report", "compare", "sweep", "methods", "metrics", "demo", "doctor", "hardest", "fair",
+    "train", "unlearn", "merge", "audit", "report", "compare", "sweep", "methods", "metrics", "attacks", "demo", "doctor",
+    "hardest", "fair", "protocols",
 )  # fmt: skip
 FAST = ["schedule=fixed", "schedule.lr=0.001", "schedule.epochs=null", "schedule.steps=6", "schedule.warmup=0"]
 

@@ -40,6 +40,23 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """What an attack found of each forget example of one model.
+
+    Attributes:
+        title: for sentences.
+        values: one per forget example (n); NaN where an example does not allow the attack.
+        toward: +1 if values grow with knowledge, -1 if they fall.
+        criterion: what it tests.
+    """
+
+    title: str
+    values: Floats
+    toward: int
+    criterion: str = ""
+
+
+@dataclass(frozen=True)
 class Arrays:
     """Per-example measurements of one model; the same examples in the same order for every model.
 
@@ -57,6 +74,7 @@ class Arrays:
         degenerate: by set of prompts, 1 for each generation that is degenerate, else 0.
         relearn: curve of :func:`~expunge.audit.attacks.relearn.relearn`.
         quantised: by bits, ``nll`` after rounding the weights (n).
+        attempts: by attack, what it found.
         read_out: loss of one half of the forget rows under a last layer fitted anew on the other half, with their clusters.
     """
 
@@ -74,6 +92,7 @@ class Arrays:
     degenerate: Mapping[str, Sample] = field(default_factory=dict)
     relearn: Sequence[RelearnPoint] = ()
     quantised: Mapping[int, Floats] = field(default_factory=dict)
+    attempts: Mapping[str, Attempt] = field(default_factory=dict)
     read_out: Sample | None = None
 
 

@@ -10,48 +10,29 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from expunge.audit.arrays import Case, Thresholds
+from expunge.audit.arrays import Arrays, Case, Thresholds
+from expunge.audit.attacks.registry import Criterion
 from expunge.audit.attacks.relearn import check_same
+from expunge.audit.attempts import SHIFT_NOISE, attempts
 from expunge.audit.contrast import Contrast, contrast, contrast_auc, gap_of
+from expunge.audit.quantity import Outcome, Quantity, check, margins, uninformative
 from expunge.core.intervals import Clusters, Floats
 from expunge.core.results import Check
 
-Outcome = Literal["equivalent", "knows more", "knows less", "undecided", "not run"]
+_KINDS = {
+    "looks seen": Criterion.LIKELIHOOD,
+    "membership": Criterion.LIKELIHOOD,
+    "relearning": Criterion.RELEARNING,
+    "quantisation": Criterion.COMPRESSION,
+    "reading out": Criterion.REPRESENTATION,
+}
 
-_SHIFT_NOISE = 0.15  # assumed for reference models and read-outs: what is measured of all rows of a training shifts together
 _FEW_KNOWN = 10  # fewer answers that only the target knows say nothing: two retrained models differ on as many
 _FEW_ANSWERS = 4  # a subject with fewer answers can be mostly right by guessing
 _KNOWN = 0.25  # by so much the target's probability of an answer must exceed the retrained models' to count as its knowledge
 _REMEMBERED_NOISE = 0.02  # assumed training noise of a share of answers, where chance successes are rare
 _ATTACKED_NOISE = 0.1  # the same under an attack: a few steps on, answers come back all at once, and models differ by when
 _UTILITY_NOISE = 0.1  # assumed training noise of utility, as a share of the accepted loss
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """One comparison before it is judged.
-
-    Attributes:
-        name: of the check.
-        what: subject of the sentence ("mean loss of the answers").
-        found: the contrast.
-        noise: how far the target might lie from a further retrained model by chance (a standard error).
-        toward: +1 if the quantity grows with knowledge, -1 if it falls.
-        near: margin towards the target, oriented and in the quantity's unit.
-        far: margin on the other side; infinite where that side means nothing.
-    """
-
-    name: str
-    what: str
-    found: Contrast
-    noise: float
-    toward: int
-    near: float
-    far: float
-
-    def informative(self, limits: Thresholds) -> bool:
-        """Whether the target stands out from the retrained models clearly enough for the quantity to tell anything."""
-        return self.found.gap > 0 and math.isfinite(self.noise) and self.found.gap > limits.informative * self.noise
 
 
 @dataclass(frozen=True)
@@ -73,6 +54,10 @@ class Losses:
 
 def outputs(case: Case) -> list[Check]:
     """What the model's outputs on the forget set say."""
+    return [_kind(c) for c in _outputs(case)]
+
+
+def _outputs(case: Case) -> list[Check]:
     limits, controls = case.limits, [r.nll for r in case.retrained]
     losses = Losses(case.subject.nll, controls, case.target.nll, controls, case.subject.clusters)
     every = [_likelihood("likelihood", "of the answers", losses, limits, limits.far_margin)]
@@ -80,18 +65,25 @@ def outputs(case: Case) -> list[Check]:
     every += _secondary(case)
     counted = [q for q in every if q.informative(limits)]
     alpha = limits.alpha / max(1, len(counted))
-    checks = [_check(q, limits, alpha) if q in counted else _uninformative(q, len(controls)) for q in every]
+    checks = [check(q, limits, alpha) if q in counted else uninformative(q, len(controls)) for q in every]
     left = _left_behind(losses)
     return [*checks, left] if left else checks
 
 
 def attacks(case: Case) -> list[Check]:
-    """What comes back under relearning, rounding of the weights and a new last layer, beyond what does in retrained models."""
+    """What comes back under attacks, beyond what does in retrained models: relearning, rounding of the weights, a new last layer,
+    and whatever else was tried."""
     bits = sorted({b for a in case.everyone for b in a.quantised}, reverse=True)
     checks = [_relearning(case), *(_rounding(b, case) for b in bits)]
     if not bits:
         checks.append(Check(name="quantisation", outcome="not run", text="Rounding of the weights was not tried."))
-    return [*checks, *_reading(case)]
+    return [_kind(c) for c in (*checks, *_reading(case))] + list(attempts(case))
+
+
+def _kind(check: Check) -> Check:
+    """A check with what it tests; attacks by name say it themselves."""
+    first = check.name.split(" (")[0].split(" to ")[0]
+    return check.model_copy(update={"criterion": str(_KINDS.get(first, Criterion.BEHAVIOUR))})
 
 
 def utility(case: Case) -> list[Check]:
@@ -106,17 +98,11 @@ def utility(case: Case) -> list[Check]:
 # ---- quantities on the forget set
 
 
-def _margins(found: Contrast, share: float, far: float | None, limits: Thresholds) -> tuple[float, float]:
-    near = share * found.gap
-    near = max(near, min(max(limits.margin_cap, share) * found.gap, found.band(1 - limits.alpha)))
-    return near, math.inf if far is None else max(far * found.gap, near)
-
-
 def _likelihood(name: str, what: str, losses: Losses, limits: Thresholds, far: float | None) -> Quantity:
     gap = gap_of(losses.target, losses.basis, toward=-1)
     found = contrast(losses.subject, losses.retrained, losses.clusters, gap, toward=-1, noise=limits.seed_noise)
     stands = contrast(losses.target, losses.basis, losses.clusters, gap, toward=-1, noise=limits.seed_noise)
-    near, beyond = _margins(found, limits.margin, far, limits)
+    near, beyond = margins(found, limits.margin, far, limits)
     return Quantity(name, f"Mean loss {what}", found, stands.noise(), -1, near, beyond)
 
 
@@ -152,7 +138,7 @@ def _remembered(name: str, what: str, losses: Losses, limits: Thresholds) -> Qua
     gap = gap_of(everything, controls, toward=1)
     found = contrast(own, controls, names, gap, toward=1, noise=noise)
     stands = contrast(everything, controls, names, gap, toward=1, noise=noise)
-    near, far = _margins(found, limits.remembered, None, limits)
+    near, far = margins(found, limits.remembered, None, limits)
     return Quantity(name, sentence, found, stands.noise(), 1, near, far)
 
 
@@ -173,10 +159,10 @@ def _secondary(case: Case) -> Iterator[Quantity]:
     for name in case.subject.membership:
         if all(name in a.membership for a in every):
             own, *controls, full = [(a.membership[name][1], a.membership[name][0]) for a in every]
-            noise = _SHIFT_NOISE if name == "lira" else limits.seed_noise
+            noise = SHIFT_NOISE if name == "lira" else limits.seed_noise
             found = contrast_auc(own, controls, full, groups, noise=noise)
             stands = contrast_auc(full, controls, full, groups, noise=noise)
-            near, far = _margins(found, limits.margin, limits.far_margin, limits)
+            near, far = margins(found, limits.margin, limits.far_margin, limits)
             yield Quantity(f"membership ({name})", f"AUC of the membership attack {name}", found, stands.noise(), 1, near, far)
 
 
@@ -190,7 +176,7 @@ def _means(name: str, what: str, values: Sequence[Floats], case: Case, *, far: f
     gap = gap_of(full, controls, toward=toward)
     found = contrast(own, controls, names, gap, toward=toward, noise=noise)
     stands = contrast(full, controls, names, gap, toward=toward, noise=noise)
-    near, beyond = _margins(found, case.limits.margin, far, case.limits)
+    near, beyond = margins(found, case.limits.margin, far, case.limits)
     yield Quantity(name, what, found, stands.noise(), toward, near, beyond)
 
 
@@ -240,7 +226,29 @@ def _relearning(case: Case) -> Check:
         found += _both(when, losses, case.limits)
         if not np.mean(after) < np.mean(basis):
             spoilt.add(when)
-    return _attack("relearning", found, case.limits, spoilt)
+    found_check = _attack("relearning", found, case.limits, spoilt)
+    return found_check.model_copy(update={"text": f"{found_check.text} {_back(subject, controls, full, basis)}".strip()})
+
+
+def _back(subject: Arrays, controls: Sequence[Arrays], full: Floats, basis: Sequence[Floats]) -> str:
+    """After how many steps half of the gap between retrained models and the target is gone, and in retrained models."""
+    goal = (float(np.mean(full)) + float(np.mean(basis))) / 2
+    if not float(np.mean(full)) < goal:
+        return ""
+
+    def steps(model: Arrays) -> int | None:
+        return min((p.step for p in model.relearn if float(p.losses_heldout.mean()) <= goal), default=None)
+
+    own, others = steps(subject), [steps(c) for c in controls]
+    first, longest = subject.relearn[0], max(p.step for p in subject.relearn)
+    share = len(first.ids_trained) / max(1, len(first.ids_trained) + len(first.ids_heldout))
+    fewest = min((s for s in others if s is not None), default=None)
+    needed = f"need {fewest}" if fewest is not None else f"do not get there in {longest}"
+    if own is None:
+        return f"{longest} steps on {share:.0%} of the forget set do not bring half of the rest back."
+    if own == 0:
+        return ""
+    return f"{own} step{'s' * (own > 1)} on {share:.0%} of the forget set bring half of the rest back; retrained models {needed}."
 
 
 def _rounding(bits: int, case: Case) -> Check:
@@ -267,7 +275,7 @@ def _reading(case: Case) -> list[Check]:
             Check(name="reading out", outcome="not run", text="A new last layer could not be fitted: features are not finite.")
         ]
     losses = Losses(held.values, after, full.values, after, held.clusters)
-    limits = case.limits.model_copy(update={"seed_noise": max(case.limits.seed_noise, _SHIFT_NOISE)})
+    limits = case.limits.model_copy(update={"seed_noise": max(case.limits.seed_noise, SHIFT_NOISE)})
     return [_attack("reading out", _both("under a last layer fitted anew", losses, limits), limits)]
 
 
@@ -284,7 +292,7 @@ def _attack(name: str, found: Sequence[Quantity], limits: Thresholds, spoilt: Co
     share, and where it is large it shows.
     """
     usable = [q for q in found if q.informative(limits)]
-    judged = [(q, _check(q, limits, limits.alpha / len(usable))) for q in usable]
+    judged = [(q, check(q, limits, limits.alpha / len(usable))) for q in usable]
     some = [pair for pair in judged if pair[1].outcome == "knows more"]
     likelihood = [pair for pair in judged if pair[0].toward < 0 and pair[0].name not in spoilt]
     some = some or [pair for pair in likelihood if pair[1].outcome == "undecided"] or likelihood
@@ -357,47 +365,3 @@ def _aggregate(value: float, case: Case) -> Check:
 
 
 # ---- judging a quantity
-
-
-def _uninformative(quantity: Quantity, k: int) -> Check:
-    models = "the retrained model" if k == 1 else "retrained models"
-    text = f"{quantity.what} tells nothing here: by it even the target cannot be told from {models}, given the noise."
-    return Check(name=quantity.name, outcome="not run", text=text)
-
-
-def _check(quantity: Quantity, limits: Thresholds, alpha: float) -> Check:
-    found, near, far = quantity.found, quantity.near, quantity.far
-    if not math.isfinite(found.difference):
-        return Check(name=quantity.name, outcome="undecided", text=f"{quantity.what} is not a finite number.")
-    low, high = found.interval(1 - 2 * limits.alpha)
-    outcome: Outcome = "undecided"
-    if found.difference > near and found.p_more() < alpha:
-        outcome = "knows more"
-    elif found.difference < -far and found.p_less() < alpha:
-        outcome = "knows less"
-    elif -far < low and high < near:
-        outcome = "equivalent"
-    signs = quantity.toward
-    bounds = (low, high) if signs > 0 else (-high, -low)
-    own = signs * found.difference
-    text = (
-        f"{quantity.what} differs from the retrained models' by {own:+.3f} [{bounds[0]:+.3f}, {bounds[1]:+.3f}], "
-        f"{found.share:.0%} of the way to the target; accepted are {near:.3f} towards it"
-        f"{'' if math.isinf(far) else f' and {far:.3f} away from it'}.{_advice(quantity, outcome, limits)}"
-    )
-    return Check(name=quantity.name, outcome=outcome, difference=own, low=bounds[0], high=bounds[1], margin=near, text=text)
-
-
-def _advice(quantity: Quantity, outcome: Outcome, limits: Thresholds) -> str:
-    if outcome != "undecided":
-        return ""
-    found = quantity.found
-    room = min(quantity.near - found.difference, quantity.far + found.difference)
-    if room <= 0:
-        return (
-            " The difference is larger than accepted, but chance could explain it: more subjects or retrained models would tell."
-        )
-    kind, number = found.needed(room, 1 - 2 * limits.alpha)
-    return (
-        f" The interval is too wide: about {number} {'subjects' if kind == 'subjects' else 'retrained models'} would be needed."
-    )

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from expunge.audit.arrays import Attempt
 from expunge.audit.attacks.membership import MEMBERSHIP
 from expunge.audit.attacks.quantise import quantised
 from expunge.audit.attacks.readout import read_out
+from expunge.audit.attacks.registry import Attack
 from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, recovered, relearn, split
 from expunge.audit.document import Curve, Series
 from expunge.audit.evidence import Evidence
@@ -21,6 +23,7 @@ from expunge.audit.metrics.probability import OptionProbability, Probability
 from expunge.audit.metrics.registry import Need, RecordMetric
 from expunge.audit.metrics.rouge import RougeRecall, lacks_questions
 from expunge.audit.metrics.truth_ratio import TruthRatio
+from expunge.audit.protocol import judged
 from expunge.audit.scores import Floats, score
 from expunge.audit.settings import AuditSettings
 from expunge.audit.store import compute_signature, examples_digest
@@ -35,12 +38,13 @@ COMPARED = ("loss", "min-k", "min-k-plus-plus", "zlib", "lira")
 
 @dataclass
 class Attacked:
-    """What the attacks found, by model, and the step size of relearning, which is the same for all."""
+    """What the attacks found, by model, the step size of relearning, which is the same for all, and further attacks to run."""
 
     relearn: dict[str, list[RelearnPoint]] = field(default_factory=dict)
     quantised: dict[str, dict[int, Floats]] = field(default_factory=dict)
     rates: tuple[float, ...] | None = None
     read_out: dict[str, Sample] = field(default_factory=dict)
+    tried: Sequence[Attack] = ()
 
 
 def attack_copy(evidence: Evidence, label: str, settings: AuditSettings, attacked: Attacked) -> None:
@@ -88,7 +92,9 @@ def judge_models(
     out = {}
     for label in labels:
         others = [arrays[g] for g in evidence.labels("retrained", but=label)]
-        out[label] = judge(arrays[label], others, arrays[target or label], settings.thresholds)
+        asked = settings.protocol
+        found = judge(arrays[label], others, arrays[target or label], settings.thresholds, protocol=asked)
+        out[label] = found if asked is None else judged(asked, found, len(gold), settings.protocol_label())
     return out
 
 
@@ -122,6 +128,7 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
         model_utility=model_utility,
         degenerate=_degenerate(evidence, label) if generated else {},
         relearn=[_capped(p, evidence.ceiling) for p in attacked.relearn.get(label, ())],
+        attempts={a.name: _attempt(a, evidence, label) for a in attacked.tried if not a.lacks(evidence, "forget")},
         read_out=_capped_sample(attacked.read_out.get(label), evidence.ceiling),
         quantised={b: np.minimum(v, evidence.ceiling) for b, v in attacked.quantised.get(label, {}).items()},
     )
@@ -142,6 +149,11 @@ def _values(metric: RecordMetric, evidence: Evidence, label: str) -> Floats | No
     if not metric.offers <= evidence.offers or metric.lacks(evidence, "forget"):
         return None
     return metric.values(evidence, label, "forget").values
+
+
+def _attempt(attack: Attack, evidence: Evidence, label: str) -> Attempt:
+    found = attack.values(evidence, label, "forget")
+    return Attempt(attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion))
 
 
 def _looks_seen(evidence: Evidence, label: str) -> Floats | None:

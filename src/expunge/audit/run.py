@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.adapters.base import Adapter
+from expunge.audit.attacks.registry import Attack, Criterion
 from expunge.audit.document import AuditDocument, ModelEntry, Role
 from expunge.audit.evidence import Evidence, Subject, need_sets
 from expunge.audit.judging import Attacked, attack_copy, attack_numbers, judge_models, relearn_curve
@@ -33,12 +35,13 @@ _COMPARABLE = ("precision", "device", "attention", "torch", "schema")
 ALWAYS_NOT_SHOWN = (
     "Intervals are over examples (whole clusters resampled): they say nothing about other training seeds of the same method.",
 )
-NOT_SHOWN_TEXT = (
-    "Prompt attacks (jailbreaks, role play, other languages, solved questions of the same subject) were not run.",
-    "Only greedy answers were read: what sampling many times would bring up was not measured.",
-    "Hidden states were not probed: knowledge that no answer shows would not be seen.",
-    "Degenerate text is told by repetition and emptiness; word salad without repetition is not recognised.",
-)
+#: What is said where no attack of a kind was run on a language model.
+NOT_RUN = {
+    Criterion.PROMPTS: "Prompt attacks (jailbreaks, role play, other languages, solved questions of the subject) were not run.",
+    Criterion.DECODING: "Only greedy answers were read: what sampling many times would bring up was not measured.",
+    Criterion.REPRESENTATION: "Hidden states were not probed: knowledge that no answer shows would not be seen.",
+}
+NOT_SHOWN_TEXT = ("Degenerate text is told by repetition and emptiness; word salad without repetition is not recognised.",)
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,10 @@ def audit(
     _register(evidence, ordered[0], settings)
     first = evidence.adapter(ordered[0].label)
     evidence.of_modality(first)
-    modality, metrics = first.modality, settings.chosen(first.offers)
+    attacks = settings.chosen_attacks(first.offers)
+    modality, metrics = first.modality, [*settings.chosen(first.offers), *attacks]
     del first
-    attacked = Attacked()
+    attacked = Attacked(tried=attacks)
     signature = _gather(evidence, ordered, metrics, settings, attacked)
     entries = {m.label: _entry(evidence, m, metrics, attacked) for m in ordered}
     utilities = {label: e.numbers["model-utility"].value for label, e in entries.items() if "model-utility" in e.numbers}
@@ -129,7 +133,7 @@ def audit(
         curves=curves,
         distributions=distributions,
         samples=shown,
-        not_shown=[*evidence.missing, *_general(models, used, settings), *ALWAYS_NOT_SHOWN, *_not_shown(evidence)],
+        not_shown=[*evidence.missing, *_general(models, used, settings), *ALWAYS_NOT_SHOWN, *_not_shown(evidence, attacks)],
         protocol=_protocol(settings, metrics),
         signature=signature,
         cost={"seconds": time.perf_counter() - started},
@@ -236,15 +240,24 @@ def _describe(given: RecordSet[Any], used: RecordSet[Any]) -> dict[str, Any]:
 
 def _protocol(settings: AuditSettings, metrics: Sequence[Metric]) -> dict[str, Any]:
     return {
-        **settings.model_dump(mode="json", exclude={"metrics", "options"}),
-        "metrics": {m.name: {"formula": m.formula, **m.model_dump(mode="json")} for m in metrics},
+        **settings.model_dump(mode="json", exclude={"metrics", "options", "attacks", "attack_options"}),
+        "metrics": {m.name: {**_said(m), "formula": m.formula, **m.model_dump(mode="json")} for m in metrics},
     }
 
 
-def _not_shown(evidence: Evidence) -> tuple[str, ...]:
+def _said(metric: Metric) -> dict[str, str]:
+    """What a report says of an attack; metrics have their entries in the report's own glossary."""
+    if not isinstance(metric, Attack):
+        return {}
+    first = inspect.cleandoc(type(metric).__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    return {"title": metric.title, "text": first, "access": str(metric.access), "criterion": str(metric.criterion)}
+
+
+def _not_shown(evidence: Evidence, attacks: Sequence[Attack]) -> tuple[str, ...]:
     """What no audit of the modality shows, and what reference models would."""
     if Offer.TEXT in evidence.offers:
-        return NOT_SHOWN_TEXT
+        run = {a.criterion for a in attacks}
+        return (*(text for kind, text in NOT_RUN.items() if kind not in run), *NOT_SHOWN_TEXT)
     if Offer.ROWS not in evidence.offers:
         return ()
     if evidence.references is None:

@@ -10,8 +10,8 @@ What is asked, in plain words and in this order (the first that applies decides)
 4. **Not forgotten** - on some quantity the model differs from the retrained models towards the target, by more than the margin
    and by more than a further retrained model would by chance; or a whole subject is still known.
 5. **Suppressed** - its outputs do not give it away, but after the same short relearning of *other* subjects, or the same
-   rounding of weights, or (of classifiers) under a last layer fitted anew on its features, it knows more than the retrained
-   models do after it.
+   rounding of weights, or (of classifiers) under a last layer fitted anew on its features, or under another attack that was
+   asked for, it knows more than the retrained models do after it.
 6. **Damaged, over-unlearned** - it knows less than a model that never saw the data, by more than the far margin: a conspicuous
    hole is not what retraining leaves, and it betrays who was forgotten.
 7. **Undecided** - an interval is too wide for the margin, or utility or attacks were not measured.
@@ -45,24 +45,24 @@ import numpy as np
 
 from expunge.audit import checks
 from expunge.audit.arrays import Arrays, Case, Sample, Thresholds
+from expunge.audit.protocol import PRIMARY, AuditProtocol
 from expunge.core.errors import InputError
 from expunge.core.results import Check, Judgement, Verdict
 
 __all__ = ["PRIMARY", "Arrays", "Sample", "Thresholds", "judge"]
 
-PRIMARY = ("likelihood", "remembered", "looks seen")
 _FAR = ("likelihood", "truth ratio", "membership", "looks seen")  #: quantities whose far side convicts of over-unlearning
 _TELLING = ("likelihood", "looks seen")  #: one of these must tell target and retrained models apart
-_FALLING = (
-    "likelihood",
-    "truth ratio",
-    "relearning",
-    "quantisation",
-    "reading out",
-)  #: checks that acquit on a quantity that falls with knowledge
 
 
-def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, thresholds: Thresholds | None = None) -> Judgement:
+def judge(
+    subject: Arrays,
+    retrained: Sequence[Arrays],
+    target: Arrays,
+    thresholds: Thresholds | None = None,
+    *,
+    protocol: AuditProtocol | None = None,
+) -> Judgement:
     """Judge one model; the module's docstring says how.
 
     Args:
@@ -70,6 +70,8 @@ def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, threshol
         retrained: models trained without the forget set; never the subject itself.
         target: the model trained on everything.
         thresholds: defaults if none are given.
+        protocol: what it says of its criteria: those that only report decide nothing, those that need no conviction do not
+            have to be shown equivalent. None: every attack that was run must acquit.
 
     Raises:
         InputError: the arrays are not about the same examples, or a retrained model or the target has losses that are not finite.
@@ -92,7 +94,10 @@ def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, threshol
         return Judgement(verdict=Verdict.DAMAGED, reason=broken.text, checks=(broken, *utility), thresholds=written)
     outputs = checks.outputs(case)
     attacks = checks.attacks(case)
-    verdict, reason = _decide(outputs, attacks, utility, limits)
+    soft = protocol.kinds("no conviction") if protocol is not None else frozenset()
+    quiet = protocol.kinds("report") if protocol is not None else frozenset()
+    told = [c for c in outputs if c.criterion not in quiet], [c for c in attacks if c.criterion not in quiet]
+    verdict, reason = _decide(*told, utility, limits, soft)
     note = _noise_note(len(retrained), limits)
     return Judgement(
         verdict=verdict, reason=f"{reason} {note}".strip(), checks=(*outputs, *attacks, *utility), thresholds=written
@@ -100,7 +105,7 @@ def judge(subject: Arrays, retrained: Sequence[Arrays], target: Arrays, threshol
 
 
 def _decide(
-    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds
+    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds, soft: frozenset[str]
 ) -> tuple[Verdict, str]:
     more = [c for c in outputs if c.outcome == "knows more"]
     worse = [c for c in utility if c.outcome == "worse"]
@@ -118,14 +123,14 @@ def _decide(
     less = [c for c in outputs if c.outcome == "knows less" and c.name.startswith(_FAR)]
     if less:
         return Verdict.DAMAGED, f"Over-unlearned, it can be told from models that never saw the data: {_worst(less).text}"
-    return _acquit(outputs, attacks, utility, limits)
+    return _acquit(outputs, attacks, utility, limits, soft)
 
 
 def _acquit(
-    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds
+    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds, soft: frozenset[str]
 ) -> tuple[Verdict, str]:
     open_checks = [c for c in (*outputs, *attacks) if c.outcome == "undecided"]
-    blocking = [c for c in open_checks if c.name in PRIMARY or c in attacks]
+    blocking = [c for c in open_checks if (c.name in PRIMARY or c in attacks) and c.criterion not in soft]
     if blocking:
         return Verdict.UNDECIDED, f"The evidence is too thin to tell: {blocking[0].text}"
     if all(c.outcome == "not run" for c in utility):
@@ -165,7 +170,7 @@ def _worst(found: Sequence[Check]) -> Check:
 
 def _nearness(check: Check) -> float:
     """How near the interval of a check that acquitted comes to the margin on the knowing side, in units of the margin."""
-    bound = -(check.low or 0.0) if check.name.startswith(_FALLING) else check.high or 0.0
+    bound = -(check.low or 0.0) if check.falls else check.high or 0.0
     return bound / (check.margin or 1.0)
 
 

@@ -97,7 +97,23 @@ class Check(BaseModel):
     low: float | None = None
     high: float | None = None
     margin: float | None = None  #: the two-sided equivalence margin in the same unit
+    criterion: str = ""  #: what kind of test it is, by which a protocol groups checks
+    falls: bool = False  #: whether the quantity falls with knowledge
     text: str = ""  #: one sentence for people
+
+
+class Finding(BaseModel):
+    """How one criterion of a protocol came out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    title: str
+    needs: Literal["equivalence", "no conviction", "report"]
+    outcome: Literal["held", "failed", "undecided", "not run"]
+    claim: str = ""  #: what holds if it holds
+    checks: tuple[str, ...] = ()  #: names of the checks it rests on
+    text: str = ""  #: the sentence of the check that carries it
 
 
 class Judgement(BaseModel):
@@ -108,4 +124,6 @@ class Judgement(BaseModel):
     verdict: Verdict
     reason: str
     checks: tuple[Check, ...] = ()
+    protocol: str = ""  #: name and version of the declared protocol; empty: none
+    criteria: tuple[Finding, ...] = ()  #: of the protocol
     thresholds: dict[str, float] = Field(default_factory=dict)

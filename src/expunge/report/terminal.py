@@ -135,6 +135,13 @@ def summary_json(documents: Sequence[AuditDocument]) -> dict[str, Any]:
     return {"documents": [_document_json(document) for document in documents]}
 
 
+def _under(model: ModelEntry) -> dict[str, Any]:
+    """The protocol and how its criteria came out, where there was one."""
+    if model.judgement is None or not model.judgement.protocol:
+        return {}
+    return {"protocol": model.judgement.protocol, "criteria": {f.id: f.outcome for f in model.judgement.criteria}}
+
+
 def _document_json(document: AuditDocument) -> dict[str, Any]:
     models = ordered(document.models)
     keys = {kind: pick(models, kind) for kind in KINDS}
@@ -149,6 +156,7 @@ def _document_json(document: AuditDocument) -> dict[str, Any]:
                 "method": model.method,
                 "verdict": model.judgement.verdict.value if model.judgement else None,
                 "reason": model.judgement.reason if model.judgement else "",
+                **_under(model),
                 "numbers": {
                     key: model.numbers[key].model_dump(mode="json")
                     for key in keys.values()
@@ -206,6 +214,9 @@ def _below(document: AuditDocument, models: Sequence[ModelEntry], notes: Sequenc
         if model.judgement is not None:
             label = Text(clean(model.label) + ": ", style="bold")
             lines.append(Padding(label + Text(clean(model.judgement.reason), style="not bold"), (0, 0, 0, 1)))
+            if model.judgement.criteria:
+                said = ", ".join(f"{f.id} {f.outcome}" for f in model.judgement.criteria)
+                lines.append(Padding(Text(f"{model.judgement.protocol}: {said}."), (0, 0, 0, 3)))
     if document.not_shown:
         lines.append(Text(f"Not shown ({plural(len(document.not_shown), 'point')}):", style="bold"))
         lines += [Padding(Text("- " + clean(point)), (0, 0, 0, 1)) for point in document.not_shown]

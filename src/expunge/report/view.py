@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from expunge.audit.document import AuditDocument, ModelEntry, Sample
+from expunge.audit.trusted import warning
 from expunge.core.results import Check, Judgement, Number, Verdict
 from expunge.report.compare import Comparison
 from expunge.report.glossary import ARROWS, DIRECTIONS, SHORT_DIRECTIONS, term
@@ -292,6 +293,7 @@ def _line(document: AuditDocument, key: str, numbers: Sequence[Number | None], n
     direction = known[0].direction
     common = known[0].note if len(known) > 1 and all(n.note == known[0].note and n.value is not None for n in known) else ""
     places = digits(known)
+    marks = [notes.remark(t) for t in (common, warning(key) if document.modality == "language" else "") if t]
     return Line(
         key=key,
         title=term(document, key).title,
@@ -300,7 +302,7 @@ def _line(document: AuditDocument, key: str, numbers: Sequence[Number | None], n
         direction_text=DIRECTIONS[direction],
         counts=_counts(known),
         cells=tuple(notes.cell(n, places, remark=not common) for n in numbers),
-        mark=notes.remark(common) if common else "",
+        mark=",".join(marks),
     )
 
 

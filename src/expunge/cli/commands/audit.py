@@ -19,6 +19,8 @@ _HELP = """Measure an unlearned model against models that never saw the forget s
       expunge audit runs/npo --retrain 3
       expunge audit runs/npo --retrained my/retrained-model --retrained my/other-seed
       expunge audit runs/npo --retrain 5 --base meta-llama/Llama-3.2-1B --utility facts=world.jsonl
+      expunge audit runs/npo --retrain 3 --protocol removal-v1
+      expunge audit runs/npo --retrain 3 --protocol my-protocol.yaml
       expunge audit runs/npo --retrain 3 --dry-run
       expunge audit runs/npo --retrain 3 budget=200 relearn=none
       expunge audit runs/salun --retrain 3 --references 16        (classifiers and regressors)
@@ -58,6 +60,10 @@ def audit(
     utility: Annotated[
         list[str] | None, typer.Option(help="A further set that must stay known; repeatable.", metavar="NAME=DATA")
     ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="A declared protocol, by name or file: tests, what each must show, margins.", metavar="NAME|FILE"),
+    ] = None,
     all_records: Annotated[
         bool, typer.Option("--all-records", help="Judge on records too that a sweep chose the settings on.")
     ] = False,
@@ -82,7 +88,7 @@ def audit(
     if require is not None and require not in set(Verdict):
         raise InputError(f"{require!r} is no verdict.", "Choose one of: " + ", ".join(Verdict) + ".")
     given: dict[str, Any] = {
-        "retrained": retrained or (), "retrain": retrain, "base": base, "settings": parse_overrides(parts or []),
+        "retrained": retrained or (), "retrain": retrain, "base": base, "settings": _settings(protocol, parts or []),
         "all_records": all_records, "leave_out": leave_out,
         "utility": dict(_pair(word) for word in utility or []),
     }  # fmt: skip
@@ -110,6 +116,14 @@ def audit(
         output.say(f"Document: {run / 'audit.json'}   Next: expunge report {run}")
     judged = [m.judgement.verdict for m in document.models if m.role == "unlearned" and m.judgement]
     return 3 if require is not None and judged != [Verdict(require)] else 0
+
+
+def _settings(protocol: str | None, parts: list[str]) -> Any:
+    """The given settings, on top of those of a protocol if there is one."""
+    from expunge.audit.settings import AuditSettings
+
+    given = parse_overrides(parts)
+    return given if protocol is None else AuditSettings.under(protocol, **given)
 
 
 def _pair(word: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""``expunge methods`` and ``expunge metrics``."""
+"""``expunge methods``, ``expunge metrics``, ``expunge attacks`` and ``expunge protocols``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expunge.cli.output import Output
+from expunge.core.errors import InputError
 
 _METHODS = """List the methods, or show one: what it does, formula, parameters with ranges and defaults, needs, paper.
 
@@ -29,10 +30,37 @@ _METRICS = """List the metrics, or show one: what it measures, formula, directio
     """
 
 
+_ATTACKS = """List the attacks, or show one: what it does, access that it needs, cost, what it is meant to bring back, paper.
+
+    \b
+    Examples:
+      expunge attacks
+      expunge attacks prefix-injection
+      expunge audit runs/npo --retrain 3 attacks=prefix-injection
+      expunge audit runs/npo --retrain 3 attacks=all
+    """
+
+
+_PROTOCOLS = """List the protocols of an audit, or show one: its criteria, what each must show, its attacks and settings.
+
+    What is printed for a name or a file with --yaml is a protocol file: change it, give it a name and version of its own, and use
+    it by --protocol FILE.
+
+    \b
+    Examples:
+      expunge protocols
+      expunge protocols removal-v1
+      expunge protocols removal-v1 --yaml > mine.yaml
+      expunge audit runs/npo --retrain 3 --protocol removal-v1
+    """
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("methods", help=_METHODS)(methods)
     app.command("metrics", help=_METRICS)(metrics)
+    app.command("attacks", help=_ATTACKS)(attacks)
+    app.command("protocols", help=_PROTOCOLS)(protocols)
 
 
 def methods(
@@ -159,6 +187,80 @@ def metrics(
     for metric_name, kind in found.items():
         table.add_row(metric_name, Text(kind.title), str(kind.direction))
     output.say(table)
+    return 0
+
+
+def attacks(
+    name: Annotated[str | None, typer.Argument(help="An attack.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """List or show attacks."""
+    import inspect
+
+    from expunge.audit.attacks.registry import ATTACKS
+
+    output = Output(json)
+    if name is not None:
+        kind = ATTACKS.get(name)
+        text = inspect.cleandoc(kind.__doc__ or "")
+        where = "on a copy of the model" if kind.copies else "on the model as it is"
+        value = {
+            "name": kind.name, "title": kind.title, "formula": kind.formula, "access": str(kind.access),
+            "criterion": str(kind.criterion), "cost": kind.passes, "copies": kind.copies, "range": list(kind.range),
+            "text": text, "parameters": [dataclasses.asdict(p) for p in kind.declared()],
+        }  # fmt: skip
+        output.result(value)
+        output.say(f"{kind.name}: {kind.title}\n\n{text}\n\n{kind.formula}\n")
+        output.say(f"Tests: {kind.criterion}. Needs {kind.access}. Cost per forget record: {kind.passes}, {where}.")
+        output.say(f"Paper: {kind.paper.title}, {kind.paper.authors} {kind.paper.year}, {kind.paper.url}\n")
+        if kind.declared():
+            output.say(_parameters(kind.declared()))
+        return 0
+    found = dict(ATTACKS.items())
+    rows = [{"name": n, "title": k.title, "access": str(k.access), "criterion": str(k.criterion)} for n, k in found.items()]
+    output.result({"attacks": rows})
+    table = Table("attack", "what it is", "tests", "needs", "cost per forget record")
+    for attack_name, kind in found.items():
+        table.add_row(attack_name, Text(kind.title), str(kind.criterion), str(kind.access), kind.passes)
+    output.say(table)
+    return 0
+
+
+def protocols(
+    name: Annotated[str | None, typer.Argument(help="A protocol, by name or file.")] = None,
+    yaml: Annotated[bool, typer.Option("--yaml", help="Print it as a file that can be changed.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """List or show protocols."""
+    import yaml as library
+
+    from expunge.audit.protocol import load_protocol, packaged
+
+    output = Output(json)
+    found = [load_protocol(n) for n in ([name] if name is not None else packaged())]
+    plain = [p.model_dump(mode="json") for p in found]
+    if yaml and name is None:
+        raise InputError("--yaml prints one protocol.", f"Name it: {', '.join(packaged())}.")
+    output.result(plain[0] if name is not None else {"protocols": [{"name": p.label, "title": p.title} for p in found]})
+    if yaml:
+        output.say(Text(library.safe_dump(plain[0], sort_keys=False, allow_unicode=True, width=120)))
+        return 0
+    if name is None:
+        table = Table("protocol", "question", "criteria", "retrained models")
+        for protocol in found:
+            table.add_row(
+                protocol.label, Text(protocol.title), ", ".join(d.id for d in protocol.criteria), str(protocol.references)
+            )
+        output.say(table)
+        return 0
+    protocol = found[0]
+    output.say(f"{protocol.label}: {protocol.title}\n\n{protocol.text}\n\nRetrained models: at least {protocol.references}.")
+    table = Table("criterion", "of", "needs", "attacks", "what holds if it holds")
+    for demand in protocol.criteria:
+        table.add_row(demand.id, str(demand.criterion), demand.needs, ", ".join(demand.attacks), Text(demand.text))
+    output.say(table)
+    for key, value in protocol.settings.items():
+        output.say(Text(f"{key}: {value}"))
     return 0
 
 
