@@ -66,7 +66,8 @@ def test_the_document_holds_everything_and_is_json(document, sets):
     assert all(set(s.answers) == {"target", "broken", "retrained 1", "retrained 2"} for s in document.samples)
     assert document.entry("broken").stopped == "never started"
     assert document.signature["precision"] == "float32"
-    assert set(document.protocol["metrics"]) == {n for n in METRICS.names() if METRICS.get(n).offers <= LanguageAdapter.offers}
+    usual = {n for n, kind in METRICS.items() if kind.offers <= LanguageAdapter.offers and not kind.on_request}
+    assert set(document.protocol["metrics"]) == usual
 
 
 def test_every_number_is_complete(document):

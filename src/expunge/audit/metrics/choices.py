@@ -118,7 +118,7 @@ class MultipleChoice(_Choice):
     name: ClassVar[str] = "multiple-choice"
     title: ClassVar[str] = "Multiple choice by letters"
     formula: ClassVar[str] = "share of questions with argmax over letters of log p(letter | question) = right letter"
-    needs: ClassVar[tuple[Need, ...]] = ()
+    needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER,)
     asks: ClassVar[bool] = True
 
     def scores(self, evidence: Evidence, label: str, name: str) -> list[Floats]:

@@ -60,6 +60,9 @@ def benchmark(
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", metavar="RUN")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and generated data.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Generated data of the published schema, a tiny model.")] = False,
+    protocol: Annotated[
+        str | None, typer.Option(help="A declared protocol for the verdict, by name or file.", metavar="NAME|FILE")
+    ] = None,
     verdict: Annotated[bool, typer.Option("--verdict/--no-verdict", help="Also audit the models, for the verdict.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print stages and costs, stop.")] = False,
@@ -93,7 +96,7 @@ def benchmark(
         verdict=verdict,
         train=held["train"],
         unlearn=held["unlearn"],
-        audit=_audit(held["audit"], smoke),
+        audit=_audit(held["audit"], smoke, protocol),
         engine=held["engine"],
         text=held["text"],
         **{k: v for k, v in plain.items() if v},
@@ -112,9 +115,11 @@ def benchmark(
     return _run(made, resume=resume, output=output)
 
 
-def _audit(given: dict[str, Any], smoke: bool) -> Any:
+def _audit(given: dict[str, Any], smoke: bool, protocol: str | None) -> Any:
     from expunge.audit.settings import AuditSettings
 
+    if protocol is not None:
+        return AuditSettings.under(protocol, **given)
     return AuditSettings.quick(**given) if smoke else AuditSettings(**given)
 
 
