@@ -219,7 +219,8 @@ class Rwku(NamedSet):
         base, columns, hub = _FILES[file]
         people = self._people()
         if people is None:
-            label, rows = published_rows(self.folder, ("rwku", "RWKU"), (base, hub), (HUB, hub, "test"), f"rwku {base}")
+            split = "train" if hub.startswith("train") else "test"
+            label, rows = published_rows(self.folder, ("rwku", "RWKU"), (base, hub), (HUB, hub, split), f"rwku {base}")
             wanted = self.target.replace("_", " ")
             subjects: dict[str, int] = {}
             for place, (_, row) in enumerate(checked(rows, columns, label)):
