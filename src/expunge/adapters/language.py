@@ -57,7 +57,7 @@ class LanguageAdapter(Adapter):
 
     modality: ClassVar[str] = "language"
     offers: ClassVar[frozenset[Offer]] = frozenset(
-        {Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.GENERATE, Offer.TEXT, Offer.SEQUENCE, Offer.ASSISTANT}
+        {Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.GENERATE, Offer.TEXT, Offer.SEQUENCE, Offer.ASSISTANT, Offer.EACH}
     )
 
     def __init__(

@@ -147,7 +147,7 @@ class PairAdapter(LanguageAdapter):
     """
 
     modality: ClassVar[str] = "encoder-decoder"
-    offers: ClassVar[frozenset[Offer]] = LanguageAdapter.offers - {Offer.SEQUENCE, Offer.ASSISTANT}
+    offers: ClassVar[frozenset[Offer]] = LanguageAdapter.offers - {Offer.SEQUENCE, Offer.ASSISTANT, Offer.EACH}
 
     def _check(self, model: Any, tokenizer: Any) -> None:
         storage.check_model(model, tokenizer, pairs=True)

@@ -43,7 +43,8 @@ def open_adapter(source: str, text: TextConfig, *, dropout: bool = False) -> Lan
     manifest = Path(source) / "manifest.json"
     if manifest.is_file() and text.template is None:
         config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
-        held = text.model_copy(update={"template": config.get("text", {}).get("template")})
+        own = config.get("text") or (config.get("texts") or {}).get("text") or {}  # texts: of a prepared run
+        held = text.model_copy(update={"template": own.get("template")})
     place = Path(resolve(source))
     check_memory(sum(p.stat().st_size for p in place.rglob("*.safetensors")) if place.is_dir() else 0, f"Loading {source!r}")
     return load(
