@@ -132,3 +132,11 @@ U_LIRA = Paper(
     "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy",
     "Hayes, Shumailov, Triantafillou et al.", 2024, "https://arxiv.org/abs/2403.01218",
 )  # fmt: skip
+RESTOR = Paper(
+    "RESTOR: Knowledge Recovery in Machine Unlearning", "Rezaei, Chandu, Feizi, Choi, Brahman and Ravichander", 2024,
+    "https://arxiv.org/abs/2411.00204",
+)  # fmt: skip
+HUBBLE = Paper(
+    "Hubble: a Model Suite to Advance the Study of LLM Memorization", "Wei, Godbole, Khan et al.", 2025,
+    "https://arxiv.org/abs/2510.19811",
+)  # fmt: skip
