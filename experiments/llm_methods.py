@@ -61,6 +61,7 @@ FIRST = (
 #: What serves language models and is left out: why it cannot answer this request by its very definition.
 LEFT_OUT = {
     "retrain": "it is the gold standard itself: the retrained models of the table",
+    "au": "it looks for made-up names of packages in what the model writes, and this request is about authors",
     "codeeraser": "it forgets marked spans, and a request of whole authors marks none",
     "oracle-matching": "it reads what a model says that never saw the authors: the gold standard that it is compared with",
 }
