@@ -379,6 +379,19 @@ class Adapter(abc.ABC):
         """
         raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
 
+    def prefixed(self, example: Example, prefix: str | Sequence[int], suffix: str = "#prefixed") -> Example:
+        """An example whose input begins with a text, or with token ids, before everything else but a start token.
+
+        Args:
+            example: as :meth:`encode` made it.
+            prefix: what is put first.
+            suffix: marks the new id.
+
+        Raises:
+            InputError: this adapter's examples are no text, or the context is too short.
+        """
+        raise InputError(f"The examples of a {self.modality} model are no text.", "Use a method that reads losses.")
+
     def translate(self, examples: Sequence[Example], terms: Mapping[str, str]) -> list[tuple[Example, Any]]:
         """Examples with terms of their text replaced, each with a :class:`~expunge.adapters.translate.Translation`.
 

@@ -336,6 +336,20 @@ class LanguageAdapter(Adapter):
         marked, favoured = (None if f is None else f[given:] for f in (held.marked, held.favoured))
         return _example(example.id, example.cluster, Tokens(held.ids, held.start + given, held.ends, marked, favoured))
 
+    def prefixed(self, example: Example, prefix: str | Sequence[int], suffix: str = "#prefixed") -> Example:
+        """The example with a text or ids before all its tokens but a start token; see :meth:`Adapter.prefixed`."""
+        held: Tokens = example.data
+        new = self._encoder.spell(prefix) if isinstance(prefix, str) else list(prefix)
+        at = 1 if len(held.ids) > 1 and held.ids[0] == self.tokenizer.bos_token_id else 0
+        if self.context is not None and len(held.ids) + len(new) > self.context:
+            raise InputError(
+                f"The example {example.id!r} has {len(held.ids)} tokens; with {len(new)} before it the context of {self.context} "
+                "is too short.",
+                "Use a shorter prefix, or shorter texts.",
+            )
+        ids = np.concatenate([held.ids[:at], np.array(new, dtype=held.ids.dtype), held.ids[at:]])
+        return _example(example.id + suffix, example.cluster, Tokens(ids, held.start + len(new), held.ends, held.marked))
+
     def layers(self) -> list[str]:
         """Names of the transformer blocks, from the input to the output, within the model (without peft's wrapper)."""
         return storage.block_names(base(self.model))

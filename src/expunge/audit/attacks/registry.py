@@ -62,6 +62,7 @@ class Attack(RecordMetric, abc.ABC):
     passes: ClassVar[str]  #: cost per forget record in forward passes or generations, in words
     copies: ClassVar[bool] = False  #: whether it acts on a copy of the model
     toward: ClassVar[Literal[1, -1]] = 1  #: +1 if values grow with knowledge, -1 if they fall
+    judged: ClassVar[bool] = True  #: whether a verdict compares it; what retrained models are no control for is shown only
     sets: ClassVar[tuple[str, ...] | None] = ("forget",)
     asks: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ()
