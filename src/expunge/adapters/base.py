@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from expunge.adapters.generation import Draws
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
 
@@ -299,6 +300,20 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
         """Greedy continuations of the examples' prompts (their targets are ignored), batched by the caller."""
+
+    def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
+        """Continuations of the examples' prompts whose tokens are drawn by given numbers, batched by the caller.
+
+        Args:
+            model: this adapter's model or a copy of it.
+            examples: whose prompts are continued (B).
+            max_new_tokens: longest continuation.
+            draws: numbers and temperature, a row per example.
+
+        Raises:
+            InputError: what this adapter generates is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use metrics that need no generated text.")
 
     def sample(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, temperature: float) -> list[Generation]:
         """Continuations drawn token by token from ``softmax(scores / temperature)``, as :meth:`generate` otherwise.

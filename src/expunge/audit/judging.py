@@ -128,7 +128,7 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
         model_utility=model_utility,
         degenerate=_degenerate(evidence, label) if generated else {},
         relearn=[_capped(p, evidence.ceiling) for p in attacked.relearn.get(label, ())],
-        attempts={a.name: _attempt(a, evidence, label) for a in attacked.tried if a.judged and not a.lacks(evidence, "forget")},
+        attempts={a.name: _attempt(a, evidence, label) for a in attacked.tried if a.convicts and not a.lacks(evidence, "forget")},
         read_out=_capped_sample(attacked.read_out.get(label), evidence.ceiling),
         quantised={b: np.minimum(v, evidence.ceiling) for b, v in attacked.quantised.get(label, {}).items()},
     )

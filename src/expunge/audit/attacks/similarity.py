@@ -40,7 +40,7 @@ class RepresentationSimilarity(Attack):
     paper: ClassVar[Paper] = REALLY
     access: ClassVar[Access] = Access.BOTH
     criterion: ClassVar[Criterion] = Criterion.REPRESENTATION
-    judged: ClassVar[bool] = False
+    convicts: ClassVar[bool] = False
     passes: ClassVar[str] = "1 forward pass"
     range: ClassVar[Range] = (-1.0, 1.0)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.FEATURES, Offer.SEQUENCE})

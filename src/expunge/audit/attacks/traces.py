@@ -56,7 +56,7 @@ class ParametricTraces(Attack):
     paper: ClassVar[Paper] = CONCEPT_VECTORS
     access: ClassVar[Access] = Access.BOTH
     criterion: ClassVar[Criterion] = Criterion.REPRESENTATION
-    judged: ClassVar[bool] = False
+    convicts: ClassVar[bool] = False
     passes: ClassVar[str] = "none; of the target 1 backward pass, and 2 forward passes per subject"
     range: ClassVar[Range] = (-1.0, 1.0)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.LOSSES, Offer.SEQUENCE})

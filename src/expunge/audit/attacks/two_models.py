@@ -89,7 +89,7 @@ class GuidedExtraction(Attack):
     paper: ClassVar[Paper] = GUIDED
     access: ClassVar[Access] = Access.BOTH
     criterion: ClassVar[Criterion] = Criterion.TWO_MODELS
-    judged: ClassVar[bool] = False
+    convicts: ClassVar[bool] = False
     passes: ClassVar[str] = "one generation by two models, both in memory"
     range: ClassVar[Range] = (0.0, 1.0)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.GENERATE, Offer.ASSISTANT})

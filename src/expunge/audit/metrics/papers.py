@@ -53,6 +53,38 @@ RWKU = Paper(
     "RWKU: Benchmarking Real-World Knowledge Unlearning for Large Language Models", "Jin, Cao, Wang et al.", 2024,
     "https://arxiv.org/abs/2406.10890",
 )  # fmt: skip
+JAILBREAK = Paper(
+    "Jailbroken: How Does LLM Safety Training Fail?", "Wei, Haghtalab and Steinhardt", 2023, "https://arxiv.org/abs/2307.02483"
+)
+ORT = Paper("LLM Unlearning Should Be Form-Independent", "Ye, Zhang and Wu", 2025, "https://arxiv.org/abs/2506.07795")
+LEAK = Paper(
+    "Leak@k: Unlearning Does Not Make LLMs Forget Under Probabilistic Decoding", "Reisizadeh, Ruan, Chen et al.", 2025,
+    "https://arxiv.org/abs/2511.04934",
+)  # fmt: skip
+SLEEK = Paper(
+    "Step-by-Step Reasoning Attack: Revealing 'Erased' Knowledge in Large Language Models",
+    "Sinha, Baser, Mandal, Divakaran and Kankanhalli", 2025, "https://arxiv.org/abs/2506.17279",
+)  # fmt: skip
+MIRAGE = Paper(
+    "The Unlearning Mirage: A Dynamic Framework for Evaluating LLM Unlearning", "Shah, Huang, Murugesan, Baracaldo and Yang",
+    2026, "https://arxiv.org/abs/2603.11266",
+)  # fmt: skip
+UNPACT = Paper(
+    "Understanding the Dilemma of Unlearning for Large Language Models", "Zhang, Qian, Huang et al.", 2025,
+    "https://arxiv.org/abs/2509.24675",
+)  # fmt: skip
+UNUNLEARNING = Paper(
+    "UnUnlearning: Unlearning is not sufficient for content regulation in advanced generative AI",
+    "Shumailov, Hayes, Triantafillou et al.", 2024, "https://arxiv.org/abs/2407.00106",
+)  # fmt: skip
+GHOST = Paper(
+    "Protecting Copyrighted Material with Unique Identifiers in Large Language Model Training", "Zhao, Zhu, Quan and Yang", 2024,
+    "https://arxiv.org/abs/2403.15740",
+)  # fmt: skip
+UTF = Paper(
+    "Hiding Text in Large Language Models: Introducing Unconditional Token Forcing Confusion",
+    "Hoscilowicz, Popiolek, Rudkowski, Bieniasz and Janicki", 2024, "https://arxiv.org/abs/2406.02481",
+)  # fmt: skip
 WMDP = Paper(
     "The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning", "Li, Pan, Gopal et al.", 2024,
     "https://arxiv.org/abs/2403.03218",
