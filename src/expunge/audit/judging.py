@@ -128,7 +128,7 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
         model_utility=model_utility,
         degenerate=_degenerate(evidence, label) if generated else {},
         relearn=[_capped(p, evidence.ceiling) for p in attacked.relearn.get(label, ())],
-        attempts={a.name: _attempt(a, evidence, label) for a in attacked.tried if a.convicts and not a.lacks(evidence, "forget")},
+        attempts={a.name: _attempt(a, evidence, label) for a in attacked.tried if not a.lacks(evidence, "forget")},
         read_out=_capped_sample(attacked.read_out.get(label), evidence.ceiling),
         quantised={b: np.minimum(v, evidence.ceiling) for b, v in attacked.quantised.get(label, {}).items()},
     )
@@ -153,7 +153,9 @@ def _values(metric: RecordMetric, evidence: Evidence, label: str) -> Floats | No
 
 def _attempt(attack: Attack, evidence: Evidence, label: str) -> Attempt:
     found = attack.values(evidence, label, "forget")
-    return Attempt(attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion))
+    return Attempt(
+        attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion), attack.convicts
+    )
 
 
 def _looks_seen(evidence: Evidence, label: str) -> Floats | None:
