@@ -63,6 +63,7 @@ LEFT_OUT = {
     "retrain": "it is the gold standard itself: the retrained models of the table",
     "au": "it looks for made-up names of packages in what the model writes, and this request is about authors",
     "codeeraser": "it forgets marked spans, and a request of whole authors marks none",
+    "sani": "it tells marked spans from the rest, and a request of whole authors marks none",
     "oracle-matching": "it reads what a model says that never saw the authors: the gold standard that it is compared with",
 }
 #: Methods whose own schedule is not the adaptive one: the same number of examples as 120 steps of 8, where it takes a number.

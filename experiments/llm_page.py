@@ -27,6 +27,8 @@ from expunge.core.files import write_text
 from expunge.core.results import Verdict
 from expunge.core.runs import Run
 from expunge.core.settings import describe_value
+from expunge.methods.recipe import build
+from expunge.methods.registry import METHODS
 from expunge.pipeline.audit import DOCUMENT
 from expunge.pipeline.audit import read as read_audit
 from expunge.pipeline.sweep_document import MethodSweep, SweepDocument
@@ -108,7 +110,8 @@ def _blocks(found: Found) -> dict[str, str]:
         "seeds_table": _single(found), "sweeps": _sweeps(found), "gains": _gains(found), "ends": _ends(found),
         "verdicts": _reasons(found), "left_out": [f"- `{m}`: {why}." for m, why in sorted(left_out().items())],
         "failed": [f"- {_name(n)}: {_cut(text)}" for n, text in found.failed.items()] or ["Nothing failed."],
-        "missing": _missing(found), "learnt": _learnt(found), "times": _times(found), "not_shown": _not_shown(found),
+        "missing": _missing(found),
+        "twins": _twins(found), "learnt": _learnt(found), "times": _times(found), "not_shown": _not_shown(found),
     }  # fmt: skip
     return {name: "\n".join(held) for name, held in blocks.items()}
 
@@ -177,6 +180,16 @@ def _outcome(found: Found, said: Sequence[Claim]) -> Iterator[str]:
     yield f"- Claims: {held['held']} held, {held['not held']} not held, {held['cannot be told here']} cannot be told here."
     tuned = [m for m, s in found.sweeps.items() if s.methods[0].chosen]
     yield f"- The sweep chose other settings than the method's own for {len(tuned)} of {len(found.sweeps)} methods."
+
+
+def _twins(found: Found) -> Iterator[str]:
+    """Methods of one and the same recipe: their difference is what the draws of two sweeps leave to chance."""
+    lines = {line.label: line for line in found.lines if line.label in METHODS.names()}
+    specs = {name: {**build(name).spec(), "name": METHODS.get(name).alternatives} for name in lines}
+    for first, second in itertools.combinations(lines, 2):
+        if specs[first] == specs[second]:
+            ways = " and ".join(f"`{n}` {spread(lines[n].values['distance'], 3)}" for n in (first, second))
+            yield f"- *Chance in the sweeps.* Two names stand for one recipe here, and differ in what their sweeps drew: {ways}."
 
 
 def _main(found: Found) -> Iterator[str]:
