@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 from docgen.text import cite, code, inline, page, parameters, summary, table
@@ -150,6 +151,8 @@ def _edit_page(e: EditDescription) -> str:
 def _prepared_page(p: PreparedDescription) -> str:
     first, _, rest = p.text.partition("\n\n")
     commands = f"expunge train ENTRY --method {p.name} --out RUN\nexpunge unlearn RUN --id ID"
+    texts = f"expunge train MODEL --data DATA --method {p.name} --out RUN schedule.lr=1e-4\nexpunge unlearn RUN --subject NAME"
+    on_texts = [f"On texts:\n\n{code(texts, 'sh')}"] if set(p.needs) <= LanguageAdapter.offers else []
     return page(
         f"{p.title} (`{p.name}`)",
         inline(" ".join(first.split())),
@@ -160,13 +163,24 @@ def _prepared_page(p: PreparedDescription) -> str:
         inline(p.guarantee),
         "## Use",
         "On rows ([how, and from Python](../howto/prepared.md)):\n\n" + code(commands, "sh"),
+        *on_texts,
         "## What it needs",
         f"- The training itself: rows are taken out of what it has trained.\n- It reads: {', '.join(p.needs)} of the model.",
         "## Caveats",
         "\n".join(f"- {inline(c)}" for c in p.caveats),
         "## Parameters",
         parameters(PREPARED.get(p.name)),
+        *_inner(PREPARED.get(p.name)),
     )
+
+
+def _inner(kind: type[Settings]) -> Iterator[str]:
+    """What can be set within a setting."""
+    for name, info in kind.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Settings):
+            yield f"### `{name}.KEY`"
+            yield inline(inspect.cleandoc(info.annotation.__doc__ or ""))
+            yield parameters(info.annotation)
 
 
 def _use(m: Method) -> str:

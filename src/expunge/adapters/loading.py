@@ -68,6 +68,40 @@ def load(
     return wrap(model.to(device) if device is not None else model, tokenizer, **settings)
 
 
+def load_masked(source: str) -> tuple[Any, Any]:
+    """A masked language model (BERT, RoBERTa) and its tokenizer, in evaluation mode.
+
+    Args:
+        source: a local folder or a hub id; pickled weights are refused.
+
+    Raises:
+        InputError: not found, no masked language model, or a tokenizer without a mask.
+        MissingExtra: transformers is not installed.
+    """
+    transformers = need("transformers", "A masked language model")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as known
+
+    name, options = locate(source), {"revision": None, "trust_remote_code": False}
+    config = _get(transformers.AutoConfig, name, options)
+    classes = {c for value in known.values() for c in ([value] if isinstance(value, str) else value)}
+    if not classes & set(getattr(config, "architectures", None) or ()):
+        what = ", ".join(getattr(config, "architectures", None) or ()) or f"model type {config.model_type!r}"
+        raise InputError(
+            f"{source!r} is no masked language model: its architecture is {what}.",
+            "Give an encoder that fills in masked words, such as roberta-base or bert-base-cased.",
+        )
+    check_weights(Path(name))
+    with quiet():
+        weights = {"dtype": torch.float32, "use_safetensors": True}
+        model = _get(transformers.AutoModelForMaskedLM, name, {**options, **weights})
+        tokenizer = _tokenizer(transformers, [name], options)
+    if tokenizer.mask_token_id is None:
+        raise InputError(
+            f"The tokenizer of {source!r} has no mask.", "Set one: tokenizer.mask_token = '<a token of its vocabulary>'."
+        )
+    return model.eval(), tokenizer
+
+
 def wrap(model: Any, tokenizer: Any, **settings: Any) -> LanguageAdapter:
     """The adapter of a language model that is there: of a decoder, or of an encoder-decoder.
 

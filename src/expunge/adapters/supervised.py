@@ -273,7 +273,7 @@ class ClassifierAdapter(SupervisedAdapter):
 
     modality: ClassVar[str] = "classification"
     offers: ClassVar[frozenset[Offer]] = frozenset(
-        {Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.MAPS, Offer.CLASSES, Offer.ROWS}
+        {Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.MAPS, Offer.CLASSES, Offer.ROWS, Offer.EACH}
     )
 
     def __init__(
@@ -334,7 +334,9 @@ class RegressionAdapter(SupervisedAdapter):
     """
 
     modality: ClassVar[str] = "regression"
-    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOSSES, Offer.NUMBERS, Offer.FEATURES, Offer.MAPS, Offer.ROWS})
+    offers: ClassVar[frozenset[Offer]] = frozenset(
+        {Offer.LOSSES, Offer.NUMBERS, Offer.FEATURES, Offer.MAPS, Offer.ROWS, Offer.EACH}
+    )
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from expunge.audit.attacks.membership import MEMBERSHIP
 from expunge.audit.attacks.quantise import quantised
 from expunge.audit.attacks.readout import read_out
 from expunge.audit.attacks.registry import Attack
-from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, recovered, relearn, split
+from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, packed, recovered, relearn, split, unpacked
 from expunge.audit.document import Curve, Series
 from expunge.audit.evidence import Evidence
 from expunge.audit.metrics.accuracy import Accuracy, Skill
@@ -128,7 +128,7 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
         model_utility=model_utility,
         degenerate=_degenerate(evidence, label) if generated else {},
         relearn=[_capped(p, evidence.ceiling) for p in attacked.relearn.get(label, ())],
-        attempts={a.name: _attempt(a, evidence, label) for a in attacked.tried if not a.lacks(evidence, "forget")},
+        attempts={a.name: _attempt(a, evidence, label) for a in attacked.tried if a.convicts and not a.lacks(evidence, "forget")},
         read_out=_capped_sample(attacked.read_out.get(label), evidence.ceiling),
         quantised={b: np.minimum(v, evidence.ceiling) for b, v in attacked.quantised.get(label, {}).items()},
     )
@@ -260,14 +260,14 @@ def _relearn(evidence: Evidence, label: str, budget: RelearnSettings, seed: int)
         key = evidence.store.key("relearn", subject.fingerprint, signature, content, **options)
         held = evidence.store.load_arrays(key)
         if held is not None:
-            return _unpacked(held)
+            return unpacked(held)
     if evidence.progress is not None:
         evidence.progress(f"{label}: relearning on a copy", 0, 1)
     points = relearn(adapter, forget, retain, budget, seed)
     if evidence.progress is not None:
         evidence.progress(f"{label}: relearning on a copy", 1, 1)
     if evidence.store is not None:
-        evidence.store.save_arrays(key, _packed(points))
+        evidence.store.save_arrays(key, packed(points))
     return points
 
 
@@ -279,24 +279,6 @@ def _read_out(evidence: Evidence, label: str, seed: int) -> Sample:
     names = evidence.clusters("forget")
     losses = read_out(forget, retain, np.array(trained), np.array(measured), classes=forget.scores.shape[1], seed=seed)
     return Sample(losses, [names[i] for i in measured])
-
-
-def _packed(points: Sequence[RelearnPoint]) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
-    return {
-        "step": np.array([p.step for p in points]),
-        "lr": np.array([p.lr for p in points]),
-        "losses_trained": np.stack([p.losses_trained for p in points]),
-        "losses_heldout": np.stack([p.losses_heldout for p in points]),
-        "ids_trained": np.array(points[0].ids_trained, dtype=str),
-        "ids_heldout": np.array(points[0].ids_heldout, dtype=str),
-        "clusters_heldout": np.array(points[0].clusters_heldout, dtype=str),
-    }
-
-
-def _unpacked(held: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]) -> list[RelearnPoint]:
-    ids = {n: tuple(held[n].tolist()) for n in ("ids_trained", "ids_heldout", "clusters_heldout")}
-    rows = zip(held["step"].tolist(), held["lr"].tolist(), held["losses_trained"], held["losses_heldout"], strict=True)
-    return [RelearnPoint(step, lr, a.astype(np.float64), b.astype(np.float64), **ids) for step, lr, a, b in rows]
 
 
 def _quantised(evidence: Evidence, label: str, bits: int, group: int | None) -> Floats:

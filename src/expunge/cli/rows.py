@@ -36,7 +36,10 @@ def rows_given(merged: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str
     from expunge.pipeline.prepared_runs import is_prepared
 
     given = {k: v for k, v in {**merged, **{k: v for k, v in choice.items() if v is not None}}.items() if v is not None}
+    prepared = is_prepared(Path(str(given.get("model") or "")))
     for name, option in _TEXT_ONLY.items():
+        if name == "forget" and prepared:
+            continue
         if given.pop(name, None):
             raise InputError(
                 f"{option} is for language models; rows are chosen from the model's own data.",
@@ -49,7 +52,7 @@ def rows_given(merged: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str
             several = given[name] if isinstance(given[name], (list, tuple)) else [given[name]]  # a file may give one alone
             given[name] = tuple(n for word in several for n in _listed(str(word)))
     parts = dict(given.get("parts") or {})
-    if not is_prepared(Path(given["model"])):
+    if not prepared:
         given |= {name: parts.pop(name) for name in ("reading", "training") if name in parts}
         given["parts"] = parts
     return given
@@ -100,7 +103,7 @@ def _delete(given: dict[str, Any], out: Path | None, *, dry_run: bool, output: O
     from expunge.pipeline import prepared_runs as runs
 
     folder = Path(given.pop("model"))
-    choice = {name: given.pop(name, None) for name in _CHOICE}
+    choice = {name: given.pop(name, None) for name in (*_CHOICE, "forget")}
     extra = sorted(k for k, v in given.items() if v)
     if extra or out is not None:
         named = {"parts": "KEY=VALUE", "engine": "--seed, or engine.KEY=VALUE,"}
@@ -112,14 +115,15 @@ def _delete(given: dict[str, Any], out: Path | None, *, dry_run: bool, output: O
     made = runs.plan_deletion(folder, choice)
     for note in made.notes:
         output.note(note)
-    output.note(f"{made.method.name}: {len(made.ids)} rows are taken out of {folder}")
+    noun = runs.noun_of(made.source)
+    output.note(f"{made.method.name}: {len(made.ids)} {noun}s are taken out of {folder}")
     if dry_run:
         output.result({"run": str(folder), "method": made.method.name, "ids": list(made.ids), "notes": list(made.notes)})
         return 0
     with output.progress("deleting") as progress:
         report = runs.delete(made, progress=progress)
     output.result({"run": str(folder), **asdict(report), "share": report.share})
-    for sentence in runs.report_text(report):
+    for sentence in runs.report_text(report, noun):
         output.say(sentence)
     return 0
 
@@ -128,7 +132,6 @@ def train_prepared(given: dict[str, Any], method: str | None, out: Path, *, resu
     """Train a model of rows by a prepared method."""
     from expunge.methods.prepared.registry import PREPARED
     from expunge.pipeline import prepared_runs as runs
-    from expunge.pipeline.unlearn import check_out
 
     if method is None:
         raise InputError(
@@ -138,12 +141,44 @@ def train_prepared(given: dict[str, Any], method: str | None, out: Path, *, resu
     extra = sorted(k for k in given if k not in ("model", "parts") and given[k])
     if extra:
         raise InputError(f"{extra[0]!r} is for language models; the function brings its own data.", "Leave it out.")
-    check_out(out, resume)
     config = runs.PreparedConfig(model=given["model"], method=method, parts=given.get("parts") or {})
-    made = runs.plan(config)
-    output.note(f"{method}: {len(made.problem.data)} rows")
+    return _train(config, out, resume=resume, dry_run=dry_run, output=output)
+
+
+def train_texts(
+    given: dict[str, Any], method: str, holdout: str | None, out: Path, *, resume: bool, dry_run: bool, output: Output
+) -> int:
+    """Train a language model by a prepared method."""
+    from expunge.core.errors import unknown
+    from expunge.methods.prepared.registry import PREPARED
+    from expunge.pipeline import prepared_runs as runs
+    from expunge.pipeline.config import TrainConfig
+    from expunge.pipeline.texts import check_serves
+
+    fields = PREPARED.get(method).model_fields
+    check_serves(method)
+    if not given.get("data"):
+        raise InputError("No data to train on were given.", "Add --data DATA.")
+    parts = dict(given.get("parts") or {})
+    for key in parts:
+        if key not in fields and key != "schedule":
+            raise unknown(f"{method} parameter", key, [*fields, "schedule"])
+    rest = {name: parts.pop(name) for name in ("schedule",) if name in parts}
+    texts = TrainConfig(**{**given, "parts": rest})
+    config = runs.PreparedConfig(model=given["model"], method=method, parts=parts, texts=texts, holdout=holdout)
+    return _train(config, out, resume=resume, dry_run=dry_run, output=output)
+
+
+def _train(config: Any, out: Path, *, resume: bool, dry_run: bool, output: Output) -> int:
+    from expunge.pipeline import prepared_runs as runs
+    from expunge.pipeline.unlearn import check_out
+
+    check_out(out, resume)
+    made = runs.plan(config, out if resume else None)
+    noun = runs.noun_of(made.source)
+    output.note(f"{config.method}: {len(made.problem.data)} {noun}s")
     if dry_run:
-        output.result({"rows": len(made.problem.data), "config": config.model_dump(mode="json")})
+        output.result({f"{noun}s": len(made.problem.data), "config": config.model_dump(mode="json")})
         return 0
     with output.progress("training") as progress:
         run = runs.train(made, out, resume=resume, progress=progress)
@@ -152,7 +187,7 @@ def train_prepared(given: dict[str, Any], method: str | None, out: Path, *, resu
     output.result({"run": str(out), "reused": reused, **result})
     if reused:
         output.say("This run had finished; nothing was left to do.")
-    output.say(f"Trained on {result['rows']:,} rows ({result['row_visits']:,} row visits, {result['seconds']:.1f} s).")
+    output.say(f"Trained on {result['rows']:,} {noun}s ({result['row_visits']:,} {noun} visits, {result['seconds']:.1f} s).")
     for note in result["notes"]:
         output.say(note)
     output.say(f"Next: expunge unlearn {out} --id ID")
@@ -162,15 +197,21 @@ def train_prepared(given: dict[str, Any], method: str | None, out: Path, *, resu
 def audit_rows(run: Path, given: dict[str, Any], *, dry_run: bool, output: Output) -> Any:
     """The audit document of a run on rows, or of a prepared one; None after a dry run."""
     from expunge.pipeline import prepared_audit, row_audit
-    from expunge.pipeline.prepared_runs import is_prepared
+    from expunge.pipeline.prepared_runs import is_prepared, is_texts
 
+    texts = is_texts(run)
+    utility: dict[str, str] = given.pop("utility", {}) if texts else {}
     for name in ("retrained", "base", "utility"):
         if given.pop(name, None):
+            if texts:
+                raise InputError(
+                    f"--{name} does not go with a run of a prepared method.", "It is compared with its own kind: --retrain 3."
+                )
             raise InputError(
                 f"--{name} is for language models.", "Models of rows are retrained here: --retrain 3 --references 16."
             )
     config = row_audit.RowAuditConfig(**given)
-    made = prepared_audit.plan(run, config) if is_prepared(run) else row_audit.plan(run, config)
+    made = prepared_audit.plan(run, config, utility) if is_prepared(run) else row_audit.plan(run, config)
     for note in getattr(made, "notes", ()):
         output.note(note)
     output.note(f"audit: {made.text()}")

@@ -19,6 +19,7 @@ class Offer(enum.StrEnum):
     MAPS = "maps"  #: where in a layer the activations of a row are large
     ASSISTANT = "assistant"  #: scores of an assistant can be joined with the model's, and the two run, saved and loaded as one
     ROWS = "rows"  #: one target per example, by a plain function of tensors: gradients of each row at once
+    EACH = "each"  #: a loss of each record as a plain function of tensors: gradients of each record at once
 
 
 class Stream(enum.StrEnum):

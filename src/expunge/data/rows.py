@@ -14,7 +14,7 @@ from expunge.core.errors import InputError, nearest
 from expunge.data.predicate import select as select_where
 from expunge.data.records import RecordSet
 
-Task = Literal["classification", "regression"]
+Task = Literal["classification", "regression", "text"]
 Indices = npt.NDArray[np.int64]
 _SHOWN = 5
 
@@ -54,9 +54,9 @@ class Table:
     Attributes:
         ids: unique names (n).
         inputs: ``[n, ...]``, of one floating-point or integer type.
-        targets: classes, int64 ``[n]``, or numbers, floats ``[n]``.
-        task: classification or regression.
-        classes: names of the classes; empty for regression.
+        targets: classes, int64 ``[n]``, or numbers, floats ``[n]``; of texts, the token ids to be learnt, int64 ``[n, T]``.
+        task: classification or regression; text: token ids ``[n, T]``, padded (:mod:`expunge.methods.prepared.text_source`).
+        classes: names of the classes; empty for regression and text.
         subjects: the independent unit of each row (n); empty: each row is its own.
         columns: further columns by name, for predicates (n each).
         source: where it came from.
@@ -107,7 +107,9 @@ class Table:
             held &= _among(np.array(self.ids, dtype=object), ids, "row id")
         if classes is not None:
             if self.task != "classification":
-                raise InputError("A regression has no classes.", "Choose rows by ids, by a condition on columns, or by subjects.")
+                raise InputError(
+                    f"A {self.task} has no classes.", "Choose rows by ids, by a condition on columns, or by subjects."
+                )
             names = np.array(self.classes, dtype=object)[self.targets]
             held &= _among(names, [str(c) for c in classes], "class")
         if subjects is not None:

@@ -37,6 +37,11 @@ from expunge.engine.functional import (
 )
 from expunge.engine.layer_gradients import is_stack, layer_gradients
 
+
+class Entangled(InputError):
+    """Rows of this model cannot be taken many at a time; one at a time they can."""
+
+
 Estimator = Literal["batch", "sample"]
 Labels = Literal["true", "model", "sampled", "norm"]
 Power = Literal["square", "absolute"]
@@ -102,7 +107,7 @@ def diagonal_importance(
     total = {name: torch.zeros_like(w, dtype=_precision(w)) for name, w in weights.items()}
     objective = _norm if labels == "norm" else loss
     change = torch.square if power == "square" else torch.abs
-    kept = _Measure(Function(model, forward), weights, labels, chunk or _fitting(weights), objective, change)
+    kept = _Measure(Function(model, forward), weights, labels, chunk or rows_at_once(weights), objective, change)
     draw = torch.Generator().manual_seed(seed)
     count = 0
     with evaluating(model), freed_memory_kept():
@@ -265,7 +270,7 @@ def gradient_blocks(
     """:func:`per_example_gradients` of ``chunk`` rows at a time, in order."""
     check_rows(inputs, targets)
     weights = moving(model)
-    size = chunk or _fitting(weights)
+    size = chunk or rows_at_once(weights)
     with evaluating(model), freed_memory_kept():
         if size > 1 and is_stack(model):
             few = size if chunk else min(size, _FEW_ROWS)
@@ -299,7 +304,7 @@ def _over_rows(of_one: Callable[..., Tensors], size: int) -> Callable[..., Tenso
         except RuntimeError as error:
             if "data-dependent control flow" not in str(error):
                 raise
-            raise InputError(
+            raise Entangled(
                 "The forward pass of the model decides by the values of its inputs, so rows cannot be taken many at a time.",
                 "Give a forward that does not (masks with four axes for transformers), or choose chunk=1: one row at a time.",
             ) from error
@@ -321,8 +326,8 @@ def _precision(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _fitting(weights: Tensors) -> int:
-    """Rows whose gradients fit."""
+def rows_at_once(weights: Tensors) -> int:
+    """How many rows may have gradients of their own at once: 128 MiB of them, at least 1, at most 256."""
     size = sum(w.numel() * w.element_size() for w in weights.values())
     return max(1, min(_MOST_ROWS, _CHUNK_BYTES // size))
 

@@ -314,12 +314,12 @@ class Prepared(Settings, abc.ABC):
     # ---- common ------------------------------------------------------------------------------------------------------
 
     def _common(self, source: Source) -> dict[str, Any]:
-        table, training = source.table, source.training
+        table = source.table
         return {
             "format": 1,
             "method": self.name,
             "settings": self.model_dump(mode="json"),
-            "training": None if training is None else training.model_dump(mode="json"),
+            "training": source.described(),
             "model": source.signature() if self.builds else None,
             "task": table.task,
             "classes": list(table.classes),

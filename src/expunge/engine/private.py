@@ -2,12 +2,14 @@
 
 Sampling, clipping, noise and accounting are those of opacus.
 
-Abadi et al. 2016, Deep Learning with Differential Privacy (arXiv 1607.00133). Protected is one row: the weights of a training
-with it and of one without it are alike within (epsilon, delta).
+Abadi et al. 2016, Deep Learning with Differential Privacy (arXiv 1607.00133). Protected is one unit, a row or all rows of one
+subject: the weights of a training with it and of one without it are alike within (epsilon, delta). With subjects as units
+(McMahan et al. 2018, arXiv 1710.06963) subjects are drawn, and clipped is the mean gradient of a subject's rows.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import Destroyed, InputError, MissingExtra
-from expunge.engine.functional import Forward, RowLoss, Tensors, check_rows
-from expunge.engine.importance import per_example_gradients
+from expunge.engine.functional import Forward, RowLoss, Tensors, check_rows, moving
+from expunge.engine.importance import Entangled, gradient_blocks, per_example_gradients, rows_at_once
 
 Observe = Callable[[int], None]  #: called with the number of steps done
+Trim = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  #: (inputs, targets) -> the same without what is padding in all rows
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ class Mechanism:
 
     Attributes:
         steps: optimiser steps, at least 1.
-        rate: probability with which each row is in a step, in (0, 1].
-        clip: largest norm of a row's gradient, C.
+        rate: probability with which each unit is in a step, in (0, 1].
+        clip: largest norm of a unit's gradient, C.
         noise: standard deviation of the noise on the sum of clipped gradients, as a multiple of the clip.
-        lr: step size of SGD on that sum, divided by the expected number of rows.
+        lr: step size of SGD on that sum, divided by the expected number of units.
     """
 
     steps: int
@@ -48,6 +51,7 @@ def rate_of(rows: int, batch: int) -> float:
     return 1.0 / math.ceil(rows / batch)
 
 
+@functools.lru_cache(maxsize=64)  # a search of seconds, and a plan is made more than once
 def noise_for(epsilon: float, delta: float, *, rate: float, steps: int) -> float:
     """The least noise multiplier that meets a budget, by the accountant of Renyi differential privacy (arXiv 1908.10530).
 
@@ -82,6 +86,7 @@ def noise_for(epsilon: float, delta: float, *, rate: float, steps: int) -> float
         ) from None
 
 
+@functools.lru_cache(maxsize=64)
 def spent(mechanism: Mechanism, delta: float) -> float:
     """The epsilon that a training has at a ``delta``, by the same accountant."""
     _opacus()
@@ -106,10 +111,10 @@ def of_group(epsilon: float, delta: float, rows: int) -> tuple[float, float]:
 
 
 def check_private(model: nn.Module) -> None:
-    """Refuse models whose layers mix rows, so that a row has no gradient of its own.
+    """Refuse models whose layers mix rows, so that a row has no gradient of its own, and weights too coarse for the noise.
 
     Raises:
-        InputError: naming the layer.
+        InputError: naming the layer, or the type of the weights.
         MissingExtra: opacus is not installed.
     """
     _opacus()
@@ -120,6 +125,48 @@ def check_private(model: nn.Module) -> None:
     if problems:
         said = str(problems[0]).splitlines()[0].rstrip(".")
         raise InputError(f"The model cannot be trained privately: {said}.", "Use GroupNorm or LayerNorm in place of batch norms.")
+    coarse = sorted({str(p.dtype) for p in model.parameters() if p.dtype not in (torch.float32, torch.float64)})
+    if coarse:
+        raise InputError(f"Noise is lost in weights of type {coarse[0].removeprefix('torch.')}.", "Load the model in float32.")
+
+
+def check_gradients(model: nn.Module, rows: tuple[Tensor, Tensor], forward: Forward, loss: RowLoss) -> None:
+    """Compare the gradients of two rows, taken together, with backward passes of their own: clipping relies on them.
+
+    Args:
+        model: is left as it was.
+        rows: inputs and targets; of more than two the first are taken.
+        forward, loss: as in training.
+
+    Raises:
+        InputError: they differ, so the forward pass treats rows together in another way than alone.
+    """
+    x, y = (t[:2].to(next(model.parameters()).device) for t in rows)
+    model.eval()
+    both = per_example_gradients(model, x, y, forward, loss, chunk=_together(model, x, y, forward, loss))
+    held = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for i in range(len(y)):
+        alone = torch.autograd.grad(
+            loss(forward(model, x[i : i + 1]), y[i : i + 1]).sum(), list(held.values()), allow_unused=True
+        )
+        for name, wanted in zip(held, alone, strict=True):
+            found = both[name][i]
+            off = found if wanted is None else found - wanted
+            if float(off.norm()) > 1e-4 + (0.0 if wanted is None else 1e-2 * float(wanted.norm())):
+                raise InputError(
+                    f"The gradient of a row on {name!r} depends on the rows beside it.", "Use a model that treats rows apart."
+                )
+
+
+def _together(model: nn.Module, x: Tensor, y: Tensor, forward: Forward, loss: RowLoss) -> int | None:
+    """How many rows may be taken at a time: 1 of a model whose forward pass decides by values, else what fits (None)."""
+    try:
+        per_example_gradients(
+            model, x[:1].repeat(2, *[1] * (x.ndim - 1)), y[:1].repeat(2, *[1] * (y.ndim - 1)), forward, loss, chunk=2
+        )
+    except Entangled:
+        return 1
+    return None
 
 
 def train_privately(
@@ -131,21 +178,25 @@ def train_privately(
     forward: Forward,
     loss: RowLoss,
     seed: int,
+    units: Tensor | None = None,
+    trim: Trim | None = None,
     observe: Observe | None = None,
 ) -> Tensors:
     """Train a model in place; returns its parameters and buffers, in main memory.
 
     The result follows from the arguments alone; torch's global generator is left as it was. The model is in evaluation mode, so
-    its dropout is off.
+    its dropout is off. Gradients of units are made, clipped and added up in blocks, so memory does not grow with the batch.
 
     Args:
         model: with its first weights, on its device.
         inputs: ``[n, ...]``.
-        targets: ``[n]``.
+        targets: ``[n, ...]``.
         mechanism: sampling, clipping, noise, steps.
         forward: how the model is called.
         loss: one loss per row.
         seed: of the sampling and of the noise. Whoever knows it can take the noise off: it is part of the secret.
+        units: the unit that each row belongs to, ``[n]``, counted from 0; none: each row is its own.
+        trim: takes padding off the rows of a block.
         observe: called after each step.
 
     Raises:
@@ -156,24 +207,24 @@ def train_privately(
     opacus = _opacus()
     rows = check_rows(inputs, targets)
     device = next(model.parameters()).device
-    moving = [p for p in model.parameters() if p.requires_grad]
+    moved = [p for p in model.parameters() if p.requires_grad]
     draw, noise = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed + 1)
-    batches = opacus.data_loader.DPDataLoader(
-        torch.utils.data.TensorDataset(inputs, targets), sample_rate=mechanism.rate, generator=draw
-    )
+    owner = torch.arange(rows) if units is None else units
+    each = torch.arange(int(owner.max()) + 1)
+    batches = opacus.data_loader.DPDataLoader(torch.utils.data.TensorDataset(each), sample_rate=mechanism.rate, generator=draw)
+    together = _together(model, inputs[:1].to(device), targets[:1].to(device), forward, loss)
+    work = _Work(model, inputs, targets, owner, forward, loss, trim, together)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its secure mode
         torch.manual_seed(seed)
         optimizer = opacus.optimizers.DPOptimizer(
-            torch.optim.SGD(moving, lr=mechanism.lr), noise_multiplier=mechanism.noise, max_grad_norm=mechanism.clip,
-            expected_batch_size=mechanism.rate * rows, loss_reduction="mean", generator=noise,
+            torch.optim.SGD(moved, lr=mechanism.lr), noise_multiplier=mechanism.noise, max_grad_norm=mechanism.clip,
+            expected_batch_size=mechanism.rate * len(each), loss_reduction="mean", generator=noise,
         )  # fmt: skip
         done = 0
         while done < mechanism.steps:
-            for x, y in batches:
-                optimizer.zero_grad()
-                _gradients(model, (x.to(device), y.to(device)), forward, loss)
-                optimizer.step()
+            for (drawn,) in batches:
+                work.step(optimizer, drawn)
                 done += 1
                 if observe is not None:
                     observe(done)
@@ -185,18 +236,63 @@ def train_privately(
     return state
 
 
-def _gradients(model: nn.Module, batch: tuple[Tensor, Tensor], forward: Forward, loss: RowLoss) -> None:
-    """Give every parameter the gradients of the rows that were drawn, where the optimiser looks for them.
+@dataclass
+class _Work:
+    """Gradients of units, given to the parameters where opacus' optimiser looks for them.
 
     Taken by ``vmap`` as everywhere here: opacus hooks modules instead, which fails where an input of one has no axis of rows
-    (position embeddings).
+    (position embeddings), where a layer is none that it knows (RMSNorm), and where two layers share a weight.
     """
-    x, y = batch
-    found = per_example_gradients(model, x, y, forward, loss) if len(y) else {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            own: Any = parameter
-            own.grad_sample = found.get(name, parameter.new_zeros((0, *parameter.shape)))  # nobody drawn: noise alone
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    owner: Tensor
+    forward: Forward
+    loss: RowLoss
+    trim: Trim | None
+    chunk: int | None
+
+    def step(self, optimizer: Any, drawn: Tensor) -> None:
+        """One step on the units that were drawn; none at all: noise alone."""
+        size = rows_at_once(moving(self.model))
+        blocks = [drawn[at : at + size].long() for at in range(0, max(1, len(drawn)), size)]
+        for i, block in enumerate(blocks):
+            optimizer.zero_grad()
+            self._give(block)
+            optimizer.signal_skip_step(do_skip=i < len(blocks) - 1)
+            optimizer.step()
+
+    def _give(self, block: Tensor) -> None:
+        found = self._gradients(block) if len(block) else {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                own: Any = parameter
+                own.grad_sample = found.get(name, parameter.new_zeros((0, *parameter.shape)))
+
+    def _gradients(self, block: Tensor) -> Tensors:
+        """The mean gradient of the rows of each unit, ``[units, *shape]``."""
+        place = torch.full((int(self.owner.max()) + 1,), -1)
+        place[block] = torch.arange(len(block))
+        rows = (place[self.owner] >= 0).nonzero().flatten()
+        at = place[self.owner[rows]]
+        device = next(self.model.parameters()).device
+        order = at.argsort(stable=True)  # rows of their own come in the order in which they were drawn
+        x, y = (t[rows[order]] for t in (self.inputs, self.targets))
+        x, y = self.trim(x, y) if self.trim is not None else (x, y)
+        at = at[order].to(device)
+        if len(at) == len(block):  # one row each
+            return per_example_gradients(self.model, x.to(device), y.to(device), self.forward, self.loss, chunk=self.chunk)
+        share, done = 1 / torch.bincount(at, minlength=len(block)), 0
+        total: Tensors = {}
+        for found in gradient_blocks(self.model, x.to(device), y.to(device), self.forward, self.loss, chunk=self.chunk):
+            of = at[done : done + len(next(iter(found.values())))]
+            for name, value in found.items():
+                weighed = value * share[of].to(value.dtype).view(-1, *[1] * (value.ndim - 1))
+                held = total.setdefault(name, value.new_zeros(len(block), *value.shape[1:]))
+                held.index_add_(0, of, weighed)
+            done += len(of)
+        return total
 
 
 def _opacus() -> Any:

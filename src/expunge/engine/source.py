@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.errors import InputError
+from expunge.data.records import Record
 from expunge.data.rows import Indices, Table
 from expunge.engine.functional import Forward, RowLoss, Tensors, class_loss, digest_tensors, squared_loss
 from expunge.engine.members import Members, Spec, Training, train_members, visits
@@ -84,6 +85,28 @@ class Source:
         first, last = (round(whole.steps * share) for share in done)
         return whole.model_copy(update={"steps": last - first, "seed": seed})
 
+    @property
+    def rate(self) -> float:
+        """Step size of the training, for trainings beside it.
+
+        Raises:
+            InputError: nothing says it.
+        """
+        return self.plan.lr
+
+    def described(self) -> dict[str, Any] | None:
+        """What the training depends on, as JSON: what a folder must have been made with."""
+        return None if self.training is None else self.training.model_dump(mode="json")
+
+    def shortened(self, share: float) -> Any:
+        """A share (in (0, 1]) of the training, for :meth:`visits` and :meth:`learn`.
+
+        Raises:
+            InputError: nothing says how the model is trained.
+        """
+        whole = self.plan
+        return whole.model_copy(update={"steps": max(1, round(share * whole.steps))})
+
     def warm(self) -> None:
         """Load what learning needs: the first optimiser that a process makes imports torch's compiler, which takes seconds."""
         torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
@@ -124,12 +147,40 @@ class Source:
         at = self.at(ids)
         return torch.from_numpy(self.table.inputs[at]), torch.from_numpy(self.table.targets[at])
 
+    def subjects(self, ids: Sequence[str]) -> list[str]:
+        """The subject of each of some rows; where the data name none, the row itself."""
+        names = self.table.subjects
+        return [(names[i] if names else "") or self.table.ids[i] for i in self.at(ids).tolist()]
+
+    def trimmed(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Some rows without what is padding in all of them."""
+        return inputs, targets
+
+    def records(self, ids: Sequence[str]) -> list[Record]:
+        """Some records as texts.
+
+        Raises:
+            InputError: the rows are no text.
+        """
+        raise InputError("Rows of numbers hold no words that could be replaced.", "Choose protect=gradients.")
+
+    def encoded(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of records of text, which need not be those of the table.
+
+        Raises:
+            InputError: the rows are no text.
+        """
+        raise InputError("Rows of numbers hold no words that could be replaced.", "Choose protect=gradients.")
+
     def fresh(self, seed: int) -> dict[str, Tensor]:
         """State of an untrained model; torch's global generator is left as it was."""
+        return {name: value.detach() for name, value in state_of(self.made(seed)).items()}
+
+    def made(self, seed: int) -> nn.Module:
+        """An untrained model."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = self.model()
-        return {name: value.detach() for name, value in _state(model).items()}
+            return self.model()
 
     def module(self, state: dict[str, Tensor]) -> nn.Module:
         """A model with the weights of ``state`` (parameters and buffers by name), in evaluation mode.
@@ -137,9 +188,8 @@ class Source:
         Raises:
             InputError: names or shapes are others.
         """
-        with torch.random.fork_rng(devices=[]):
-            model = self.model()
-        held = _state(model)
+        model = self.made(0)
+        held = state_of(model)
         if {n: v.shape for n, v in held.items()} != {n: v.shape for n, v in state.items()}:
             raise InputError("The weights are of another model.", "Give the one of the training.")
         with torch.no_grad():
@@ -153,5 +203,6 @@ class Source:
         return digest_tensors(state[name] for name in sorted(state))
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, as they are."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -95,6 +95,8 @@ def fairness(folder: Path, group: str, *, seed: int = 0) -> Fairness:
             f"{str(folder)!r} is no run of a prepared method.", "Make one: expunge train ENTRY --method sisa --out RUN."
         )
     config = PreparedConfig(**Run.open(folder).manifest["config"])
+    if config.texts is not None:
+        raise InputError("Error rates over groups are defined for two classes, not for texts.", "Give a run of rows.")
     problem = load_entry(config.model)
     if problem.data.task != "classification" or len(problem.data.classes) != 2:
         raise InputError("Error rates over groups are defined for two classes.", "Give a model of two classes.")

@@ -83,11 +83,11 @@ def plan(config: TrainConfig) -> TrainPlan:
         records = RecordSet(records.name, tuple(r for r in records if content_key(r) not in gone), records.source)
     if not len(records):
         raise InputError("No record is left to train on.", "Check the data and what is excluded.")
-    recipe = build_recipe("finetune", _with_defaults(config.parts))
+    recipe = build_recipe("finetune", with_defaults(config.parts))
     # The tokenizer of a model made from scratch covers all of the data, the excluded records too: with a vocabulary of its
     # own, a retrained model could not be compared token by token with the target.
     adapter, base = (
-        (_scratch(config, vocabulary), config.model)
+        (scratch_model(config, scratch_tokenizer(config, [vocabulary]), config.engine.seed), config.model)
         if config.scratch
         else (open_adapter(config.model, config.text, dropout=config.engine.dropout), config.model)
     )
@@ -102,7 +102,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     return TrainPlan(config, adapter, recipe, examples, records, cost, base)
 
 
-def _with_defaults(parts: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(parts: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a training; settings of a schedule without its name change the default one instead of replacing it."""
     given = nest(dict(parts))
     schedule = given.get("schedule", {})
@@ -111,20 +111,25 @@ def _with_defaults(parts: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _scratch(config: TrainConfig, vocabulary: RecordSet) -> LanguageAdapter:
-    from expunge.adapters.loading import wrap
-    from expunge.adapters.presets import build
+def scratch_tokenizer(config: TrainConfig, sets: Sequence[RecordSet]) -> Any:
+    """A word tokenizer made from the texts of some sets and of the further files that the configuration names."""
     from expunge.adapters.tokenise import DEFAULT_TEMPLATE
     from expunge.adapters.words import word_tokenizer
 
     # Words of people never trained on must be single tokens as those of the others are: spelt out in characters that the model
     # has never produced, they would look far less likely than anything unlearnt.
     more = [load_set(s, "vocabulary", config.text.columns) for s in config.vocabulary]
-    tokenizer = word_tokenizer([*all_texts([vocabulary, *more]), config.text.template or DEFAULT_TEMPLATE])
-    model = build(config.model, tokenizer, seed=config.engine.seed)
+    return word_tokenizer([*all_texts([*sets, *more]), config.text.template or DEFAULT_TEMPLATE])
+
+
+def scratch_model(config: TrainConfig, tokenizer: Any, seed: int) -> LanguageAdapter:
+    """The preset with random weights."""
+    from expunge.adapters.loading import wrap
+    from expunge.adapters.presets import build
+
     return wrap(
-        model, tokenizer, template=config.text.template, max_length=config.text.max_length, truncate=config.text.truncate,
-        dropout=config.engine.dropout,
+        build(config.model, tokenizer, seed=seed), tokenizer, template=config.text.template, max_length=config.text.max_length,
+        truncate=config.text.truncate, dropout=config.engine.dropout,
     )  # fmt: skip
 
 

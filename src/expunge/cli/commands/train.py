@@ -25,6 +25,11 @@ _HELP = """Train a model on records: the target of later unlearning, with its re
       expunge unlearn runs/sisa --id 17
 
     \b
+    A language model that records can be deleted from, with a certificate:
+      expunge train gpt2 --data mine.jsonl --method dp2u --out runs/private epsilon=2 schedule.lr=1e-4
+      expunge unlearn runs/private --subject "patient 7"
+
+    \b
     Without schedule.lr a short range test finds the step size.
     """
 
@@ -44,7 +49,11 @@ def train(
         Path | None, typer.Option(help="YAML file with the same settings; options win over it.", metavar="FILE")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="Rows: a method that prepares for deletions, such as sisa or s3t.", metavar="NAME")
+        str | None,
+        typer.Option(help="A method that prepares for deletions: of rows sisa, s3t...; of texts dp2u.", metavar="NAME"),
+    ] = None,
+    holdout: Annotated[
+        str | None, typer.Option(help="With --method: records never trained on, for the audit.", metavar="DATA")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initial weights and of the order of examples.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -52,7 +61,7 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Train and leave a run folder."""
-    from expunge.cli.rows import is_rows, train_prepared
+    from expunge.cli.rows import is_rows, train_prepared, train_texts
     from expunge.core.files import check_room
     from expunge.pipeline import train as stage
     from expunge.pipeline.config import TrainConfig, from_file, merge
@@ -73,9 +82,17 @@ def train(
     if is_rows({**merged, "data": None}, {}):
         if seed is not None:
             raise InputError("--seed is for language models.", "Write seed=VALUE: it is a setting of the method.")
+        if holdout is not None:
+            raise InputError("--holdout is for language models; the function brings its own.", "Leave it out.")
         return train_prepared(merged, method, out, resume=resume, dry_run=dry_run, output=output)
     if method is not None:
-        raise InputError("--method is for models of rows.", "Name the function that brings one: file.py:function.")
+        if seed is not None:
+            raise InputError("--seed does not go with --method.", "Write seed=VALUE: it is a setting of the method.")
+        return train_texts(merged, method, holdout, out, resume=resume, dry_run=dry_run, output=output)
+    if holdout is not None:
+        raise InputError(
+            "--holdout belongs to --method.", "Name the holdout when the model is unlearned: expunge unlearn --holdout."
+        )
     if not merged.get("data"):
         raise InputError("No data to train on were given.", "Add --data DATA.")
     check_out(out, resume)

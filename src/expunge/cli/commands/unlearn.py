@@ -38,8 +38,9 @@ _HELP = """Make a model forget a set of records.
     A transformers classifier of images or texts takes its rows from files (reading.KEY=VALUE says which column is what):
       expunge unlearn my/vit --data photos --holdout unseen --class cat --method scrub --out runs/cat
       expunge unlearn my/bert --data train.csv reading.text=review reading.target=stars --id 17 --out runs/review
-    A run of `expunge train ENTRY --method sisa` gives rows up in place:
+    A run of `expunge train ... --method sisa` (rows) or dp2u (rows, texts) gives up in place what it was trained on:
       expunge unlearn runs/sisa --id 17
+      expunge unlearn runs/private --forget request.jsonl
 
     \b
     PARTS are key=value pairs: parameters of the method (beta=0.2) or parts of it (retain=kl, parameters=lora,
