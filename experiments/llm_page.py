@@ -54,6 +54,7 @@ ENDS = {
     "goal": "goal", "budget": "budget", "converged": "budget", "schedule": "its own schedule", "utility": "utility bound",
     "edited": "one edit", "diverged": "diverged", "control": "its own control", "limit": "its own limit",
 }  # fmt: skip
+STILL = 0.01  #: a method that is no nearer to the gold standard than the target by more has moved nothing
 SHORT = 220  #: characters of a message of failure
 
 
@@ -176,6 +177,9 @@ def _outcome(found: Found, said: Sequence[Claim]) -> Iterator[str]:
         yield f"  {spread(target.values['distance'], 3)}): {', '.join(near)}."
         apart = sum(max(a.values["distance"]) < min(b.values["distance"]) for a, b in itertools.pairwise(methods))
         yield f"- Of {len(methods) - 1} pairs of neighbours in that order, the seeds of {apart} do not overlap."
+        bound = target.mean("distance") - STILL
+        still = [line.label for line in methods if min(line.values["distance"]) >= bound]
+        yield f"- No seed nearer than the target by {STILL:g}: {listed(still)}."
     held = Counter(c.outcome for c in said)
     yield f"- Claims: {held['held']} held, {held['not held']} not held, {held['cannot be told here']} cannot be told here."
     tuned = [m for m, s in found.sweeps.items() if s.methods[0].chosen]
@@ -328,7 +332,11 @@ def _missing(found: Found) -> Iterator[str]:
     unswept = [m for m in found.audits if m not in found.sweeps]
     if unswept:
         yield f"Run with their own settings, since the sweep failed or had nothing to search: {listed(unswept)}."
-    if not found.missing and not few and not unswept:
+    usual = Counter(tuple(sorted(d.protocol)) for d in found.audits.values()).most_common(1)
+    later = [m for m, d in found.audits.items() if tuple(sorted(d.protocol)) != usual[0][0]]
+    if later:
+        yield f"Added later, and audited by another version of the audit, which has more to measure: {listed(later)}."
+    if not found.missing and not few and not unswept and not later:
         yield "Every method has its sweep, all seeds, and an audit."
 
 
