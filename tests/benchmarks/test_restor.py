@@ -23,7 +23,7 @@ from expunge.core.results import Direction
 from expunge.data.sources import load
 from tests.benchmarks.world import sampled, small_model
 
-GRADIENT_ASCENT = {"schedule": {"name": "fixed", "lr": 3e-4, "steps": 30, "batch": 16}}
+GRADIENT_ASCENT = {"schedule": {"name": "fixed", "lr": 1e-3, "steps": 60, "batch": 16}}
 
 
 def test_recovery_by_hand() -> None:
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkDocument:
     benchmark = sampled("restor", folder / "data", k=1)
     config = BenchmarkConfig(
         benchmark="restor", options=benchmark.model_dump(), model="llama-tiny", methods=("gradascent",), unlearn=GRADIENT_ASCENT,
-        train={"schedule": {"epochs": 40}}, verdict=False, audit=AuditSettings.quick(draws=200),
+        train={"schedule": {"epochs": 120}}, verdict=False, audit=AuditSettings.quick(draws=200),
     )  # fmt: skip
     return execute(plan(config, folder / "run"), bars=lambda what: nullcontext(), say=lambda text: None)
 

@@ -32,7 +32,7 @@ from expunge.core.results import Direction
 from expunge.data.people_words import PERSON, Draw, invented
 from expunge.engine.parts import Paper
 
-_SCORED, _OTHERS, _RELATIONS = 16, 56, 4
+_SCORED, _OTHERS, _RELATIONS = 8, 16, 4
 _SCHEDULE: dict[str, Any] = {"name": "fixed", "lr": 5e-5, "epochs": 5, "batch": 4, "warmup": 0.5, "decay": "cosine"}
 
 

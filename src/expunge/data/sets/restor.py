@@ -206,6 +206,8 @@ def _facts(given: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, An
         if not isinstance(relations, dict):
             raise InputError(f"facts.json: the facts about {entity!r} are no object.", 'Write them as {"P19": {...}}.')
         rows = [(f"{entity} {r}", row if isinstance(row, dict) else {}) for r, row in relations.items()]
+        if not rows:
+            continue  # a published person of whom nothing is asked
         for (_, row), relation in zip(checked(rows, _FACT, "facts.json"), relations, strict=True):
             yield entity, relation, row
 
