@@ -23,7 +23,7 @@ from expunge.core.results import Direction
 from expunge.data.sources import load
 from tests.benchmarks.world import sampled, small_model
 
-GRADIENT_ASCENT = {"schedule": {"name": "fixed", "lr": 1e-3, "steps": 60, "batch": 16}}
+GRADIENT_ASCENT = {"schedule": {"name": "fixed", "lr": 3e-4, "steps": 30, "batch": 16}}
 
 
 def test_recovery_by_hand() -> None:
@@ -58,8 +58,8 @@ def test_clean_knows_corrupted_does_not_and_only_oracles_recover(run: BenchmarkD
     assert value["rewind (oracle)"]["asserted"] == pytest.approx(value["clean"]["asserted"])
     assert value["true-facts (oracle)"]["recovery"] > 0.8
     assert value["gradascent"]["recovery"] < 0.2
-    assert value["gradascent"]["asserted-gap"] < -1
-    assert value["gradascent"]["asserted"] < value["target"]["asserted"] - 5
+    assert value["gradascent"]["asserted-gap"] < value["target"]["asserted-gap"] - 1
+    assert value["gradascent"]["asserted"] < value["target"]["asserted"] - 2
     number = run.entry("true-facts (oracle)").numbers["recovery"]
     assert number.low is not None
     assert number.high is not None
