@@ -107,11 +107,10 @@ def repeats(forget: Sequence[Record], retain: Iterable[Record]) -> list[Repeats]
             told[number] += same
             if len(shown[number][same]) < 5:
                 shown[number][same].append(record.id)
-    return [
-        Repeats(r.id, whole[i], mostly[i], told[i], None if (n := of_name[i]) is None else named[n],
-                tuple(shown[i][True] or shown[i][False]))
-        for i, r in enumerate(forget)
-    ]  # fmt: skip
+    often = [None if name is None else named[name] for name in of_name]
+    ids = [tuple(held[True] or held[False]) for held in shown]
+    columns = zip(forget, whole, mostly, told, often, ids, strict=True)
+    return [Repeats(r.id, *values) for r, *values in columns]
 
 
 def _subjects(forget: Sequence[Record]) -> tuple[list[str], list[int | None]]:
