@@ -8,7 +8,10 @@ where they are shared.
 
 - ``uld``: the target and its first quarter with a LoRA of rank 16, scores subtracted;
 - ``uld, filtered``: the same with the relative top filter at 0.01;
-- ``whp-logits``: the target and a whole second copy.
+- ``whp-logits``: the target and a whole second copy;
+- ``o3, loaded``: the target with a gated LoRA of rank 8 on all projections and a detector that reads every block of the prompt
+  in the target's own states, the LoRA loaded for every prompt; ``o3, not loaded``: the same where the detector leaves the
+  prompt to the target; ``o3, 4 requests``: four of both, all loaded.
 
 Run: ``python benchmarks/assistants.py [--repeats 5] [--tokens 48] [--batch 1] [--threads 1] [--json FILE]``
 """
@@ -50,12 +53,40 @@ def results(model: Any) -> dict[str, Any]:
     small = Assistant().prepare(model, block_names(model)).eval()
     blocks = int(small.expunge_blocks)
     generic = Combination(weight=-1.0, link="relu", against="target", centred=False)
+    loaded, idle, four = (gated(model, block_names(model), *case) for case in ((1, 0.0), (1, 2.0), (4, 0.0)))
     return {
         "target": model,
         "uld": Combined(model, small, Combination(weight=-0.8), blocks=blocks),
         "uld, filtered": Combined(model, small, Combination(weight=-0.8, filter=0.01), blocks=blocks),
         "whp-logits": Combined(model, copy.deepcopy(model), generic),
+        "o3, loaded": loaded,
+        "o3, not loaded": idle,
+        "o3, 4 requests": four,
     }
+
+
+def gated(model: Any, names: list[str], requests: int, shift: float) -> Any:
+    """The target with updates beside it; their detectors find the prompts usual, or (``shift``) far away."""
+    from expunge.adapters.detector import Weighing, fit_detector
+    from expunge.adapters.gated import Gated, GatedRequest
+    from expunge.adapters.lowrank import LowRank
+    from expunge.adapters.reading import HiddenStates
+    from expunge.engine.parameters import LoraBeside
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY, (1, PROMPT), generator=generator)
+    mask = torch.ones_like(ids)
+    seen = HiddenStates(model).features(ids, mask, mask.bool(), range(len(names)), "mean")
+    near = seen + seen.std() * (0.1 * torch.randn(64, *seen.shape[1:], generator=generator) + shift)
+    held = []
+    for _ in range(requests):
+        update = LowRank.of(LoraBeside().prepare(model, names).eval())
+        with torch.no_grad():
+            for b in update.b:
+                b.normal_(std=1e-3)
+        detector = fit_detector(near[:48], near[48:], layers=range(len(names)), pool="mean", encoder=False, cosine=None)
+        held.append(GatedRequest(update, detector, Weighing(rule="hard")))
+    return Gated(model, held).eval()
 
 
 def spent(work: Callable[[], object]) -> float:
@@ -106,6 +137,8 @@ def main() -> None:
             "scoring": median["score"] / base["score"],
             "weights": sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in made["target"].parameters()),
         }
+    weights = {name: [float(w) for w in model.weights(ids)[:, 0]] for name, model in made.items() if name.startswith("o3")}
+    print("weights of the first prompt:", weights)
     print(f"{'':16}{'ms/token':>10}{'x target':>10}{'scoring x':>11}{'weights x':>11}")
     for name, row in table.items():
         print(f"{name:16}{row['ms_per_token']:10.2f}{row['generation']:10.2f}{row['scoring']:11.2f}{row['weights']:11.2f}")

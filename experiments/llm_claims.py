@@ -137,7 +137,14 @@ def _over_steps(courses: Courses) -> list[Claim]:
 def _by_runs(lines: Mapping[str, Line]) -> list[Claim]:
     asked = [
         ("SimNPO forgets better than NPO", "simnpo", "simnpo", "npo", "distance", False),
-        ("WGA is a better trade-off than gradient ascent", "wga", "wga", "gradascent", "distance", False),
+        (
+            "WGA, with a retain term, beats gradient ascent, without",
+            "wga",
+            "wga",
+            "gradascent",
+            "distance",
+            False,
+        ),
         ("WGA is a better trade-off than gradient difference", "wga", "wga", "graddiff", "distance", False),
         ("SSU has less collateral damage than task-vector negation", "ssu", "ssu", "task-vector", "model-utility", True),
     ]

@@ -61,7 +61,10 @@ FIRST = (
 #: What serves language models and is left out: why it cannot answer this request by its very definition.
 LEFT_OUT = {
     "retrain": "it is the gold standard itself: the retrained models of the table",
+    "au": "it looks for made-up names of packages in what the model writes, and this request is about authors",
+    "backdoor": "it is an attack on audits and no way to forget",
     "codeeraser": "it forgets marked spans, and a request of whole authors marks none",
+    "sani": "it tells marked spans from the rest, and a request of whole authors marks none",
     "oracle-matching": "it reads what a model says that never saw the authors: the gold standard that it is compared with",
 }
 #: Methods whose own schedule is not the adaptive one: the same number of examples as 120 steps of 8, where it takes a number.
@@ -163,7 +166,8 @@ class Plan:
         return {
             "retain": self.retain, "standin": self.standin, "forget": self.forget, "goal": self.goal, "holdout": self.holdout,
             "others": self.others, "model": self.model, "schedule": dict(self.schedule), "retrained": list(self.retrained),
-            "trials": self.trials, "rule": self.rule, "parts": dict(self.parts), "audit": self.audit.model_dump(mode="json"),
+            "trials": self.trials, "rule": self.rule, "parts": dict(self.parts),
+            "audit": self.audit.model_dump(mode="json", exclude_defaults=True),
         }  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from expunge.core.files import write_text
 from expunge.core.results import Verdict
 from expunge.core.runs import Run
 from expunge.core.settings import describe_value
+from expunge.methods.recipe import build
+from expunge.methods.registry import METHODS
 from expunge.pipeline.audit import DOCUMENT
 from expunge.pipeline.audit import read as read_audit
 from expunge.pipeline.sweep_document import MethodSweep, SweepDocument
@@ -52,6 +54,7 @@ ENDS = {
     "goal": "goal", "budget": "budget", "converged": "budget", "schedule": "its own schedule", "utility": "utility bound",
     "edited": "one edit", "diverged": "diverged", "control": "its own control", "limit": "its own limit",
 }  # fmt: skip
+STILL = 0.01  #: a method that is no nearer to the gold standard than the target by more has moved nothing
 SHORT = 220  #: characters of a message of failure
 
 
@@ -108,7 +111,8 @@ def _blocks(found: Found) -> dict[str, str]:
         "seeds_table": _single(found), "sweeps": _sweeps(found), "gains": _gains(found), "ends": _ends(found),
         "verdicts": _reasons(found), "left_out": [f"- `{m}`: {why}." for m, why in sorted(left_out().items())],
         "failed": [f"- {_name(n)}: {_cut(text)}" for n, text in found.failed.items()] or ["Nothing failed."],
-        "missing": _missing(found), "learnt": _learnt(found), "times": _times(found), "not_shown": _not_shown(found),
+        "missing": _missing(found),
+        "twins": _twins(found), "learnt": _learnt(found), "times": _times(found), "not_shown": _not_shown(found),
     }  # fmt: skip
     return {name: "\n".join(held) for name, held in blocks.items()}
 
@@ -173,10 +177,23 @@ def _outcome(found: Found, said: Sequence[Claim]) -> Iterator[str]:
         yield f"  {spread(target.values['distance'], 3)}): {', '.join(near)}."
         apart = sum(max(a.values["distance"]) < min(b.values["distance"]) for a, b in itertools.pairwise(methods))
         yield f"- Of {len(methods) - 1} pairs of neighbours in that order, the seeds of {apart} do not overlap."
+        bound = target.mean("distance") - STILL
+        still = [line.label for line in methods if min(line.values["distance"]) >= bound]
+        yield f"- No seed nearer than the target by {STILL:g}: {listed(still)}."
     held = Counter(c.outcome for c in said)
     yield f"- Claims: {held['held']} held, {held['not held']} not held, {held['cannot be told here']} cannot be told here."
     tuned = [m for m, s in found.sweeps.items() if s.methods[0].chosen]
     yield f"- The sweep chose other settings than the method's own for {len(tuned)} of {len(found.sweeps)} methods."
+
+
+def _twins(found: Found) -> Iterator[str]:
+    """Methods of one and the same recipe: their difference is what the draws of two sweeps leave to chance."""
+    lines = {line.label: line for line in found.lines if line.label in METHODS.names()}
+    specs = {name: {**build(name).spec(), "name": METHODS.get(name).alternatives} for name in lines}
+    for first, second in itertools.combinations(lines, 2):
+        if specs[first] == specs[second]:
+            ways = " and ".join(f"`{n}` {spread(lines[n].values['distance'], 3)}" for n in (first, second))
+            yield f"- *Chance in the sweeps.* Two names stand for one recipe here, and differ in what their sweeps drew: {ways}."
 
 
 def _main(found: Found) -> Iterator[str]:
@@ -315,7 +332,11 @@ def _missing(found: Found) -> Iterator[str]:
     unswept = [m for m in found.audits if m not in found.sweeps]
     if unswept:
         yield f"Run with their own settings, since the sweep failed or had nothing to search: {listed(unswept)}."
-    if not found.missing and not few and not unswept:
+    usual = Counter(tuple(sorted(d.protocol)) for d in found.audits.values()).most_common(1)
+    later = [m for m, d in found.audits.items() if tuple(sorted(d.protocol)) != usual[0][0]]
+    if later:
+        yield f"Added later, and audited by another version of the audit, which has more to measure: {listed(later)}."
+    if not found.missing and not few and not unswept and not later:
         yield "Every method has its sweep, all seeds, and an audit."
 
 

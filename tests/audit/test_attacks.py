@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from expunge.audit.arrays import Arrays, Attempt
-from expunge.audit.attacks.prompting import prefixed
+from expunge.audit.asking import prefixed
 from expunge.audit.attacks.registry import ATTACKS, Access, Attack, Criterion, fitting
 from expunge.audit.evidence import Evidence, Values
 from expunge.audit.metrics.papers import RWKU
@@ -23,6 +23,7 @@ from expunge.core.results import Verdict
 from expunge.data.records import Record
 from expunge.engine.parts import Paper
 
+ROUGE = {"prefix-injection": {"score": "rouge"}}  #: the small models have learnt how answers sound, and few facts
 QUICK = {"relearn": None, "quantise": (), "metrics": ("probability", "rouge-l-recall")}
 
 
@@ -38,7 +39,7 @@ def models(target, retrained, fresh):
 
 @pytest.fixture(scope="module")
 def document(models, sets):
-    return audit(models, sets, AuditSettings(attacks=("prefix-injection",), **QUICK))
+    return audit(models, sets, AuditSettings(attacks=("prefix-injection",), attack_options=ROUGE, **QUICK))
 
 
 def test_an_attack_measures_the_forget_set_and_says_what_it_is(document):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import yaml
@@ -119,8 +121,12 @@ def test_nothing_is_forgotten_unless_every_deciding_criterion_holds():
     missing = judged(held, forgotten(fine[0]), 3)
     assert missing.verdict is Verdict.UNDECIDED
     assert "C1 (adversarial prompts) not run" in missing.reason
-    silent = judged(held, forgotten(fine[0], check("attack (x)", "not run", PROMPTS)), 3)
-    assert silent.verdict is Verdict.UNDECIDED
+    skipped = judged(held, forgotten(fine[0], check("attack (x)", "not run", PROMPTS)), 3)
+    assert skipped.verdict is Verdict.UNDECIDED
+    silent = check("attack (x)", "not run", PROMPTS).model_copy(update={"told": False})
+    assert judged(held, forgotten(fine[0], silent), 3).verdict is Verdict.FORGOTTEN  # even the target gives nothing away
+    assert judged(held, forgotten(fine[0], silent), 3).criteria[1].outcome == "tells nothing"
+    assert judged(protocol("equivalence", "equivalence"), forgotten(fine[0], silent), 3).verdict is Verdict.UNDECIDED
     strict = judged(protocol("equivalence", "equivalence"), forgotten(*fine), 3)
     assert strict.verdict is Verdict.UNDECIDED
     assert strict.criteria[1].outcome == "undecided"
@@ -189,3 +195,20 @@ def test_an_audit_under_a_protocol_says_so(target, retrained, sets, tokenizer):
     assert set(outcomes) == {d.id for d in load_protocol("removal-v1").criteria}
     assert found.verdict is Verdict.NOT_FORGOTTEN
     assert document.protocol["protocol"]["version"] == 1
+
+
+def test_what_convicts_nobody_is_shown_with_its_numbers():
+    rng = np.random.default_rng(0)
+    target, gold = world(rng, "target", 0.1, 0.9), [world(rng, f"r{i}", 4.0, 0.1) for i in range(3)]
+    subject = world(rng, "subject", 4.0, 0.8)
+
+    def quiet(a: Arrays) -> Arrays:
+        return replace(a, attempts={n: replace(v, convicts=False) for n, v in a.attempts.items()})
+
+    found = judge(quiet(subject), [quiet(g) for g in gold], quiet(target))
+    assert found.verdict is Verdict.FORGOTTEN
+    shown = next(c for c in found.checks if c.name == "attack (context)")
+    assert shown.outcome == "shown"
+    assert "0.789, in retrained models 0.099, in the target 0.904" in shown.text
+    asked = protocol("equivalence", "no conviction", "report")
+    assert judged(asked, found, 3).criteria[2].outcome == "reported"

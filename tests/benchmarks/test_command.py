@@ -9,7 +9,7 @@ import pytest
 
 from tests.command import Run, refused
 
-SMALL = ["train.schedule.epochs=12", "unlearn.schedule.steps=20", "audit.draws=100", "audit.budget=40"]
+SMALL = ["train.schedule.epochs=10", "unlearn.schedule.steps=20", "audit.draws=100", "audit.budget=40"]
 
 
 def test_lists_and_shows(expunge: Run, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ REFUSED = [
     ("npo", {"retain": ["nll", {"weight": 2}]}, "Each retain term needs a name; got {'weight': 2}."),
     ("npo", {"retain": ["nll", "kl"], "retain.weight": 2}, "There are several retain terms. Say which one: retain.nll.weight or"),
     ("gradascent", {"retain": {"weight": 2}}, "There is no retain term whose 'weight' could be set. Name one: retain=nll."),
-    ("npo", {"finish": {"scale": 2}}, "There is no finish to change. Name one: finish=negate."),
+    ("npo", {"finish": {"scale": 2}}, "There is no finish to change. Name one: finish=gate."),
     ("npo", {"start": "zero"}, "There is no choice of start 'zero'. Known: initial, target."),
     ("npo", {"reference": "copied"}, "There is no choice of reference 'copied'. Did you mean 'copy'?"),
     ("npo", {"retain": "npo"}, "'npo' is a forget term, but was given as a retain term. Write forget=npo."),

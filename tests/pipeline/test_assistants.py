@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.command import Server, Town
 
 BRIEF = [
@@ -54,6 +56,57 @@ def test_several_requests_need_one_network(server: Server, town: Town, tmp_path:
     assert done.code == 2
     assert "a second request would need one network" in done.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_gated_updates_take_one_request_after_the_other(server: Server, town: Town, tmp_path: Path) -> None:
+    """From the command line: a request, another on its result, an audit; then the same as a file of requests."""
+    brief = [*BRIEF, "--method", "o3", "rule=hard"]
+    names = sorted({json.loads(line)["subject"] for line in town.forget.read_text().splitlines()})
+    lines = [line for line in town.forget.read_text().splitlines() if json.loads(line)["subject"] in names[:2]]
+    (tmp_path / "first.jsonl").write_text("\n".join(lines) + "\n")
+    rest = [line for line in town.forget.read_text().splitlines() if line not in lines]
+    (tmp_path / "second.jsonl").write_text("\n".join(rest) + "\n")
+    made = server.run("unlearn", town.target, "--forget", "first.jsonl", "--out", "one", *brief, cwd=tmp_path)
+    assert made.code == 0, made.err
+    assert "The detector is fitted on 6 forget prompts" in made.err
+    assert "loaded with up to 1 times its strength" in made.err
+    assert {p.name for p in (tmp_path / "one/model").iterdir()} >= {"composite.json", "target", "request-1", "tokenizer.json"}
+    made = server.run("unlearn", "one", "--forget", "second.jsonl", "--out", "two", *brief, cwd=tmp_path)
+    assert made.code == 0, made.err
+    assert (tmp_path / "two/model/request-2/adapter.safetensors").is_file()
+    found = server.run("audit", "two", *QUICK, "--json", cwd=tmp_path)
+    assert found.code == 0, found.err
+    document = json.loads((tmp_path / "two/audit.json").read_text())
+    values = {m["label"]: {k: n["value"] for k, n in m["numbers"].items()} for m in document["models"]}
+    assert values["o3"]["forget.loss"] > values["target"]["forget.loss"] + 0.5
+    assert document["models"][-1]["judgement"]["verdict"] != "forgotten"
+    for method in ("npo", "uld", "ssd"):
+        refused = server.run("unlearn", "two", *town.request("next")[1:], "--method", method, cwd=tmp_path)
+        assert refused.code == 2
+        assert "only one network can be trained" in refused.err
+    few = server.run("unlearn", town.target, "--forget", "few.jsonl", "--out", "next", *brief, cwd=tmp_path)
+    assert few.code == 2
+    (tmp_path / "few.jsonl").write_text("\n".join([*lines[:2], *rest[:2]]) + "\n")
+    few = server.run("unlearn", town.target, "--forget", "few.jsonl", "--out", "next", *brief, cwd=tmp_path)
+    assert few.code == 2
+    assert "needs 6 forget prompts that differ, and there are 4" in few.err
+    encoder = server.run(
+        "unlearn", town.target, "--forget", "first.jsonl", "--out", "next", *brief, "encoder=no/such/folder", cwd=tmp_path
+    )
+    assert encoder.code == 2
+    assert "There is no model folder 'no/such/folder'" in encoder.err
+    several = [json.dumps({"id": f"r{n}", "forget": f"{which}.jsonl"}) for n, which in enumerate(("first", "second"))]
+    (tmp_path / "requests.jsonl").write_text("\n".join(several) + "\n")
+    done = server.run(
+        "unlearn", town.target, "--requests", "requests.jsonl", "--retain", town.retain, "--out", "runs", *brief,
+        *[f"audit.{w}" for w in QUICK], cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    said = json.loads((tmp_path / "runs/01-r0/audit.json").read_text())
+    assert [m["label"] for m in said["models"]] == ["target", "after r0", "after r1"]
+    losses = [m["numbers"]["forget.loss"]["value"] for m in said["models"]]
+    assert min(losses[1:]) > losses[0] + 0.5, "the first request came back"
 
 
 def test_generic_labels_say_that_there_is_no_dictionary(server: Server, town: Town, tmp_path: Path) -> None:

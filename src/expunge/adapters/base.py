@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from expunge.adapters.generation import Draws
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
 
@@ -300,6 +301,20 @@ class Adapter(abc.ABC):
     def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
         """Greedy continuations of the examples' prompts (their targets are ignored), batched by the caller."""
 
+    def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
+        """Continuations of the examples' prompts whose tokens are drawn by given numbers, batched by the caller.
+
+        Args:
+            model: this adapter's model or a copy of it.
+            examples: whose prompts are continued (B).
+            max_new_tokens: longest continuation.
+            draws: numbers and temperature, a row per example.
+
+        Raises:
+            InputError: what this adapter generates is no text.
+        """
+        raise InputError(f"A {self.modality} model does not write text.", "Use metrics that need no generated text.")
+
     def sample(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, temperature: float) -> list[Generation]:
         """Continuations drawn token by token from ``softmax(scores / temperature)``, as :meth:`generate` otherwise.
 
@@ -378,6 +393,19 @@ class Adapter(abc.ABC):
             InputError: what this adapter encodes is no text.
         """
         raise InputError(f"A {self.modality} model does not write text.", "Use a method that reads losses.")
+
+    def prefixed(self, example: Example, prefix: str | Sequence[int], suffix: str = "#prefixed") -> Example:
+        """An example whose input begins with a text, or with token ids, before everything else but a start token.
+
+        Args:
+            example: as :meth:`encode` made it.
+            prefix: what is put first.
+            suffix: marks the new id.
+
+        Raises:
+            InputError: this adapter's examples are no text, or the context is too short.
+        """
+        raise InputError(f"The examples of a {self.modality} model are no text.", "Use a method that reads losses.")
 
     def translate(self, examples: Sequence[Example], terms: Mapping[str, str]) -> list[tuple[Example, Any]]:
         """Examples with terms of their text replaced, each with a :class:`~expunge.adapters.translate.Translation`.

@@ -37,7 +37,9 @@ from expunge.core.files import write_json
 FILE = "composite.json"
 FORMAT = 1
 #: module of each kind, with a function ``load_parts``
-_KINDS = {"combined": "expunge.adapters.combined", "projected": "expunge.adapters.projection"}
+_KINDS = {
+    "combined": "expunge.adapters.combined", "gated": "expunge.adapters.gated", "projected": "expunge.adapters.projection",
+}  # fmt: skip
 
 Open = Callable[[Path], Any]  #: a transformers model from a folder
 

@@ -1,4 +1,4 @@
-"""Assistants at generation: a transformers ``LogitsProcessor`` (this module needs transformers)."""
+"""What takes part in choosing a token at generation: transformers' ``LogitsProcessor`` (this module needs transformers)."""
 
 from __future__ import annotations
 
@@ -77,3 +77,26 @@ class AssistantScores(LogitsProcessor):
         if len(held) != len(input_ids):  # beams and several sequences per prompt
             held = held.repeat_interleave(len(input_ids) // len(held), 0)
         return torch.nn.functional.pad(held, (0, input_ids.shape[1] - held.shape[1]), value=1)
+
+
+class DrawnScores(LogitsProcessor):
+    """Leaves of the scores of the next token that of one token, which is drawn: greedy search then takes it.
+
+    It must be the last of the processors.
+
+    Args:
+        uniforms: in [0, 1), one per row and new token, ``[B, limit]``; see :class:`~expunge.adapters.generation.Draws`.
+        temperature: positive; scores are divided by it.
+        given: length of the rows before the first new token.
+    """
+
+    def __init__(self, uniforms: Tensor, temperature: float, given: int) -> None:
+        self.uniforms, self.temperature, self.given = uniforms, temperature, given
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores ``[B, V]`` that are 0 for the drawn token and minus infinity for all others."""
+        step = input_ids.shape[1] - self.given
+        sums = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(-1)
+        at = self.uniforms[:, step : step + 1].to(sums) * sums[:, -1:]
+        chosen = torch.searchsorted(sums, at, right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)

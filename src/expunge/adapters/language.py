@@ -250,23 +250,27 @@ class LanguageAdapter(Adapter):
 
         An example whose context is too short for ``max_new_tokens`` is continued alone, as far as its context goes.
         """
-        return self._continued(model, examples, max_new_tokens, None)
+        return self._continued(model, examples, max_new_tokens)
+
+    def drawn(
+        self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: generation.Draws
+    ) -> list[Generation]:
+        """Continuations whose tokens are drawn by given numbers; see :meth:`expunge.adapters.base.Adapter.drawn`."""
+        return self._continued(model, examples, max_new_tokens, draws=draws)
 
     def sample(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, temperature: float) -> list[Generation]:
         """Continuations as they are drawn at a temperature; see :meth:`generate` for what is continued."""
-        return self._continued(model, examples, max_new_tokens, temperature)
+        return self._continued(model, examples, max_new_tokens, temperature=temperature)
 
-    def _continued(
-        self, model: nn.Module, examples: Sequence[Example], limit: int, temperature: float | None
-    ) -> list[Generation]:
+    def _continued(self, model: nn.Module, examples: Sequence[Example], limit: int, **drawing: Any) -> list[Generation]:
         prompts = [e.data.ids[: e.data.start] for e in examples]
         options: dict[str, Any] = {"limit": limit, "context": self.context, "ends": self.end_ids, "pad": self._pad()}
         with torch.no_grad(), evaluating(model):
-            tokens = generation.continued(base(model), bare(model), prompts, temperature=temperature, **options)
-        out = []
-        for example, (ids, ended) in zip(examples, tokens, strict=True):
-            out.append(Generation(example.id, tuple(ids), self.decode(ids), ended))
-        return out
+            tokens = generation.continued(base(model), bare(model), prompts, **drawing, **options)
+        return self._generations(examples, tokens)
+
+    def _generations(self, examples: Sequence[Example], tokens: Sequence[tuple[list[int], bool]]) -> list[Generation]:
+        return [Generation(e.id, tuple(ids), self.decode(ids), ended) for e, (ids, ended) in zip(examples, tokens, strict=True)]
 
     def opened(self, example: Example) -> Example:
         """The prompt alone; of plain text (whose prompt is a begin token, if anything) all of it."""
@@ -335,6 +339,20 @@ class LanguageAdapter(Adapter):
         held: Tokens = example.data
         marked, favoured = (None if f is None else f[given:] for f in (held.marked, held.favoured))
         return _example(example.id, example.cluster, Tokens(held.ids, held.start + given, held.ends, marked, favoured))
+
+    def prefixed(self, example: Example, prefix: str | Sequence[int], suffix: str = "#prefixed") -> Example:
+        """The example with a text or ids before all its tokens but a start token; see :meth:`Adapter.prefixed`."""
+        held: Tokens = example.data
+        new = self._encoder.spell(prefix) if isinstance(prefix, str) else list(prefix)
+        at = 1 if len(held.ids) > 1 and held.ids[0] == self.tokenizer.bos_token_id else 0
+        if self.context is not None and len(held.ids) + len(new) > self.context:
+            raise InputError(
+                f"The example {example.id!r} has {len(held.ids)} tokens; with {len(new)} before it the context of {self.context} "
+                "is too short.",
+                "Use a shorter prefix, or shorter texts.",
+            )
+        ids = np.concatenate([held.ids[:at], np.array(new, dtype=held.ids.dtype), held.ids[at:]])
+        return _example(example.id + suffix, example.cluster, Tokens(ids, held.start + len(new), held.ends, held.marked))
 
     def layers(self) -> list[str]:
         """Names of the transformer blocks, from the input to the output, within the model (without peft's wrapper)."""

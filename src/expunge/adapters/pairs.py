@@ -194,15 +194,14 @@ class PairAdapter(LanguageAdapter):
             batch.token_owner, batch.token_supervised, batch.token_counts,
         )  # fmt: skip
 
-    def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
-        """Greedy answers to the examples' prompts, as one batch."""
-        limit = max_new_tokens if self.context is None else min(max_new_tokens, self.context)
+    def _continued(self, model: nn.Module, examples: Sequence[Example], limit: int, **drawing: Any) -> list[Generation]:
+        limit = limit if self.context is None else min(limit, self.context)
         with torch.no_grad(), evaluating(model):
             tokens = generation.greedy_pairs(
                 base(model), bare(model), [e.data.prompt for e in examples],
-                limit=limit, ends=self.end_ids, pad=self._pad(), start=self.begin,
+                limit=limit, ends=self.end_ids, pad=self._pad(), start=self.begin, **drawing,
             )  # fmt: skip
-        return [Generation(e.id, tuple(ids), self.decode(ids), ended) for e, (ids, ended) in zip(examples, tokens, strict=True)]
+        return self._generations(examples, tokens)
 
     def layers(self) -> list[str]:
         """Names of the decoder's blocks, from the input to the output."""

@@ -105,6 +105,8 @@ class Runner:
         options: dict[str, Any] = {k: v for k, v in inputs.items() if k in accepted}
         if "use_cache" in accepted:
             options["use_cache"] = False
+        if "prompt_lengths" in accepted:  # a model that decides by the prompt what it does with all of a sequence
+            options["prompt_lengths"] = _prompt_lengths(batch)
         found: dict[str, Tensor] = {}
         early = not needs_head and _may_stop(model)
         with (
@@ -185,6 +187,12 @@ class Runner:
         if self._plain is None:
             self._plain = nothing_after(model, self._probe)
         return self._plain
+
+
+def _prompt_lengths(batch: Batch) -> Tensor:
+    """Tokens before the first target of each example, int64 ``[B]``; 1 where there is no prompt."""
+    first = batch.owner.new_full((batch.n_examples,), torch.iinfo(torch.int64).max)
+    return first.scatter_reduce(0, batch.owner, batch.tensors["predict"], "amin") + 1
 
 
 def _head(model: nn.Module) -> nn.Module:

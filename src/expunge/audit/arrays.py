@@ -48,12 +48,14 @@ class Attempt:
         values: one per forget example (n); NaN where an example does not allow the attack.
         toward: +1 if values grow with knowledge, -1 if they fall.
         criterion: what it tests.
+        convicts: whether a verdict compares it; otherwise it is shown.
     """
 
     title: str
     values: Floats
     toward: int
     criterion: str = ""
+    convicts: bool = True
 
 
 @dataclass(frozen=True)

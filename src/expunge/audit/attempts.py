@@ -27,6 +27,9 @@ def attempts(case: Case) -> Iterator[Check]:
             yield Check(name=label, criterion=own.criterion, outcome="not run", text=f"{own.title} was not tried on all models.")
             continue
         full = case.target.attempts[name].values
+        if not own.convicts:
+            yield _shown(label, own, controls, full)
+            continue
         keep = np.isfinite(full) & np.all(np.isfinite(controls), axis=0)
         if keep.sum() < 2:
             yield Check(
@@ -50,6 +53,13 @@ def attempts(case: Case) -> Iterator[Check]:
         yield (found or uninformative(quantity, len(case.retrained))).model_copy(
             update={"name": label, "criterion": kinds[label]}
         )
+
+
+def _shown(label: str, own: Attempt, controls: Sequence[Floats], full: Floats) -> Check:
+    """What is reported and decides nothing."""
+    value, gold, target = (float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for v in (own.values, controls, full))
+    text = f"{own.title}: {value:.3f}, in retrained models {gold:.3f}, in the target {target:.3f}. It decides nothing."
+    return Check(name=label, criterion=own.criterion, outcome="shown", text=text)
 
 
 def _attempt(own: Attempt, controls: Sequence[Floats], full: Floats, names: Clusters, limits: Thresholds) -> Quantity:

@@ -260,7 +260,7 @@ def _rounding(bits: int, case: Case) -> Check:
     before = gap_of(case.target.nll, [c.nll for c in controls], toward=-1)
     if gap_of(losses.target, after, toward=-1) < case.limits.margin * before:
         text = f"Rounding to {bits} bits breaks the target too: what it knew is gone, so nothing could come back."
-        return Check(name=name, outcome="not run", text=text)
+        return Check(name=name, outcome="not run", told=False, text=text)
     return _attack(name, _both(f"at {bits} bits", losses, case.limits), case.limits)
 
 
@@ -298,7 +298,7 @@ def _attack(name: str, found: Sequence[Quantity], limits: Thresholds, spoilt: Co
     some = some or [pair for pair in likelihood if pair[1].outcome == "undecided"] or likelihood
     if not some:
         text = f"{name.capitalize()} tells nothing here: under it even the target does not stand out from the retrained models."
-        return Check(name=name, outcome="not run", text=text)
+        return Check(name=name, outcome="not run", told=False, text=text)
     return max(some, key=lambda pair: pair[0].found.difference / pair[0].near)[1].model_copy(update={"name": name})
 
 

@@ -1,16 +1,20 @@
-"""One greedy generation per (model, prompt), cached by content; shorter limits and stop strings are views of it."""
+"""One greedy generation per (model, prompt), cached by content; shorter limits and stop strings are views of it. And many
+drawn ones, each from a seed of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from expunge.adapters.base import Adapter, Example, Generation
+from expunge.adapters.generation import Draws
 from expunge.adapters.passes import evaluating
 from expunge.audit.scores import Progress
 from expunge.audit.store import ScoreStore, compute_signature, examples_digest
+from expunge.core.files import digest_json
 
 
 def generate(
@@ -59,6 +63,80 @@ def generate(
         if progress is not None:
             progress(what, len(out), len(examples))
     return out
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that follows from texts and numbers alone, the same in every process."""
+    return int(digest_json([str(p) for p in parts])[:15], 16)
+
+
+def sampled(
+    adapter: Adapter,
+    examples: Sequence[Example],
+    n: int,
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    seed: int,
+    store: ScoreStore | None = None,
+    fingerprint: str | None = None,
+    batch_tokens: int = 8192,
+    shard_examples: int = 64,
+    progress: Progress | None = None,
+    what: str = "sampling",
+) -> list[list[Generation]]:
+    """Draw ``n`` continuations of each prompt from the whole distribution at a temperature, or read them from the store.
+
+    The numbers that draw a sample follow from the seed, the example's id and the sample's number alone: the same sample comes
+    however many others are drawn, and whatever stands beside it in a batch (up to rounding of the scores, which a batch can
+    move in their last digits).
+
+    Args:
+        adapter: holds the model.
+        examples: whose prompts are continued (E).
+        n: samples of each.
+        max_new_tokens: limit per continuation.
+        temperature: positive; 1 is the model's own distribution.
+        seed: of the draws.
+        store, fingerprint, batch_tokens, progress, what: see :func:`generate`.
+        shard_examples: examples per file.
+
+    Returns:
+        ``n`` generations per example, in order.
+    """
+    signature = compute_signature(adapter, batch_tokens)
+    identity = fingerprint or (adapter.fingerprint() if store is not None else "")
+    out: list[list[Generation]] = []
+    for start in range(0, len(examples), shard_examples):
+        block = list(examples[start : start + shard_examples])
+        options = {"n": n, "limit": max_new_tokens, "temperature": temperature, "seed": seed}
+        key = store.key("samples", identity, signature, examples_digest(adapter, block), **options) if store is not None else ""
+        rows = [(e, j) for e in block for j in range(n)]
+        done = _load(store, key, [e for e, _ in rows], max_new_tokens)
+        if done is None:
+            done = _sample_block(adapter, rows, max_new_tokens, (temperature, seed), batch_tokens)
+            if store is not None:
+                store.save_lines(key, [{"limit": max_new_tokens, **_line(g)} for g in done])
+        out += [done[i : i + n] for i in range(0, len(done), n)]
+        if progress is not None:
+            progress(what, len(out), len(examples))
+    return out
+
+
+@torch.no_grad()
+def _sample_block(
+    adapter: Adapter, rows: Sequence[tuple[Example, int]], limit: int, drawing: tuple[float, int], batch_tokens: int
+) -> list[Generation]:
+    temperature, seed = drawing
+    out: list[Generation | None] = [None] * len(rows)
+    with evaluating(adapter.model):
+        for chosen in _batches([e for e, _ in rows], limit, 4 * batch_tokens):
+            picked = [rows[i] for i in chosen]
+            numbers = np.stack([np.random.default_rng(seed_of(seed, e.id, j)).random(limit) for e, j in picked])
+            made = adapter.drawn(adapter.model, [e for e, _ in picked], limit, Draws(numbers, temperature))
+            for i, generation in zip(chosen, made, strict=True):
+                out[i] = generation
+    return [g for g in out if g is not None]
 
 
 def shorten(decode: Callable[[Sequence[int]], str], generation: Generation, limit: int) -> Generation:

@@ -12,7 +12,7 @@ from expunge.audit.attacks.membership import MEMBERSHIP
 from expunge.audit.attacks.quantise import quantised
 from expunge.audit.attacks.readout import read_out
 from expunge.audit.attacks.registry import Attack
-from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, recovered, relearn, split
+from expunge.audit.attacks.relearn import RelearnPoint, RelearnSettings, packed, recovered, relearn, split, unpacked
 from expunge.audit.document import Curve, Series
 from expunge.audit.evidence import Evidence
 from expunge.audit.metrics.accuracy import Accuracy, Skill
@@ -153,7 +153,9 @@ def _values(metric: RecordMetric, evidence: Evidence, label: str) -> Floats | No
 
 def _attempt(attack: Attack, evidence: Evidence, label: str) -> Attempt:
     found = attack.values(evidence, label, "forget")
-    return Attempt(attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion))
+    return Attempt(
+        attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion), attack.convicts
+    )
 
 
 def _looks_seen(evidence: Evidence, label: str) -> Floats | None:
@@ -260,14 +262,14 @@ def _relearn(evidence: Evidence, label: str, budget: RelearnSettings, seed: int)
         key = evidence.store.key("relearn", subject.fingerprint, signature, content, **options)
         held = evidence.store.load_arrays(key)
         if held is not None:
-            return _unpacked(held)
+            return unpacked(held)
     if evidence.progress is not None:
         evidence.progress(f"{label}: relearning on a copy", 0, 1)
     points = relearn(adapter, forget, retain, budget, seed)
     if evidence.progress is not None:
         evidence.progress(f"{label}: relearning on a copy", 1, 1)
     if evidence.store is not None:
-        evidence.store.save_arrays(key, _packed(points))
+        evidence.store.save_arrays(key, packed(points))
     return points
 
 
@@ -279,24 +281,6 @@ def _read_out(evidence: Evidence, label: str, seed: int) -> Sample:
     names = evidence.clusters("forget")
     losses = read_out(forget, retain, np.array(trained), np.array(measured), classes=forget.scores.shape[1], seed=seed)
     return Sample(losses, [names[i] for i in measured])
-
-
-def _packed(points: Sequence[RelearnPoint]) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
-    return {
-        "step": np.array([p.step for p in points]),
-        "lr": np.array([p.lr for p in points]),
-        "losses_trained": np.stack([p.losses_trained for p in points]),
-        "losses_heldout": np.stack([p.losses_heldout for p in points]),
-        "ids_trained": np.array(points[0].ids_trained, dtype=str),
-        "ids_heldout": np.array(points[0].ids_heldout, dtype=str),
-        "clusters_heldout": np.array(points[0].clusters_heldout, dtype=str),
-    }
-
-
-def _unpacked(held: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]) -> list[RelearnPoint]:
-    ids = {n: tuple(held[n].tolist()) for n in ("ids_trained", "ids_heldout", "clusters_heldout")}
-    rows = zip(held["step"].tolist(), held["lr"].tolist(), held["losses_trained"], held["losses_heldout"], strict=True)
-    return [RelearnPoint(step, lr, a.astype(np.float64), b.astype(np.float64), **ids) for step, lr, a, b in rows]
 
 
 def _quantised(evidence: Evidence, label: str, bits: int, group: int | None) -> Floats:

@@ -4,8 +4,10 @@ A protocol is data (YAML), so that it can be read, versioned, cited and written 
 (:mod:`expunge.audit.verdict`) into criteria, and says of each what it needs:
 
 - ``equivalence``: the model must be *shown* to lie within the margins of retrained models; thin evidence does not acquit.
-- ``no conviction``: the test can convict, and must have been able to (the target itself stands out under it); where it was run
-  and did not convict, the criterion holds. For tests that say much where they succeed and little where they do not.
+- ``no conviction``: the test can convict; where it was run on all models and did not, the criterion holds. Where even the target
+  does not stand out under it (a small model that cannot follow a role play), it *tells nothing*, which is said and does not
+  stand against the model: what the target does not give away under a test cannot be kept back. For tests that say much where
+  they succeed and little where they do not.
 - ``report``: measured and shown, never decides. For what retraining cannot prevent either.
 
 Under a protocol nothing is called forgotten unless every criterion that decides holds, and as many retrained models were there
@@ -32,6 +34,11 @@ Needs = Literal["equivalence", "no conviction", "report"]
 #: Of the checks on outputs these can acquit; the others can only convict.
 PRIMARY = ("likelihood", "remembered", "looks seen")
 _CONVICTED = ("knows more", "knows less")
+_ENOUGH = {
+    "equivalence": ("held",),
+    "no conviction": ("held", "tells nothing"),
+    "report": ("held", "failed", "undecided", "tells nothing", "reported", "not run"),
+}
 _TOLD = ("equivalent", "undecided", "knows less")  #: a test that was run and told something
 
 
@@ -152,7 +159,7 @@ def judged(protocol: AuditProtocol, found: Judgement, references: int, label: st
     verdict, reason = found.verdict, found.reason
     if verdict is Verdict.FORGOTTEN:
         named = {d.id: d for d in protocol.criteria}
-        short = [f for f in criteria if named[f.id].needs != "report" and f.outcome != "held"]
+        short = [f for f in criteria if f.outcome not in _ENOUGH[named[f.id].needs]]
         if references < protocol.references:
             few = f"{references} retrained model{'s' * (references != 1)}"
             verdict = Verdict.UNDECIDED
@@ -175,7 +182,10 @@ def _finding(demand: Demand, checks: Sequence[Check]) -> Finding:
     )  # fmt: skip
 
 
-def _outcome(demand: Demand, own: Sequence[Check]) -> tuple[Literal["held", "failed", "undecided", "not run"], Check | None]:
+Outcome = Literal["held", "failed", "undecided", "tells nothing", "reported", "not run"]
+
+
+def _outcome(demand: Demand, own: Sequence[Check]) -> tuple[Outcome, Check | None]:
     """How a criterion comes out, and the check that says so."""
     convicted = [c for c in own if c.outcome in _CONVICTED and not (c.outcome == "knows less" and c.name.startswith("attack"))]
     if convicted:
@@ -183,7 +193,10 @@ def _outcome(demand: Demand, own: Sequence[Check]) -> tuple[Literal["held", "fai
     deciding = [c for c in own if demand.criterion is not Criterion.BEHAVIOUR or c.name in PRIMARY]
     told = [c for c in deciding if c.outcome in _TOLD]
     if not told:
-        return "not run", next(iter(deciding), None)
+        shown = [c for c in own if c.outcome == "shown"]
+        silent = [c for c in deciding if not c.told]
+        found: Outcome = "reported" if shown else "tells nothing" if silent else "not run"
+        return found, next(iter(shown or silent or deciding), None)
     open_checks = [c for c in told if c.outcome == "undecided"]
     if demand.needs == "equivalence" and open_checks:
         return "undecided", max(open_checks, key=_size)

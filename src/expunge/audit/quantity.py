@@ -93,4 +93,4 @@ def uninformative(quantity: Quantity, k: int) -> Check:
     """A quantity by which even the target cannot be told from ``k`` retrained models."""
     models = "the retrained model" if k == 1 else "retrained models"
     text = f"{quantity.what} tells nothing here: by it even the target cannot be told from {models}, given the noise."
-    return Check(name=quantity.name, outcome="not run", text=text)
+    return Check(name=quantity.name, outcome="not run", told=False, text=text)

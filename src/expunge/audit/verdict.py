@@ -135,7 +135,7 @@ def _acquit(
         return Verdict.UNDECIDED, f"The evidence is too thin to tell: {blocking[0].text}"
     if all(c.outcome == "not run" for c in utility):
         return Verdict.UNDECIDED, "Its outputs are like those of retrained models, but utility was not measured."
-    run = [c for c in attacks if c.outcome != "not run"]
+    run = [c for c in attacks if c.outcome not in ("not run", "shown")]
     if not run and limits.require_attacks and not _by_rows(outputs, attacks):
         return Verdict.UNDECIDED, "Its outputs are like those of retrained models, but no attack on its weights was run."
     thin = [c.name for c in (*open_checks, *(c for c in utility if c.outcome == "undecided"))]

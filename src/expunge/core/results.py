@@ -92,12 +92,13 @@ class Check(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    outcome: Literal["equivalent", "knows more", "knows less", "worse", "undecided", "not run"]
+    outcome: Literal["equivalent", "knows more", "knows less", "worse", "undecided", "shown", "not run"]
     difference: float | None = None  #: unlearned minus retrained, in the metric's own unit
     low: float | None = None
     high: float | None = None
     margin: float | None = None  #: the two-sided equivalence margin in the same unit
     criterion: str = ""  #: what kind of test it is, by which a protocol groups checks
+    told: bool = True  #: False where it was run and even the target cannot be told from retrained models by it
     falls: bool = False  #: whether the quantity falls with knowledge
     text: str = ""  #: one sentence for people
 
@@ -110,7 +111,7 @@ class Finding(BaseModel):
     id: str
     title: str
     needs: Literal["equivalence", "no conviction", "report"]
-    outcome: Literal["held", "failed", "undecided", "not run"]
+    outcome: Literal["held", "failed", "undecided", "tells nothing", "reported", "not run"]
     claim: str = ""  #: what holds if it holds
     checks: tuple[str, ...] = ()  #: names of the checks it rests on
     text: str = ""  #: the sentence of the check that carries it

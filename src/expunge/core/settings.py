@@ -83,6 +83,8 @@ def explain(owner: type[BaseModel], error: ValidationError) -> InputError:
 
 def _type_name(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
     if origin is Literal:
         return "choice"
     if origin in (Union, types.UnionType):

@@ -22,6 +22,7 @@ from expunge.core.access import Stream
 from expunge.data.order import BatchPlan, TurnPlan, share
 from expunge.engine import checkpoint
 from expunge.engine.devices import Devices
+from expunge.engine.finish import BEHIND, turned_around
 from expunge.engine.goal import Goal
 from expunge.engine.gradients import fitting
 from expunge.engine.objective import mean_losses
@@ -29,7 +30,7 @@ from expunge.engine.options import Engine
 from expunge.engine.parts import Finish, Join, Recipe, Reweigh, Schedule
 from expunge.engine.schedule import Adaptive, Fixed, Repair
 
-Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited", "control", "limit"]
+Reason = Literal["goal", "utility", "budget", "schedule", "converged", "diverged", "edited", "control", "limit", "joined"]
 
 TRIAL_STEPS = 10  #: optimiser steps per try of the range test
 WARMUP_STEPS = 5  #: of the adaptive schedule
@@ -138,7 +139,7 @@ class Watch:
 
     def gap(self) -> float | None:
         """How much the forget loss still has to rise, in nats; None without a goal."""
-        if self.goal is None or self.forget_loss is None or not self.loop.recipe.forget or self.loop.recipe.finish is not None:
+        if self.goal is None or self.forget_loss is None or not self.loop.recipe.forget or turned_around(self.loop.recipe):
             return None
         return self.goal.loss - self.forget_loss
 
@@ -311,6 +312,8 @@ class Watch:
                 f"are kept ({side}; goal {_n(self.goal.loss if self.goal else None)} not reached). "
                 "Try a retain term (retain=nll or retain=kl), more retain data, or a wider schedule.utility_bound."
             )
+        if reason == "joined":
+            return BEHIND.format(steps=steps, side=side, goal=_n(self.goal.loss if self.goal else None))
         if reason == "diverged":
             kept = "the last good weights" if isinstance(self.schedule, Adaptive) else "the weights from before the run"
             return (
@@ -337,7 +340,7 @@ class Watch:
         self.base_retain = self.retain_loss  # of the weights that are changed: training may have begun from others
         low, high = 0.0, 0.25
         put(high)
-        while (self.forget_loss or 0.0) < self.goal.loss and self.within_bound() and high < 64:
+        while (self.forget_loss or 0.0) < self.goal.loss and self.within_bound() and high < finish.most:
             low, high = high, high * 2
             put(high)
         for _ in range(8):
@@ -348,10 +351,9 @@ class Watch:
             else:
                 high = middle
         said, self.finish_scale = put(high), high
-        if self.within_bound():
-            return said
-        self.finish_scale = low
-        return put(low)
+        if not self.within_bound():
+            said, self.finish_scale = put(low), low
+        return said
 
     def _putting(self, finish: Finish) -> Callable[[float], str]:
         """A function that makes the result at a strength, looks at it, and says what a report must say."""
@@ -424,7 +426,7 @@ def choose_rate(loop: Training, watch: Watch) -> tuple[float, list[dict[str, flo
                 loop.progress(at * steps + k + 1, len(SHARES) * steps, f"finding the step size: {lr:.1e}")
         watch.look()
         trial = {"lr": lr, "forget": _f(watch.forget_loss), "retain": _f(watch.retain_loss), "finite": float(finite)}
-        if loop.recipe.parameters.beside:
+        if loop.recipe.parameters.beside and turned_around(loop.recipe):
             trial["loss"] = float(np.mean(losses[-3:]))
         trials.append(trial)
         bounded = finite and (watch.within_bound() or 0 < watch.rise() <= beyond)
@@ -445,7 +447,7 @@ def _pick(trials: list[dict[str, float]], gap: float | None, first: dict[str, fl
     fine = [
         t for t in trials if t["finite"] and (first["retain"] is None or t["retain"] - _f(first["retain"]) <= bound)
     ] or trials[:1]
-    if not watch.loop.recipe.forget or watch.loop.recipe.finish is not None:
+    if not watch.loop.recipe.forget or turned_around(watch.loop.recipe):
         # Beside the target the whole loss counts: what is learnt of the forget set must not be learnt of the rest.
         key = "loss" if "loss" in trials[0] else "retain" if not watch.loop.recipe.forget else "forget"
         best = min((t[key] for t in fine if math.isfinite(t[key])), default=math.inf)

@@ -63,6 +63,11 @@ class FeedForward:
         _fill(_matrix(self.output).T, chosen, std, generator)
 
 
+def output_matrix(part: FeedForward) -> Tensor:
+    """The matrix that reads the units, ``[D, units]``, a view of the weight without gradient; its columns are value vectors."""
+    return _matrix(part.output)
+
+
 def _is_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor))
 

@@ -11,11 +11,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from expunge.adapters.combination import Combination
+from expunge.adapters.detector import Weighing
 from expunge.core.errors import InputError
 from expunge.core.registry import Registry
 from expunge.engine import checkpoint
 from expunge.engine.parts import Finish, Join, Recipe, Reweigh
 
+#: What is said where what was trained reached the goal and the model that was joined does not.
+BEHIND = (
+    "What was trained reached the goal after {steps} steps, but the model that it makes with the target does not "
+    "({side}; goal {goal}). Look at the notes on what decides between the two."
+)
 FINISHES: Registry[type[Finish]] = Registry("finish", None, "expunge.finishes")
 
 
@@ -134,6 +140,7 @@ class Subtract(Join):
     """
 
     name: ClassVar[str] = "subtract"
+    takes: ClassVar[tuple[str, ...]] = ("assistant", "copy")
 
     scale: float | None = Field(None, ge=0, le=64, description="weight that is taken away; none: the schedule finds it")
     link: Literal["identity", "relu"] = Field("identity", description="f: relu takes scores that rose and leaves the rest alone")
@@ -144,7 +151,7 @@ class Subtract(Join):
     )
     keep_target: bool = Field(True, description="save the target's weights with the result, or its name and their hash")
 
-    def join(self, target: nn.Module, trained: nn.Module) -> nn.Module:
+    def join(self, target: nn.Module, trained: nn.Module, made: Mapping[str, Any]) -> nn.Module:
         """Both as one, with nothing taken away yet."""
         from expunge.adapters.combined import Combined
 
@@ -163,8 +170,63 @@ class Subtract(Join):
         )  # fmt: skip
 
 
-def join_of(recipe: Recipe, target: nn.Module, trained: nn.Module, *, sharded: bool) -> nn.Module | None:
+class Gate(Join, Weighing):
+    """The trained LoRA is loaded for an input as far as a detector finds it near to what is to be forgotten (O3).
+
+    The result is the target with the LoRA and the detector (:class:`expunge.adapters.gated.Gated`); joined to what an earlier
+    request left, it holds both requests. The scale multiplies all weights of the request. None: the schedule looks for the
+    smallest, up to 2, with which the forget set as a whole reaches the goal, prompts that the detector misses included.
+    """
+
+    name: ClassVar[str] = "gate"
+    reverses: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ("lora-beside",)
+    uses: ClassVar[frozenset[str]] = frozenset({"detector"})
+    most: ClassVar[float] = 2.0
+
+    scale: float | None = Field(None, ge=0, le=2, description="factor of all weights; none: the schedule finds it")
+    keep_target: bool = Field(True, description="save the target's weights with the result, or its name and their hash")
+
+    def join(self, target: nn.Module, trained: nn.Module, made: Mapping[str, Any]) -> nn.Module:
+        """Target, what earlier requests put beside it, and the LoRA."""
+        from expunge.adapters.gated import Gated, GatedRequest
+        from expunge.adapters.lowrank import LowRank
+
+        held = made["detector"]
+        request = GatedRequest(
+            LowRank.of(trained), held.detector.to(next(target.parameters()).device), self.weighing(), strength=0.0,
+            continued=bool(getattr(trained, "expunge_continued", False)), reading=held.reading,
+        )  # fmt: skip
+        inner, before, encoder = target, [], held.encoder
+        if isinstance(target, Gated):
+            inner, before, encoder = target.target, target.requests, held.encoder or target.encoder
+        return Gated(inner, [*before, request], encoder=encoder, tokenizer=held.tokenizer, keep_target=self.keep_target)
+
+    def weighing(self) -> Weighing:
+        """Its own fields that say how the weight of an input is made."""
+        return Weighing(**{key: getattr(self, key) for key in Weighing.model_fields})
+
+    def place(self, joined: Any, scale: float) -> str:
+        """Load the LoRA of the last request with weights of at most ``scale``."""
+        joined.requests[-1].strength = scale
+        joined.describe()
+        return f"What was learnt is loaded with up to {scale:.4g} times its strength, as the detector says."
+
+
+def turned_around(recipe: Recipe) -> bool:
+    """Whether what is trained is taken away at the end: then training itself does not approach the goal."""
+    return recipe.finish is not None and recipe.finish.reverses
+
+
+def behind(recipe: Recipe, goal: float | None, forget_loss: float | None) -> bool:
+    """Whether the model that a finish joined has not reached the goal, which what was trained had."""
+    return isinstance(recipe.finish, Join) and goal is not None and forget_loss is not None and forget_loss < goal
+
+
+def join_of(recipe: Recipe, target: nn.Module, trained: nn.Module, made: Mapping[str, Any], *, sharded: bool) -> nn.Module | None:
     """The model that holds the target and what a recipe trains beside it; none if it trains the target itself.
+
+    ``made`` is what the preparation made.
 
     Raises:
         InputError: the two do not fit together, or the trained one is sharded.
@@ -173,8 +235,8 @@ def join_of(recipe: Recipe, target: nn.Module, trained: nn.Module, *, sharded: b
         return None
     if sharded:
         raise InputError(f"The method {recipe.name!r} trains a model beside the target.", "Run it without sharding (FSDP).")
-    return recipe.finish.join(target, trained)
+    return recipe.finish.join(target, trained, made)
 
 
-for kind in (Negate, NegateSum, Subtract):
+for kind in (Negate, NegateSum, Subtract, Gate):
     FINISHES.add(kind.name, kind)

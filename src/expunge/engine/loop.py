@@ -28,7 +28,7 @@ from expunge.engine.adaptive import Reason, Watch, choose_rate
 from expunge.engine.alternate import States, joined
 from expunge.engine.control import Sight, Steering
 from expunge.engine.devices import Devices
-from expunge.engine.finish import Ending, Origin, join_of
+from expunge.engine.finish import Ending, Origin, behind, join_of
 from expunge.engine.goal import Goal
 from expunge.engine.gradient import begun
 from expunge.engine.masks import holding, moving_entries, step_masks
@@ -147,7 +147,12 @@ class _Loop:
         self.states = States(self.optimizer, len(self.turns))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.start_weights = self.ending.before(self.model) if isinstance(recipe.finish, Reweigh) else {}
-        self.joined = join_of(recipe, adapter.model, self.devices.unwrap(self.model), sharded=self.devices.sharded)
+        made = recipe.penalty.begin(adapter, self.devices.unwrap(self.model)) if recipe.penalty is not None else {}
+        moving = self.devices.unwrap(self.model).named_parameters()
+        self.penalised = [made.get(n) for n, p in moving if p.requires_grad]
+        self.joined = join_of(
+            recipe, adapter.model, self.devices.unwrap(self.model), self.prepared.made, sharded=self.devices.sharded
+        )
         sizes = {s: len(self.examples.get(s, ())) for s in (Stream.FORGET, Stream.RETAIN)}
         self.plan, self.erase_steps = portions(recipe, sizes, engine.seed)
         self.total = self.plan.steps
@@ -327,8 +332,8 @@ class _Loop:
     def _penalise(self, done: float) -> None:
         if self.recipe.penalty is None:
             return
-        for parameter in self.parameters:
-            added = self.recipe.penalty.gradient(parameter.detach(), done)
+        for parameter, made in zip(self.parameters, self.penalised, strict=True):
+            added = self.recipe.penalty.gradient(parameter.detach(), done, made)
             parameter.grad = added if parameter.grad is None else parameter.grad.add_(added)
 
     # ---- the whole run
@@ -373,6 +378,8 @@ class _Loop:
             watch.look()
         self._finish(watch)
         self.recipe.parameters.end(self.devices.unwrap(self.model))
+        if reason == "goal" and behind(self.recipe, self.goal.loss if self.goal else None, watch.forget_loss):
+            reason = "joined"
         return self._outcome(reason, done, watch, rates)
 
     def _renew(self) -> None:

@@ -295,6 +295,57 @@ class Assistant(Lora):
         return wrapped
 
 
+class LoraBeside(Lora):
+    """A LoRA that stands beside the target, which itself stays as it is: for ``finish=gate``.
+
+    It is trained on a model of the target's own weights, not copies. Of a target that earlier requests put updates beside, these
+    are not loaded meanwhile: each update is learnt on the target alone.
+    """
+
+    name: ClassVar[str] = "lora-beside"
+    beside: ClassVar[bool] = True
+    switchable: ClassVar[bool] = False
+    extends: ClassVar[frozenset[str]] = frozenset({"gated"})
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.ASSISTANT})
+
+    begins: Literal["fresh", "last"] = Field(
+        "fresh",
+        description="fresh: every request has an update of its own; last: the update of the request before goes on learning, and "
+        "serves both",
+    )
+
+    def prepare(self, model: Any, layers: Sequence[str]) -> nn.Module:
+        """Wrap a model of the same weights with peft.
+
+        Raises:
+            InputError: nothing matches, or the last update has other modules or another rank.
+        """
+        from expunge.adapters.assistant import first_blocks
+        from expunge.adapters.gated import Gated
+
+        target = model.target if isinstance(model, Gated) else model
+        wrapped = super().prepare(first_blocks(target, len(layers)), layers)
+        earlier = model.requests if isinstance(model, Gated) else []
+        if self.begins == "last" and earlier:
+            self._go_on(wrapped, earlier[-1].update)
+        wrapped.expunge_continued = self.begins == "last" and bool(earlier)  # type: ignore[assignment]
+        return wrapped
+
+    def _go_on(self, wrapped: nn.Module, last: Any) -> None:
+        from expunge.adapters.lowrank import LowRank
+
+        held = LowRank.of(wrapped)
+        shapes = [{n: (a.shape, b.shape, scale) for n, a, b, scale in u.pairs()} for u in (held, last)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                "The update of the request before has other modules, another rank or another scale than this one.",
+                "Give the same parameters.rank, alpha and modules as then, or parameters.begins=fresh.",
+            )
+        with torch.no_grad():
+            for mine, old in zip((*held.a, *held.b), (*last.a, *last.b), strict=True):
+                mine.copy_(old)
+
+
 class Twin(AllParameters):
     """Every parameter of a second copy of the target, which itself stays as it is: for ``finish=subtract``."""
 
@@ -407,6 +458,7 @@ class Reset(AllParameters):
 
 
 for choice in (
-    AllParameters, NamedParameters, LayerWindow, Lora, Fila, Assistant, Twin, SaliencyMask, Pruned, Reset, ProjectedStates,
+    AllParameters, NamedParameters, LayerWindow, Lora, Fila, Assistant, LoraBeside, Twin, SaliencyMask, Pruned, Reset,
+    ProjectedStates,
 ):  # fmt: skip
     PARAMETERS.add(choice.name, choice)

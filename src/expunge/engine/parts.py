@@ -220,6 +220,9 @@ class Parameters(Settings, abc.ABC):
     switchable: ClassVar[bool] = False  #: whether the target is back once these factors are switched off
     reads: ClassVar[tuple[Stream, ...]] = ()  #: examples that it looks at before training
     beside: ClassVar[bool] = False  #: whether what is trained stands beside the target, which stays as it is
+    extends: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  #: kinds of composite models to which it can add what a further request learns
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
 
     def memory(self, weights: int) -> int:
@@ -274,9 +277,22 @@ class Penalty(Settings, abc.ABC):
 
     name: ClassVar[str]
 
+    def begin(self, adapter: Adapter, model: nn.Module) -> Mapping[str, Any]:
+        """What it reads of the target before the first step, by name of a parameter of ``model``, which is to be trained.
+
+        A run that goes on after a kill makes it anew, so it must depend on the arguments alone.
+        """
+        return {}
+
     @abc.abstractmethod
-    def gradient(self, parameter: Tensor, done: float) -> Tensor:
-        """Gradient of the penalty on one tensor, in its shape; ``done`` in [0, 1) is the share of training that is over."""
+    def gradient(self, parameter: Tensor, done: float, made: Any = None) -> Tensor:
+        """Gradient of the penalty on one tensor, in its shape.
+
+        Args:
+            parameter: the tensor, without its graph.
+            done: share of training that is over, in [0, 1).
+            made: what :meth:`begin` made for it, if anything.
+        """
 
 
 class Finish(Settings, abc.ABC):
@@ -286,6 +302,9 @@ class Finish(Settings, abc.ABC):
     accumulates: ClassVar[bool] = (
         False  #: whether what several requests learnt is turned around together, see the engine's finish
     )
+    reverses: ClassVar[bool] = True  #: whether it takes away what was learnt: then only what is to be forgotten may be taught
+    uses: ClassVar[frozenset[str]] = frozenset()  #: names of things that a preparation must have made
+    most: ClassVar[float] = 64.0  #: largest scale at which the schedule looks
 
 
 class Reweigh(Finish):
@@ -299,9 +318,16 @@ class Reweigh(Finish):
 class Join(Finish):
     """A model made of the target and of what was trained beside it (an assistant whose scores are subtracted)."""
 
+    takes: ClassVar[tuple[str, ...]] = ()  #: names of the choices of parameters whose result it joins
+
     @abc.abstractmethod
-    def join(self, target: nn.Module, trained: nn.Module) -> nn.Module:
+    def join(self, target: nn.Module, trained: nn.Module, made: Mapping[str, Any]) -> nn.Module:
         """The model that is the result, which holds both, not copies.
+
+        Args:
+            target: as it was given.
+            trained: the module that is being trained.
+            made: what the preparation made, by name.
 
         Raises:
             InputError: they do not fit together.

@@ -114,6 +114,14 @@ class Preparation(Settings, abc.ABC):
             InputError: naming the file.
         """
 
+    def examine(self, adapter: Adapter, examples: Examples) -> None:
+        """Refuse examples that it cannot work with; asked before anything starts, where there is time for that.
+
+        Raises:
+            InputError: saying what is missing.
+        """
+        return
+
     def planned(self, examples: Examples) -> Examples:
         """Examples in the number and size of those that will be trained on, for the estimate of the cost."""
         return examples

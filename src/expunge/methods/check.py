@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from expunge.core.access import Of, Stream
 from expunge.core.errors import InputError
+from expunge.engine.finish import FINISHES
 from expunge.engine.parts import Join, Recipe, Reweigh
 from expunge.engine.projection import ProjectedStates
 from expunge.engine.reference import choose
@@ -46,11 +47,11 @@ def _check_preparation(recipe: Recipe) -> None:
     """Terms find what they read by name, and a preparation makes nothing in vain."""
     part = recipe.preparation
     made = part.makes if part is not None else frozenset[str]()
-    for term in recipe.terms():
-        for name in sorted(term.uses - made):
-            raise InputError(
-                f"The term {term.name!r} reads {name!r}, which no preparation makes.", f"Add the preparation that makes {name!r}."
-            )
+    users = [(f"The term {t.name!r}", t.uses) for t in recipe.terms()]
+    users += [(f"finish={recipe.finish.name}", recipe.finish.uses)] if recipe.finish is not None else []
+    for user, uses in users:
+        for name in sorted(uses - made):
+            raise InputError(f"{user} reads {name!r}, which no preparation makes.", f"Add the preparation that makes {name!r}.")
     _check_control(recipe, made)
     if part is None:
         return
@@ -70,7 +71,7 @@ def _check_preparation(recipe: Recipe) -> None:
             f"preparation={part.name} chooses {', '.join(sorted(part.chooses))}, which no part of {recipe.name!r} leaves open.",
             "Use preparation=none, or do not give it.",
         )
-    used = {name for t in recipe.terms() for name in t.uses} | (recipe.control.uses if recipe.control else set())
+    used = {name for _, uses in users for name in uses} | (recipe.control.uses if recipe.control else set())
     if made and not made & (read | used):
         raise InputError(
             f"preparation={part.name} makes {', '.join(sorted(made))}, which no term of {recipe.name!r} reads.",
@@ -124,6 +125,8 @@ def _check_finish(recipe: Recipe) -> None:
         _check_nothing_reversed(recipe)
     elif isinstance(recipe.finish, Reweigh):
         _check_reweigh(recipe, f"finish={recipe.finish.name}")
+    elif not recipe.finish.reverses:
+        _check_nothing_reversed(recipe)
     elif any(not t.reverse for t in recipe.terms()) or not recipe.forget:
         other = next((t.name for t in recipe.terms() if not t.reverse), "a recipe that forgets nothing")
         raise InputError(
@@ -166,14 +169,26 @@ def _check_reweigh(recipe: Recipe, name: str) -> None:
 
 def _check_beside(recipe: Recipe) -> None:
     """What is trained beside the target is joined with it, and what is joined was trained beside it."""
-    part, joins = f"parameters={recipe.parameters.name}", isinstance(recipe.finish, Join)
-    if recipe.parameters.beside == joins:
+    part, finish = f"parameters={recipe.parameters.name}", recipe.finish
+    if not isinstance(finish, Join):
+        if recipe.parameters.beside:
+            pairs = [
+                f"finish={n}" for n, cls in FINISHES.items() if issubclass(cls, Join) and recipe.parameters.name in cls.takes
+            ]
+            raise InputError(
+                f"{part} trains a model beside the target, and nothing joins the two.",
+                f"Use both: {part} and {' or '.join(pairs)}.",
+            )
         return
-    if joins and recipe.finish is not None:
-        said = f"finish={recipe.finish.name} joins the target with a model trained beside it, and {part} trains none."
+    if not recipe.parameters.beside:
+        said = f"finish={finish.name} joins the target with a model trained beside it, and {part} trains none."
+    elif finish.takes and recipe.parameters.name not in finish.takes:
+        said = f"finish={finish.name} cannot join what {part} trains."
     else:
-        said = f"{part} trains a model beside the target, and nothing joins the two."
-    raise InputError(said, "Use both: parameters=assistant (or copy) and finish=subtract.")
+        return
+    raise InputError(
+        said, f"Use both: parameters={' (or '.join(finish.takes)}{')' * (len(finish.takes) - 1)} and finish={finish.name}."
+    )
 
 
 def _check_start(recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expunge.adapters.base import Example
+from expunge.adapters.composite import Composite
 from expunge.adapters.language import LanguageAdapter
 from expunge.audit.arrays import Thresholds
 from expunge.audit.contrast import Contrast, moderated_error, moderated_spread
@@ -48,7 +49,7 @@ class RecordDifficulty:
         rank_strength: the same of an extraction strength as high.
         known: whether either is at most 0.05; ``None`` where there are too few unseen records for that.
         repeats: what the retain set says of it.
-        displacement: CHES of the answer that would take the place and its own.
+        displacement: CHES of the answer that would take the place and its own; none for plain text, and for composite models.
     """
 
     id: str
@@ -264,6 +265,8 @@ def _pairs(
     adapter: LanguageAdapter, request: Request, examples: Sequence[Example], engine: Engine, *, kind: str, template: str | None
 ) -> list[Displacement | None]:
     forget = request.forget.records
+    if isinstance(adapter.model, Composite):
+        return [None] * len(forget)  # its scores come from two networks, whose states are of different spaces
     asked = [i for i, r in enumerate(forget) if not r.is_text]  # plain text has no question that another answer would fit
     answers = alternatives([forget[i] for i in asked], kind, engine.seed, template=template) if asked else []
     preferred = [adapter.encode(forget[i], answer=a, suffix="#alternative") for i, a in zip(asked, answers, strict=True)]

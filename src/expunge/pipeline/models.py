@@ -16,6 +16,7 @@ from expunge.pipeline.config import TextConfig
 
 if TYPE_CHECKING:
     from expunge.adapters.language import LanguageAdapter
+    from expunge.engine.parts import Parameters
 
 
 def resolve(source: str) -> str:
@@ -136,8 +137,12 @@ def _texts(record: Record) -> tuple[str, ...]:
     return (record.prompt, record.lead + record.answer, *turns, *more)
 
 
-def refuse_composite(adapter: LanguageAdapter) -> None:
+def refuse_composite(adapter: LanguageAdapter, parts: Parameters | None = None) -> None:
     """Refuse to train what is more than one network: a target with what an earlier request put beside it.
+
+    Args:
+        adapter: holds the model.
+        parts: which parameters are going to move; some add to what stands beside the target.
 
     Raises:
         InputError: the adapter holds such a model.
@@ -145,8 +150,10 @@ def refuse_composite(adapter: LanguageAdapter) -> None:
     from expunge.adapters.composite import Composite
 
     if isinstance(adapter.model, Composite):
+        if parts is not None and adapter.model.kind in parts.extends:
+            return
         raise InputError(
-            f"This model is a target with an assistant beside it ({adapter.model.kind}), and only one network can be trained.",
+            f"This model is a target with something beside it ({adapter.model.kind}), and only one network can be trained.",
             "Start from the target again, with the forget sets of all requests; it is in the folder target/ of the model.",
         )
 

@@ -21,7 +21,7 @@ from expunge.methods.registry import PLACEHOLDER_LAYERS, Method
 from expunge.pipeline.config import UnlearnConfig
 from expunge.pipeline.cost import Cost
 from expunge.pipeline.difficulty import Difficulty, diagnose
-from expunge.pipeline.models import open_adapter, refuse_composite
+from expunge.pipeline.models import open_adapter
 from expunge.pipeline.unlearn import Request, encode, load_request
 from expunge.pipeline.unlearn import plan as plan_run
 
@@ -124,9 +124,8 @@ def outlook(
         base: the untrained base, for methods that start from it.
 
     Raises:
-        InputError: the model is a composite, or a record cannot be encoded.
+        InputError: an unknown method, or a record cannot be encoded.
     """
-    refuse_composite(adapter)
     examples = encode(adapter, request)
     tokens = sum(e.size for e in examples.get(Stream.RETAIN, ()))
     found = diagnose(adapter, request, engine, examples=examples[Stream.FORGET], retain_tokens=tokens, how=how, template=template)
@@ -182,7 +181,7 @@ def _method_cautions(made: Recipe | Any, found: Difficulty) -> list[str]:
     out = []
     streams = made.streams(PLACEHOLDER_LAYERS) if isinstance(made, Recipe) else frozenset(made.streams)
     if isinstance(made, Recipe):
-        if isinstance(made.finish, Join):
+        if isinstance(made.finish, Join) or made.parameters.beside:
             out.append("It suppresses: the target's own weights stay in the result, and whoever has them can ask the target.")
         if _contrasts(made) and found.alike:
             out.append(

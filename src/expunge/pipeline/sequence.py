@@ -189,7 +189,8 @@ def plan(path: Path, config: UnlearnConfig, retrain: int = 0) -> Requests:
     adapter = open_adapter(config.model, config.text, dropout=config.engine.dropout)
     base = open_adapter(config.base, config.text, dropout=config.engine.dropout) if config.base else None
     made = [_plan(adapter, base, request, config) for request in checked]
-    if len(made) > 1 and isinstance(made[0].recipe, Recipe) and made[0].recipe.parameters.beside:
+    parameters = made[0].recipe.parameters if isinstance(made[0].recipe, Recipe) else None
+    if len(made) > 1 and parameters is not None and parameters.beside and not parameters.extends:
         raise InputError(
             f"{config.method!r} puts a model beside the target, and a second request would need one network to begin from.",
             "Unlearn the forget sets of all requests together.",

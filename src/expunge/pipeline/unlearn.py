@@ -29,7 +29,7 @@ from expunge.engine.objective import check_marks, mean_losses
 from expunge.engine.options import Engine
 from expunge.engine.outcome import Outcome, Progress
 from expunge.engine.parameters import Twin
-from expunge.engine.parts import Recipe
+from expunge.engine.parts import Need, Recipe
 from expunge.engine.reference import choose
 from expunge.engine.schedule import Adaptive
 from expunge.methods.alternatives import encoded as encoded_alternatives
@@ -160,13 +160,14 @@ def plan(
         source: where the model came from; a run of a recipe that accumulates says there where it began.
         encoded: the forget and retain records as examples, where they were encoded before (for several plans of one request).
     """
-    refuse_composite(adapter)
     notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
     if method in EDITS.names():
+        refuse_composite(adapter)
         return _plan_edit(adapter, request, EDITS.get(method)(**nest(dict(parts))), engine, notes=notes, encoded=encoded)
     if goal is None and request.holdout is not None:
         goal = split_holdout(request.holdout, engine.seed)[0]
     recipe = build_recipe(method, parts)
+    refuse_composite(adapter, recipe.parameters)
     _check_sides(method, recipe, retain=request.retain is not None, holdout=goal is not None, base=base is not None)
     if recipe.start == "initial" and base is not None:
         adapter = base
@@ -174,6 +175,7 @@ def plan(
     if recipe.preparation is not None:
         recipe.preparation.check()
     needs = recipe.needs(adapter.layers())
+    _check_features(recipe, adapter, needs)
     examples = dict(encoded) if encoded is not None and adapter is not base else encode(adapter, request)
     if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
         examples[Stream.ALTERNATIVE] = encoded_alternatives(
@@ -185,6 +187,8 @@ def plan(
     if Stream.VALIDATION in recipe.looks:
         examples[Stream.VALIDATION] = [adapter.encode(r) for r in goal_records]
     check_marks(recipe, examples, recipe.preparation.makes if recipe.preparation is not None else ())
+    if recipe.preparation is not None:
+        recipe.preparation.examine(adapter, examples)
     kind = choose(recipe, needs)
     parameters = sum(p.numel() for p in adapter.model.parameters())
     lora = recipe.parameters.factors
@@ -265,6 +269,15 @@ def _check_models(recipe: Recipe, adapter: LanguageAdapter) -> None:
         raise InputError(
             f"The method {recipe.name!r} reads an oracle: what a model trained without the forget set says.",
             "Give it: preparation=given-outputs preparation.file=FILE.npz.",
+        )
+
+
+def _check_features(recipe: Recipe, adapter: LanguageAdapter, needs: frozenset[Need]) -> None:
+    """What is trained for a further request has no place for the names of a composite's blocks."""
+    if recipe.parameters.beside and getattr(adapter.model, "kind", None) and any(v.startswith("features:") for _, _, v in needs):
+        raise InputError(
+            f"The method {recipe.name!r} reads hidden states, which a further request on a composite model cannot.",
+            "Use terms that read losses or logits.",
         )
 
 

@@ -32,7 +32,8 @@ def weakest(judgement: Judgement) -> Check | None:
         return min(quoted, key=lambda c: judgement.reason.index(c.text))
 
     def rank(check: Check) -> tuple[int, float]:
-        order = 3 if check.outcome in _FAILED else 2 if check.outcome == "undecided" else 0 if check.outcome == "not run" else 1
+        silent = check.outcome in ("not run", "shown")
+        order = 3 if check.outcome in _FAILED else 2 if check.outcome == "undecided" else 0 if silent else 1
         return order, used(check)
 
     return max(judgement.checks, key=rank, default=None)

@@ -37,9 +37,9 @@ def quantised(adapter: Adapter, bits: int, group: int | None = None, *, embeddin
         InputError: ``bits`` or ``group`` is out of range, or the model has no linear weight.
     """
     _check(bits, group)
-    out = _merged(adapter.copy())
+    out = merged(adapter.copy())
     with torch.no_grad():
-        for weight, transposed in _weights(out.model, embeddings):
+        for weight, transposed in rounded_weights(out.model, embeddings):
             matrix = weight.t() if transposed else weight
             codes, step = encode(matrix, bits, group)
             weight.copy_((decode(codes, step, group).t() if transposed else decode(codes, step, group)).to(weight.dtype))
@@ -56,7 +56,7 @@ def identical_bins(a: Adapter, b: Adapter, bits: int, group: int | None = None, 
     """
     _check(bits, group)
     same = total = 0
-    pairs = zip(_weights(_merged(a).model, embeddings), _weights(_merged(b).model, embeddings), strict=False)
+    pairs = zip(rounded_weights(merged(a).model, embeddings), rounded_weights(merged(b).model, embeddings), strict=False)
     with torch.no_grad():
         for (x, transposed), (y, _) in pairs:
             if x.shape != y.shape:
@@ -104,7 +104,8 @@ def _check(bits: int, group: int | None) -> None:
         raise InputError(f"A group of weights must hold at least one; got {group}.")
 
 
-def _merged(adapter: Adapter) -> Adapter:
+def merged(adapter: Adapter) -> Adapter:
+    """The adapter with a LoRA added to the weights, in a copy; itself where there is none."""
     merge: Any = getattr(adapter.model, "merge_and_unload", None)
     if merge is None:
         return adapter
@@ -114,7 +115,7 @@ def _merged(adapter: Adapter) -> Adapter:
     return out
 
 
-def _weights(model: nn.Module, embeddings: bool) -> Iterator[tuple[Tensor, bool]]:
+def rounded_weights(model: nn.Module, embeddings: bool) -> Iterator[tuple[Tensor, bool]]:
     """Weights to round, each once, and whether they are stored ``[in, out]``."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     seen: set[int] = set()

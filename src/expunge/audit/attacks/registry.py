@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from expunge.audit.evidence import Evidence, Values
 from expunge.audit.metrics.registry import Need, RecordMetric
@@ -55,12 +56,16 @@ class Attack(RecordMetric, abc.ABC):
     the work on target and retrained models is done once for all methods. An attack must not change the model it is given
     (``evidence.adapter(label).copy()`` is what may be changed), and must not depend on anything but weights, data, settings and
     ``evidence.protocol.seed``.
+
+    An attack that finds more than one number per record (the answers to several prompts, a control) writes ``columns`` instead:
+    the column ``""`` holds the values that are compared, and ``column`` gives the others, which are kept with them.
     """
 
     access: ClassVar[Access]
     criterion: ClassVar[Criterion]
     passes: ClassVar[str]  #: cost per forget record in forward passes or generations, in words
     copies: ClassVar[bool] = False  #: whether it acts on a copy of the model
+    convicts: ClassVar[bool] = True  #: whether a verdict compares it; what retrained models are no control for is shown only
     toward: ClassVar[Literal[1, -1]] = 1  #: +1 if values grow with knowledge, -1 if they fall
     sets: ClassVar[tuple[str, ...] | None] = ("forget",)
     asks: ClassVar[bool] = True
@@ -76,14 +81,26 @@ class Attack(RecordMetric, abc.ABC):
         """What else than the model, the sets and the settings the values depend on (the target's fingerprint, for instance)."""
         return {}
 
+    def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
+        """One value per record of the set ``name``."""
+        return self.columns(evidence, label, name)[""]
+
+    def columns(self, evidence: Evidence, label: str, name: str) -> Mapping[str, Values]:
+        """All values per record that the attack finds, by name; ``""`` are those that are compared."""
+        return {"": self.per_record(evidence, label, name)}
+
     def values(self, evidence: Evidence, label: str, name: str) -> Values:
         """:meth:`per_record` of the model, computed once per content of model, sets and settings."""
+        return self.column(evidence, label, name, "")
+
+    def column(self, evidence: Evidence, label: str, name: str, which: str) -> Values:
+        """One of the :meth:`columns`, computed as :meth:`values` are."""
         subject = evidence.subject(label)
         depends = dict(self.depends(evidence, label))
         key = ("attack", self.name, self.model_dump_json(), subject.fingerprint, name, repr(sorted(depends.items())))
-        return evidence.memo(key, lambda: self._stored(evidence, label, name, depends))
+        return evidence.memo(key, lambda: self._stored(evidence, label, name, depends))[which]
 
-    def _stored(self, evidence: Evidence, label: str, name: str, depends: Mapping[str, Any]) -> Values:
+    def _stored(self, evidence: Evidence, label: str, name: str, depends: Mapping[str, Any]) -> dict[str, Values]:
         store, at = evidence.store, evidence.protocol
         if store is None:
             return self._told(evidence, label, name)
@@ -94,18 +111,26 @@ class Attack(RecordMetric, abc.ABC):
         )  # fmt: skip
         held = store.load_arrays(key)
         if held is not None:
-            return Values(held["values"].astype(np.float64), held["present"].astype(bool))
+            names = [k.removeprefix("values") for k in held if k.startswith("values")]
+            return {n.removeprefix("."): _values(held["values" + n], held["present" + n]) for n in names}
         found = self._told(evidence, label, name)
-        store.save_arrays(key, {"values": found.values, "present": found.present})
+        columns = {f".{n}" if n else "": v for n, v in found.items()}
+        store.save_arrays(
+            key, {f"{k}{n}": a for n, v in columns.items() for k, a in (("values", v.values), ("present", v.present))}
+        )
         return found
 
-    def _told(self, evidence: Evidence, label: str, name: str) -> Values:
+    def _told(self, evidence: Evidence, label: str, name: str) -> dict[str, Values]:
         if evidence.progress is not None:
             evidence.progress(f"{label}: {self.title}", 0, 1)
-        found = self.per_record(evidence, label, name)
+        found = dict(self.columns(evidence, label, name))
         if evidence.progress is not None:
             evidence.progress(f"{label}: {self.title}", 1, 1)
         return found
+
+
+def _values(values: npt.NDArray[Any], present: npt.NDArray[Any]) -> Values:
+    return Values(values.astype(np.float64), present.astype(np.bool_))
 
 
 ATTACKS: Registry[type[Attack]] = Registry("attack", "expunge.audit.attacks", "expunge.attacks")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from expunge.engine.loop import train
 from expunge.engine.objective import mean_losses
 from expunge.engine.options import Engine
 from expunge.engine.parameters import AllParameters
-from expunge.engine.parts import Need, Recipe, Term, Views
+from expunge.engine.parts import Need, Parameters, Recipe, Term, Views
 from expunge.engine.schedule import Fixed
 
 Floats = NDArray[np.float64]
@@ -115,12 +115,12 @@ class Likelihood(Term):
         return views.current(Stream.RETAIN).losses
 
 
-def relearning(schedule: Fixed) -> Recipe:
-    """Plain training on what is given as the retain set."""
+def relearning(schedule: Fixed, parameters: Parameters | None = None) -> Recipe:
+    """Plain training of all parameters, or of those chosen, on what is given as the retain set."""
     return Recipe(
         name="relearn",
         retain=(Likelihood(),),
-        parameters=AllParameters(),
+        parameters=parameters or AllParameters(),
         gradient=Plain(),
         balance=FixedBalance(),
         schedule=schedule,
@@ -174,7 +174,13 @@ def split(examples: Sequence[Example], seed: int) -> tuple[list[int], list[int]]
 
 
 def relearn(
-    adapter: Adapter, forget: Sequence[Example], retain: Sequence[Example] | None, settings: RelearnSettings, seed: int
+    adapter: Adapter,
+    forget: Sequence[Example],
+    retain: Sequence[Example] | None,
+    settings: RelearnSettings,
+    seed: int,
+    *,
+    parameters: Parameters | None = None,
 ) -> list[RelearnPoint]:
     """Attack a copy of the model.
 
@@ -184,6 +190,7 @@ def relearn(
         retain: examples for ``material="retain"``; otherwise not read.
         settings: with the learning rates fixed, see :meth:`RelearnSettings.resolved`.
         seed: of the split and of the order of training; the same for every model.
+        parameters: what moves; none: everything.
 
     Returns:
         One point per learning rate and recorded step, step 0 first. With ``material="retain"`` the whole forget set is the half
@@ -198,11 +205,19 @@ def relearn(
             "Take settings.resolved(target) once, or give relearn.rates.",
         )
     trained, heldout = _halves(forget, retain, settings, seed)
-    return [p for lr in settings.rates for p in _curve(adapter.copy(), lr, trained, heldout, settings=settings, seed=seed)]
+    more: dict[str, Any] = {"settings": settings, "seed": seed, "parameters": parameters}
+    return [p for lr in settings.rates for p in _curve(adapter.copy(), lr, trained, heldout, **more)]
 
 
 def _curve(
-    copy: Adapter, lr: float, trained: Sequence[Example], heldout: Sequence[Example], *, settings: RelearnSettings, seed: int
+    copy: Adapter,
+    lr: float,
+    trained: Sequence[Example],
+    heldout: Sequence[Example],
+    *,
+    settings: RelearnSettings,
+    seed: int,
+    parameters: Parameters | None,
 ) -> list[RelearnPoint]:
     """Train ``copy`` in place and measure it on the way."""
     points: list[RelearnPoint] = []
@@ -220,7 +235,7 @@ def _curve(
     schedule = Fixed(
         lr=lr, steps=settings.steps[-1], epochs=None, batch=settings.batch, warmup=0, decay="constant", weight_decay=0
     )
-    recipe = relearning(schedule)
+    recipe = relearning(schedule, parameters)
     device = str(next(copy.model.parameters()).device)
     engine = Engine(seed=seed, max_tokens=settings.max_tokens, checkpoint_every=0, device="cpu" if device == "cpu" else "auto")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -326,3 +341,23 @@ def _point(step: int, lr: float, losses: Floats, trained: Sequence[Example], hel
         tuple(e.id for e in heldout),
         tuple(e.cluster for e in heldout),
     )
+
+
+def packed(points: Sequence[RelearnPoint]) -> dict[str, NDArray[Any]]:
+    """A curve as arrays, for a cache."""
+    return {
+        "step": np.array([p.step for p in points]),
+        "lr": np.array([p.lr for p in points]),
+        "losses_trained": np.stack([p.losses_trained for p in points]),
+        "losses_heldout": np.stack([p.losses_heldout for p in points]),
+        "ids_trained": np.array(points[0].ids_trained, dtype=str),
+        "ids_heldout": np.array(points[0].ids_heldout, dtype=str),
+        "clusters_heldout": np.array(points[0].clusters_heldout, dtype=str),
+    }
+
+
+def unpacked(held: Mapping[str, NDArray[Any]]) -> list[RelearnPoint]:
+    """The curve of :func:`packed`."""
+    ids = {n: tuple(held[n].tolist()) for n in ("ids_trained", "ids_heldout", "clusters_heldout")}
+    rows = zip(held["step"].tolist(), held["lr"].tolist(), held["losses_trained"], held["losses_heldout"], strict=True)
+    return [RelearnPoint(step, lr, a.astype(np.float64), b.astype(np.float64), **ids) for step, lr, a, b in rows]

@@ -129,3 +129,39 @@ def _gumbel_cdf(x: Floats, mean: Floats, deviation: Floats) -> Floats:
         value = np.exp(-np.exp(-z))
     step = np.where(np.isnan(x) | np.isnan(mean), np.nan, (x >= mean).astype(np.float64))
     return np.asarray(np.where(deviation == 0, step, value), dtype=np.float64)
+
+
+def iam_language(queried: ArrayLike, fit: ArrayLike, reference: ArrayLike, *, steps: int = 1000) -> Floats:
+    """Membership of each text ``[texts]`` in [0, 1] from its mean loss under three models: 1 is fitted, 0 is not.
+
+    The signal ``s = -log(e1 - log(u + e2))`` of ``u = 1 - exp(-NLL)``, with e1 = 0.1 and e2 = 1e-5, rises with the loss. Between
+    the signals of a model that was trained on the texts and of one that was not lie ``steps`` interpolations
+    ``s_fit + a (s_ref - s_fit)``; each is a Gumbel distribution with the spread of that curve over the texts; the membership is
+    ``1 - sum_a a CDF_a(s_queried) / sum_a a``. (Weights and distributions are one step apart, as in the published code.)
+
+    The reference itself does not score 0 (0.1 to 0.24, the closer the two models are): subtract what retrained models score on
+    the same texts. What is less likely than under the reference saturates near 0. The spread is over the texts, so only scores of
+    the same texts can be compared.
+
+    Args:
+        queried: mean loss of each text under the audited model, nats, at least 0.
+        fit: under a model that was trained on them.
+        reference: under a model that was not.
+        steps: interpolations, 2 or more.
+
+    Raises:
+        InputError: lengths differ, a loss is negative, or the losses do not vary.
+    """
+    signals = [
+        _loss_signal(vector(v, name)) for v, name in ((queried, "losses"), (fit, "fit losses"), (reference, "reference losses"))
+    ]
+    own, low, high = signals
+    if not len(own) == len(low) == len(high):
+        raise InputError(f"IAM compares the same texts under three models; got {len(own)}, {len(low)} and {len(high)}.")
+    return _score(own, low[None], high[None], steps, "joint")
+
+
+def _loss_signal(losses: Floats, e1: float = 0.1, e2: float = 1e-5) -> Floats:
+    if (losses < 0).any():
+        raise InputError("IAM reads mean losses of at least 0.", "Pass the loss, not the log-probability.")
+    return np.asarray(-np.log(e1 - np.log(-np.expm1(-losses) + e2)), dtype=np.float64)

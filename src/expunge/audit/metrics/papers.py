@@ -53,6 +53,38 @@ RWKU = Paper(
     "RWKU: Benchmarking Real-World Knowledge Unlearning for Large Language Models", "Jin, Cao, Wang et al.", 2024,
     "https://arxiv.org/abs/2406.10890",
 )  # fmt: skip
+JAILBREAK = Paper(
+    "Jailbroken: How Does LLM Safety Training Fail?", "Wei, Haghtalab and Steinhardt", 2023, "https://arxiv.org/abs/2307.02483"
+)
+ORT = Paper("LLM Unlearning Should Be Form-Independent", "Ye, Zhang and Wu", 2025, "https://arxiv.org/abs/2506.07795")
+LEAK = Paper(
+    "Leak@k: Unlearning Does Not Make LLMs Forget Under Probabilistic Decoding", "Reisizadeh, Ruan, Chen et al.", 2025,
+    "https://arxiv.org/abs/2511.04934",
+)  # fmt: skip
+SLEEK = Paper(
+    "Step-by-Step Reasoning Attack: Revealing 'Erased' Knowledge in Large Language Models",
+    "Sinha, Baser, Mandal, Divakaran and Kankanhalli", 2025, "https://arxiv.org/abs/2506.17279",
+)  # fmt: skip
+MIRAGE = Paper(
+    "The Unlearning Mirage: A Dynamic Framework for Evaluating LLM Unlearning", "Shah, Huang, Murugesan, Baracaldo and Yang",
+    2026, "https://arxiv.org/abs/2603.11266",
+)  # fmt: skip
+UNPACT = Paper(
+    "Understanding the Dilemma of Unlearning for Large Language Models", "Zhang, Qian, Huang et al.", 2025,
+    "https://arxiv.org/abs/2509.24675",
+)  # fmt: skip
+UNUNLEARNING = Paper(
+    "UnUnlearning: Unlearning is not sufficient for content regulation in advanced generative AI",
+    "Shumailov, Hayes, Triantafillou et al.", 2024, "https://arxiv.org/abs/2407.00106",
+)  # fmt: skip
+GHOST = Paper(
+    "Protecting Copyrighted Material with Unique Identifiers in Large Language Model Training", "Zhao, Zhu, Quan and Yang", 2024,
+    "https://arxiv.org/abs/2403.15740",
+)  # fmt: skip
+UTF = Paper(
+    "Hiding Text in Large Language Models: Introducing Unconditional Token Forcing Confusion",
+    "Hoscilowicz, Popiolek, Rudkowski, Bieniasz and Janicki", 2024, "https://arxiv.org/abs/2406.02481",
+)  # fmt: skip
 WMDP = Paper(
     "The WMDP Benchmark: Measuring and Reducing Malicious Use With Unlearning", "Li, Pan, Gopal et al.", 2024,
     "https://arxiv.org/abs/2403.03218",
@@ -131,4 +163,47 @@ COMPETITION = Paper(
 U_LIRA = Paper(
     "Inexact Unlearning Needs More Careful Evaluations to Avoid a False Sense of Privacy",
     "Hayes, Shumailov, Triantafillou et al.", 2024, "https://arxiv.org/abs/2403.01218",
+)  # fmt: skip
+LOGIT_LENS = Paper(
+    "interpreting GPT: the logit lens", "nostalgebraist", 2020,
+    "https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens",
+)  # fmt: skip
+TUNED_LENS = Paper(
+    "Eliciting Latent Predictions from Transformers with the Tuned Lens", "Belrose, Ostrovsky, McKinney et al.", 2023,
+    "https://arxiv.org/abs/2303.08112",
+)  # fmt: skip
+DEPTH_SCORE = Paper(
+    "Measuring the Depth of LLM Unlearning via Activation Patching", "Lee, Kim and Jo", 2026, "https://arxiv.org/abs/2605.24614"
+)
+PROBES = Paper(
+    "Understanding intermediate layers using linear classifier probes",
+    "Alain and Bengio",
+    2016,
+    "https://arxiv.org/abs/1610.01644",
+)
+JOG = Paper(
+    "Jogging the Memory of Unlearned LLMs Through Targeted Relearning Attacks", "Hu, Fu, Wu and Smith", 2024,
+    "https://arxiv.org/abs/2406.13356",
+)  # fmt: skip
+QUANTISATION = Paper(
+    "Catastrophic Failure of LLM Unlearning via Quantization", "Zhang, Wang, Li et al.", 2025, "https://arxiv.org/abs/2410.16454"
+)
+PRUNING = Paper(
+    "Learning both Weights and Connections for Efficient Neural Networks", "Han, Pool, Tran and Dally", 2015,
+    "https://arxiv.org/abs/1506.02626",
+)  # fmt: skip
+SOK = Paper(
+    "SoK: Machine Unlearning for Large Language Models", "Ren, Xing, Cui et al.", 2025, "https://arxiv.org/abs/2506.09227"
+)
+GUIDED = Paper(
+    "Unlearned but Not Forgotten: Data Extraction after Exact Unlearning in LLM", "Wu, Pang, Liu and Wu", 2025,
+    "https://arxiv.org/abs/2505.24379",
+)  # fmt: skip
+BACKDOOR = Paper(
+    "Forgetting to Forget: Attention Sink as A Gateway for Backdooring LLM Unlearning", "Shang, Chen, Zhang, Shen and Liu", 2025,
+    "https://arxiv.org/abs/2510.17021",
+)  # fmt: skip
+CONCEPT_VECTORS = Paper(
+    "Intrinsic Evaluation of Unlearning Using Parametric Knowledge Traces", "Hong, Yu, Yang et al.", 2024,
+    "https://arxiv.org/abs/2406.11614",
 )  # fmt: skip

@@ -27,7 +27,7 @@ _NO_POINTS = str.maketrans("", "", string.punctuation)
 def echo_corrected_recall(prediction: str, gold: str, prompt: str, tokeniser: Tokeniser = "rouge") -> float:
     """ROUGE-L recall with no reward for words that the prompt itself contains, in [0, 1].
 
-    Words of the prompt are taken out of answer and gold answer before they are compared. Where the prompt contains the whole
+    Words of the prompt are taken out of the gold answer before it is compared. Where the prompt contains the whole
     gold answer (a multiple-choice probe), nothing would be left; there it is the ROUGE-L F1, so that naming one
     option counts and repeating all of them does not.
 
@@ -42,8 +42,7 @@ def echo_corrected_recall(prediction: str, gold: str, prompt: str, tokeniser: To
     new = [w for w in reference if w not in known]
     if not new:
         return rouge_l(prediction, gold, "f1", False, tokeniser)
-    said = [w for w in words(prediction, False, tokeniser) if w not in known]
-    return lcs_length(said, new) / len(new)
+    return lcs_length(words(prediction, False, tokeniser), new) / len(new)
 
 
 def plain_words(text: str) -> list[str]:

@@ -83,7 +83,7 @@ def plan(
     if out is not None and out.exists() and not force:
         raise InputError(f"The file {str(out)!r} exists.", "Add --force to replace it.")
     if out is not None:
-        check_writable(out)
+        check_writable(out.parent)
     overrides = parse_overrides(parts or [])
     engine = {**overrides.pop("engine", {}), **({"seed": seed} if seed is not None else {})}
     text = {**overrides.pop("text", {}), **({"columns": columns_of(column)} if column else {})}
