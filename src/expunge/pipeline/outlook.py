@@ -152,7 +152,8 @@ class _Case:
         """Whether the method called ``name`` can run, at what cost, and what to mind."""
         held = find(name)
         kind = "edit" if name in EDITS.names() else "prepared" if name in PREPARED.names() else "recipe"
-        missing, cost, cautions = _unfit(held, kind, self.adapter), None, ()
+        missing, cost = _unfit(held, kind, self.adapter), None
+        cautions: tuple[str, ...] = ()
         if not missing:
             try:
                 cost = plan_run(self.adapter, self.request, name, parts, self.engine, **self.options).cost
