@@ -12,9 +12,10 @@ from expunge.audit.document import Curve, Series
 from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
 from expunge.benchmarks.document import BenchmarkDocument
-from expunge.benchmarks.registry import Course
+from expunge.benchmarks.registry import Benchmark, Course
 from expunge.core.errors import InputError
 from expunge.core.files import write_text
+from expunge.core.results import Number
 from expunge.engine.outcome import Progress
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.recipe import build as build_recipe
@@ -77,18 +78,37 @@ def _curve(
     for method, chain in chains.items():
         labels = ["target", *(m.label for m in chain)]
         found = [(x, document.entry(label).numbers.get(axis)) for x, label in zip(at, labels, strict=True)]
-        known = [(float(x), n) for x, n in found if n is not None and n.value is not None]
-        lows, highs = [n.low for _, n in known], [n.high for _, n in known]
-        bounded = None not in lows and None not in highs
-        lines.append(
-            Series(
-                label=method, x=[x for x, _ in known], y=[float(n.value or 0.0) for _, n in known],
-                low=[float(v or 0.0) for v in lows] if bounded else None,
-                high=[float(v or 0.0) for v in highs] if bounded else None,
-            )
-        )  # fmt: skip
+        lines.append(_line(method, found))
     title = f"{course.name}: {made.benchmark.axis(axis).title}"
     return Curve(name=f"{course.name}.{axis}", title=title, x_label="records forgotten", y_label=axis, series=lines)
+
+
+def _line(label: str, found: Sequence[tuple[float, Number | None]]) -> Series:
+    """Numbers at places as a line with its band; places without a number are left out."""
+    known = [(float(x), n) for x, n in found if n is not None and n.value is not None]
+    lows, highs = [n.low for _, n in known], [n.high for _, n in known]
+    bounded = None not in lows and None not in highs
+    return Series(
+        label=label, x=[x for x, _ in known], y=[float(n.value or 0.0) for _, n in known],
+        low=[float(v or 0.0) for v in lows] if bounded else None,
+        high=[float(v or 0.0) for v in highs] if bounded else None,
+    )  # fmt: skip
+
+
+def profiles(benchmark: Benchmark, document: BenchmarkDocument) -> list[Curve]:
+    """The curves that a benchmark declares over its axes, of the models that were measured."""
+    out = []
+    for profile in benchmark.profiles():
+        lines = [
+            _line(m.label, [(x, m.numbers.get(a)) for x, a in zip(profile.at, profile.axes, strict=True)])
+            for m in document.models
+        ]
+        shown = [line for line in lines if line.x]
+        if shown:
+            out.append(
+                Curve(name=profile.name, title=profile.title, x_label=profile.x_label, y_label=profile.title, series=shown)
+            )  # fmt: skip
+    return out
 
 
 def _nested(made: Plan, course: Course, method: str, bars: Bars, say: Callable[[str], None]) -> list[AuditedModel]:

@@ -8,6 +8,7 @@ A benchmark is one file in this package, or an entry point of the group ``expung
   (:attr:`Benchmark.reference`);
 - what is to be forgotten and kept (:class:`Roles`), with the published settings of unlearning;
 - which *axes* are reported: a registered metric with its published options on named sets (:class:`Axis`);
+- which rows no method could give (:class:`Yardstick`);
 - which of these are followed over several requests (:class:`Course`), and by which rule a checkpoint is chosen (:class:`Oracle`).
 
 Everything that runs is elsewhere: :mod:`expunge.benchmarks.run` joins the stages of the pipeline, and the command line is
@@ -150,6 +151,46 @@ class Oracle:
     values: Mapping[str, tuple[float, ...]]
 
 
+@dataclass(frozen=True)
+class Profile:
+    """Axes that are one number at several levels (copies in the corpus), drawn as a curve with a line for each model.
+
+    Attributes:
+        name: of the curve.
+        title, x_label: for people.
+        at: the levels.
+        axes: names of the axes, one for each level.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    at: tuple[float, ...]
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """A row that no method could give, because it reads what a request does not have; it is called *oracle* wherever it is shown.
+
+    Attributes:
+        name: of the row ("rewind").
+        weights: the step of the training whose model it is; empty: a training of its own.
+        sets: what the target is trained on further, if it is a training.
+        parts: settings of that training.
+    """
+
+    name: str
+    weights: str = ""
+    sets: tuple[str, ...] = ()
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """As it is printed."""
+        return f"{self.name} (oracle)"
+
+
 class Benchmark(Settings, abc.ABC):
     """A published protocol; its fields are its options, and everything else is declared.
 
@@ -191,6 +232,14 @@ class Benchmark(Settings, abc.ABC):
 
     def courses(self) -> Sequence[Course]:
         """Axes over several requests."""
+        return ()
+
+    def profiles(self) -> Sequence[Profile]:
+        """Axes that are shown as curves."""
+        return ()
+
+    def yardsticks(self) -> Sequence[Yardstick]:
+        """Rows beside the methods that show what the numbers can reach; they follow from the steps of the training."""
         return ()
 
     def oracle(self) -> Oracle | None:

@@ -56,6 +56,7 @@ class Plan:
         sets: all sets by name, checked against the schema.
         trainings: the steps to the target, with their folders; empty if it is given.
         gold: the retrained models to be trained, by label, with their folders in the cache.
+        yardsticks: further trainings of the target that are shown as oracles, by label, with their folders.
         unlearnings: the methods' configurations by label, with their folders.
         notes: what is not there, and what follows from it.
     """
@@ -68,6 +69,7 @@ class Plan:
     gold: dict[str, tuple[TrainConfig, Path]]
     unlearnings: dict[str, tuple[UnlearnConfig, Path]]
     notes: list[str] = field(default_factory=list)
+    yardsticks: dict[str, tuple[TrainConfig, Path]] = field(default_factory=dict)
 
     @property
     def target(self) -> str:
@@ -89,6 +91,7 @@ def plan(config: BenchmarkConfig, out: Path) -> Plan:
         notes.append("Half of the holdout set says when methods stop; numbers about holdout are of the other half.")
     if config.target is None:
         made.trainings = _trainings(config, benchmark, sets, out)
+        made.yardsticks = _yardsticks(made)
     else:
         check_source(config.target)
     for source in config.retrained:
@@ -150,6 +153,21 @@ def _trainings(
     return out_of
 
 
+def _yardsticks(made: Plan) -> dict[str, tuple[TrainConfig, Path]]:
+    """The oracle rows that are trained; those that are a step's model are there already."""
+    config, sources = made.config, made.benchmark.sources()
+    found: dict[str, tuple[TrainConfig, Path]] = {}
+    for row in made.benchmark.yardsticks():
+        if row.sets:
+            parts = merge(dict(SMALL_TRAINING if config.scratch else row.parts), config.train)
+            data = tuple(sources[n].reference for n in row.sets if n in made.sets)
+            step = TrainConfig(
+                model=made.target, data=data, scratch=False, parts=parts, text=config.text, engine=config.engine
+            )  # fmt: skip
+            found[row.label] = (step, made.out / "oracles" / row.name)
+    return found
+
+
 def _gold(made: Plan, forget: str) -> dict[str, tuple[TrainConfig, Path]]:
     """The retrained models that the run trains: as the target, without the forget set, and with other seeds."""
     config = made.config
@@ -196,7 +214,7 @@ def _fitting(method: str, published: Mapping[str, Any]) -> Mapping[str, Any]:
 def stages(made: Plan) -> list[Stage]:
     """What a run would do, in order, with its cost where it can be told before the target is there."""
     out = [Stage("data", made.out, True, f"{sum(map(len, made.sets.values())):,} records in {len(made.sets)} sets, checked")]
-    everything = {**made.trainings, **made.gold}
+    everything = {**made.trainings, **made.gold, **made.yardsticks}
     costs: dict[str, str] = {}
     for label, (config, folder) in everything.items():
         if not training.finished(folder):
@@ -243,7 +261,7 @@ def execute(made: Plan, *, resume: bool = False, bars: Bars, say: Callable[[str]
     held = Run.start(made.out, "benchmark", dump, resume=resume)
     for label, (step, folder) in made.trainings.items():
         _train({label: (step, folder)}, bars, say)
-    _train(made.gold, bars, say)
+    _train({**made.gold, **made.yardsticks}, bars, say)
     models = base_models(made)
     chosen: dict[str, str] = {}
     if config.checkpoint == "oracle":
@@ -267,7 +285,7 @@ def execute(made: Plan, *, resume: bool = False, bars: Bars, say: Callable[[str]
     def work() -> dict[str, Any]:
         with bars("measuring") as bar:
             document = measured(made, models, bar)
-        document.curves = curves
+        document.curves = [*courses.profiles(made.benchmark, document), *curves]
         document.not_measured[:0] = made.notes
         write_text(made.out / DOCUMENT, document.model_dump_json(indent=2) + "\n")
         return {"axes": len(document.axes), "models": len(document.models)}
@@ -312,6 +330,7 @@ def base_models(made: Plan) -> list[AuditedModel]:
         for name, (step, place) in steps[:-1]:
             role: Any = "retrained" if name == made.benchmark.reference else "base"
             models.append(auditing.entry_of(name, role, place, text, seed=step.engine.seed, stage="train"))
+        models += _oracles(made)
     else:
         models = [AuditedModel("target", "target", auditing.lazily(made.target, text), path=made.target)]
     models += [
@@ -320,6 +339,16 @@ def base_models(made: Plan) -> list[AuditedModel]:
     for label, (_, folder) in made.gold.items():
         models.append(auditing.entry_of(label, "retrained", folder, text, seed=int(label.split()[-1]), stage="train"))
     return models
+
+
+def _oracles(made: Plan) -> list[AuditedModel]:
+    """The rows that no method could give."""
+    out = []
+    for row in made.benchmark.yardsticks():
+        step, place = made.trainings[row.weights] if row.weights else made.yardsticks[row.label]
+        entry = auditing.entry_of(row.label, "unlearned", place, made.config.text, seed=step.engine.seed, stage="train")
+        out.append(entry)
+    return out
 
 
 def _train(wanted: Mapping[str, tuple[TrainConfig, Path]], bars: Bars, say: Callable[[str], None]) -> None:

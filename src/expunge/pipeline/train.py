@@ -243,7 +243,7 @@ def retraining(config: TrainConfig, forget: RecordSet, seed: int) -> tuple[Train
     gone = tuple(sorted({*config.exclude, *(content_key(r) for r in forget)}))
     made = config.model_copy(update={"exclude": gone, "engine": config.engine.model_copy(update={"seed": seed})})
     data = load_all(made.data, made.text.columns, "training data")
-    left = {content_key(r) for r in data} - set(gone)
+    left = [k for k in (content_key(r) for r in data) if k not in gone]  # with repetitions: how often a text is seen counts
     key = digest_json(
         ["retrained-1", resolve(made.model), sorted(left), made.model_dump(mode="json", exclude={"exclude", "data"})]
     )

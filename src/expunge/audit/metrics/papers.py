@@ -207,3 +207,11 @@ CONCEPT_VECTORS = Paper(
     "Intrinsic Evaluation of Unlearning Using Parametric Knowledge Traces", "Hong, Yu, Yang et al.", 2024,
     "https://arxiv.org/abs/2406.11614",
 )  # fmt: skip
+RESTOR = Paper(
+    "RESTOR: Knowledge Recovery in Machine Unlearning", "Rezaei, Chandu, Feizi, Choi, Brahman and Ravichander", 2024,
+    "https://arxiv.org/abs/2411.00204",
+)  # fmt: skip
+HUBBLE = Paper(
+    "Hubble: a Model Suite to Advance the Study of LLM Memorization", "Wei, Godbole, Khan et al.", 2025,
+    "https://arxiv.org/abs/2510.19811",
+)  # fmt: skip
