@@ -32,6 +32,7 @@ from expunge.core.results import Judgement, Verdict
 from expunge.core.runs import Run
 from expunge.pipeline.audit import DOCUMENT, audit_stage, entry_of, read, unlearned_model
 from expunge.pipeline.config import TextConfig
+from expunge.pipeline.models import open_adapter
 from expunge.pipeline.tuned import unseen
 from expunge.report.text import DASH
 from expunge.report.weakest import weakest
@@ -122,8 +123,14 @@ def gaps(course: Course, held: Mapping[str, AuditDocument], failed: Mapping[str,
         "missing": f"Not judged yet: {', '.join(missing)}." if missing else "",
         "seeds": " and ".join(map(str, course.seeds)),
         "seconds": f"{sum(float(d.cost['seconds']) for d in held.values()) / max(1, len(held)):.0f}",
+        "parameters": f"{_parameters(course):,}",
         "sets": ", ".join(f"{d['records']} records in the {n} set" for n, d in first.data.items()),
     }  # fmt: skip
+
+
+def _parameters(course: Course) -> int:
+    folder = course.plan.target
+    return sum(p.numel() for p in open_adapter(str(folder), TextConfig()).model.parameters()) if folder.is_dir() else 0
 
 
 def protocol_ids(course: Course) -> list[str]:

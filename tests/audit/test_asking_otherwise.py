@@ -131,8 +131,9 @@ def test_an_audit_runs_them_all_and_reports_context_without_judging_it(world):
     )  # fmt: skip
     document = audit(models, {"forget": world.forget, "retain": world.retain}, settings)
     entry = document.entry("refusing")
-    names = {c.name for c in entry.judgement.checks}
-    assert {"attack (answer-stem)", "attack (leak-at-k)"} <= names
-    assert not {"attack (reintroduction)", "attack (form-bias)"} & names
+    outcomes = {c.name: c.outcome for c in entry.judgement.checks}
+    assert {"attack (answer-stem)", "attack (leak-at-k)"} <= set(outcomes)
+    assert outcomes["attack (reintroduction)"] == outcomes["attack (form-bias)"] == "shown"
+    assert "shown" not in {outcomes["attack (answer-stem)"], outcomes["attack (leak-at-k)"]}
     assert entry.numbers["forget.reintroduction.over-retrained"].note
     assert document.protocol["metrics"]["reintroduction"]["criterion"] == "reintroduction in context"

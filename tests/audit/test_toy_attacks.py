@@ -302,7 +302,7 @@ def test_reintroduction_is_read_in_three_ways_and_convicts_nobody(base):
     assert gain(knows, reads).note == KNOWN
     evidence = evidence_of(SETS, {"target": base, "it": Scripted.of(base, "reads", reads)})
     attempts = model_arrays(evidence, "it", Attacked(tried=[Reintroduction(), ATTACKS.get("role-play")()]), False, None).attempts
-    assert set(attempts) == {"role-play"}
+    assert {n: a.convicts for n, a in attempts.items()} == {"reintroduction": False, "role-play": True}
 
 
 def test_passages_come_from_a_file_and_what_is_missing_is_said(base, evidence, tmp_path):

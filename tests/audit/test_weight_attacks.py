@@ -329,7 +329,7 @@ def test_an_audit_convicts_by_hidden_states_what_its_outputs_acquit(inside, smal
     checks = {c.name: c for c in document.entry("uld").judgement.checks}
     assert checks["attack (linear-probe)"].outcome == "knows more"
     assert checks["attack (activation-patching)"].outcome == "knows more"
-    assert "attack (guided-extraction)" not in checks  # shown, not judged
+    assert checks["attack (guided-extraction)"].outcome == "shown"  # and not judged
     assert document.entry("uld").numbers["forget.guided-extraction"].value is not None
     honest = {c.name: c.outcome for c in document.entry("same start").judgement.checks}
     assert "knows more" not in {honest[f"attack ({n})"] for n in names if n != "guided-extraction"}

@@ -11,6 +11,7 @@ from experiments.removed import PROTOCOL, Course, gaps, link, main, ordered, pro
 from expunge.audit.document import AuditDocument, ModelEntry, Role
 from expunge.audit.protocol import load_protocol
 from expunge.core.results import Check, Finding, Judgement, Verdict
+from expunge.report.text import DASH
 
 
 def entry(label: str, verdict: Verdict, outcomes: str, role: Role = "unlearned") -> ModelEntry:
@@ -55,7 +56,7 @@ def test_a_row_says_every_criterion_and_the_weakest_link():
     )
     judgement = MADE[3].judgement
     assert judgement is not None
-    assert link(judgement.model_copy(update={"checks": ()})) == "–"
+    assert link(judgement.model_copy(update={"checks": ()})) == DASH
 
 
 def test_the_page_counts_verdicts_and_names_what_is_missing(tmp_path):

@@ -32,7 +32,7 @@ from expunge.engine.parameters import Twin
 from expunge.engine.parts import Need, Recipe
 from expunge.engine.reference import choose
 from expunge.engine.schedule import Adaptive
-from expunge.methods.alternatives import encoded
+from expunge.methods.alternatives import encoded as encoded_alternatives
 from expunge.methods.catalogue import find
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.prepared.registry import refuse_prepared
@@ -143,6 +143,7 @@ def plan(
     base: LanguageAdapter | None = None,
     goal: RecordSet | None = None,
     source: str | None = None,
+    encoded: Mapping[Stream, list[Example]] | None = None,
 ) -> UnlearnPlan:
     """Put a run together and check that everything fits; nothing is trained or written.
 
@@ -157,11 +158,12 @@ def plan(
         base: the untrained base, for methods that start from it.
         goal: records never trained on that set the goal; none: half of the holdout, see :func:`split_holdout`.
         source: where the model came from; a run of a recipe that accumulates says there where it began.
+        encoded: the forget and retain records as examples, where they were encoded before (for several plans of one request).
     """
     notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
     if method in EDITS.names():
         refuse_composite(adapter)
-        return _plan_edit(adapter, request, EDITS.get(method)(**nest(dict(parts))), engine, notes)
+        return _plan_edit(adapter, request, EDITS.get(method)(**nest(dict(parts))), engine, notes=notes, encoded=encoded)
     if goal is None and request.holdout is not None:
         goal = split_holdout(request.holdout, engine.seed)[0]
     recipe = build_recipe(method, parts)
@@ -174,11 +176,11 @@ def plan(
         recipe.preparation.check()
     needs = recipe.needs(adapter.layers())
     _check_features(recipe, adapter, needs)
-    examples: dict[Stream, list[Example]] = {Stream.FORGET: [adapter.encode(r) for r in request.forget]}
-    if request.retain is not None:
-        examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
+    examples = dict(encoded) if encoded is not None and adapter is not base else encode(adapter, request)
     if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
-        examples[Stream.ALTERNATIVE] = encoded(adapter, request.forget.records, recipe, how, engine.seed, template=template)
+        examples[Stream.ALTERNATIVE] = encoded_alternatives(
+            adapter, request.forget.records, recipe, how, engine.seed, template=template
+        )
     if isinstance(recipe.schedule, Adaptive) and recipe.forget and goal is None:
         notes.append("No holdout was given: the goal is estimated on retain records with swapped answers, an upper estimate.")
     goal_records = goal.records if goal is not None else ()
@@ -205,12 +207,23 @@ def plan(
     return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes, first)
 
 
-def _plan_edit(adapter: LanguageAdapter, request: Request, edit: Edit, engine: Engine, notes: list[str]) -> UnlearnPlan:
+def encode(adapter: LanguageAdapter, request: Request) -> dict[Stream, list[Example]]:
+    """The forget and retain records of a request as examples.
+
+    Raises:
+        InputError: a record does not fit the model.
+    """
+    sets = {Stream.FORGET: request.forget, Stream.RETAIN: request.retain}
+    return {stream: [adapter.encode(r) for r in records] for stream, records in sets.items() if records is not None}
+
+
+def _plan_edit(
+    adapter: LanguageAdapter, request: Request, edit: Edit, engine: Engine, *, notes: list[str],
+    encoded: Mapping[Stream, list[Example]] | None,
+) -> UnlearnPlan:  # fmt: skip
     if Stream.RETAIN in edit.streams and request.retain is None:
         raise InputError(f"The method {edit.name!r} reads a retain set, and none was given.", "Give --retain DATA.")
-    examples = {Stream.FORGET: [adapter.encode(r) for r in request.forget]}
-    if request.retain is not None:
-        examples[Stream.RETAIN] = [adapter.encode(r) for r in request.retain]
+    examples = dict(encoded) if encoded is not None else encode(adapter, request)
     weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
     tokens = sum(e.size for s in edit.streams for e in examples[s])
     # Weights, new weights, and up to three gradients or importances of their size; activations as in a training step.
