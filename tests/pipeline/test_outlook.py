@@ -59,6 +59,8 @@ def test_what_the_target_does_not_know_is_named(seen, request_of) -> None:
     assert held.loss < held.loss_unseen
     own = [r for r in held.records if not r.id.startswith("x-")]
     assert np.mean([r.strength for r in own]) > 0.9
+    assert np.mean([r.rank_loss for r in own]) < 0.1  # a low loss is rare among unseen records,
+    assert np.mean([r.rank_strength for r in own]) < 0.2  # and so is a high strength
     assert held.separation.value > 0.8  # and not 0.2: the loss of what is known is lower
     assert any(c.startswith(f"Nothing to forget in {len(unknown)} records") for c in seen.cautions)
 
