@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from pydantic import Field
 
 from expunge.audit.evidence import Evidence, Values
@@ -85,6 +86,25 @@ class Recovery(ShortAnswer):
         return found.number(Direction.UTILITY_UP, self.range, said)
 
 
+def log_probability(logp: ArrayLike) -> float:
+    """Log-probability per token of an answer, ``(1/T) sum_t l_t``, in nats.
+
+    Args:
+        logp: of each token given the true ones before it ``[T]``.
+    """
+    return float(np.mean(np.asarray(logp, dtype=np.float64)))
+
+
+def log_probability_gap(answer: float, wrong: ArrayLike) -> float:
+    """How far an answer's log-probability per token stands above the mean of those of wrong ones, in nats.
+
+    Args:
+        answer: of the answer.
+        wrong: of each wrong answer ``[W]``.
+    """
+    return float(answer - np.mean(np.asarray(wrong, dtype=np.float64)))
+
+
 @metric
 class LogProbability(RecordMetric):
     """Mean log-probability per token of the answers, or of the wrong answers beside them."""
@@ -98,7 +118,7 @@ class LogProbability(RecordMetric):
     range: ClassVar[Range] = (None, 0.0)
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER,)
     paper: ClassVar[Paper] = RESTOR
-    evaluate = staticmethod(lambda logp: float(np.mean(logp)))
+    evaluate = staticmethod(log_probability)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOGITS, Offer.TEXT})
     on_request: ClassVar[bool] = True
 
@@ -129,7 +149,7 @@ class LogProbabilityGap(RecordMetric):
     range: ClassVar[Range] = (None, None)
     needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER, Need.PERTURBED)
     paper: ClassVar[Paper] = RESTOR
-    evaluate = staticmethod(lambda answer, wrong: float(answer - np.mean(wrong)))
+    evaluate = staticmethod(log_probability_gap)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.LOGITS, Offer.TEXT})
     on_request: ClassVar[bool] = True
 
