@@ -365,17 +365,25 @@ def measured_on(plan: Plan) -> Path:
 
 
 def _audit(plan: Plan, method: str) -> None:
+    audit_runs(plan, method, "audit", plan.seeds, plan.audit)
+
+
+def audit_runs(plan: Plan, method: str, name: str, seeds: Sequence[int], settings: AuditSettings) -> None:
+    """Audit the finished runs of a method beside the target and the gold standard, as a run folder ``name`` beside them.
+
+    The records that any sweep was measured on are left out.
+    """
     place = plan.out / "methods" / method
-    out = place / "audit"
-    run = Run.start(out, "llm-methods-audit", {"method": method}, resume=(out / "manifest.json").is_file())
+    out = place / name
+    run = Run.start(out, f"llm-methods-{name}", {"method": method}, resume=(out / "manifest.json").is_file())
     sets, notes = unseen(place, None, audit_sets(plan), leave_out=str(measured_on(plan)))
     models: list[AuditedModel] = [entry_of("target", "target", plan.target, TextConfig(), seed=0, stage="train")]
     for seed in plan.retrained:
         folder = plan.out / f"retrained-{seed}"
         models.append(entry_of(f"retrained seed {seed}", "retrained", folder, TextConfig(), seed=seed, stage="train"))
-    runs = [place / f"seed-{s}" for s in plan.seeds if done(place / f"seed-{s}")]
-    models += [unlearned_model(run, f"{method}, {run.name.replace('-', ' ')}") for run in runs]
-    audit_stage(run, models, sets, plan.audit, progress=told(f"{method}: audit"), title=method, notes=notes)
+    runs = [place / f"seed-{s}" for s in seeds if done(place / f"seed-{s}")]
+    models += [unlearned_model(r, f"{method}, {r.name.replace('-', ' ')}") for r in runs]
+    audit_stage(run, models, sets, settings, progress=told(f"{method}: {name}"), title=method, notes=notes)
 
 
 # ---- command line

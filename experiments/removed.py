@@ -20,24 +20,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.llm_methods import Plan, audit_sets, done, measured_on
+from experiments.llm_methods import Plan, audit_runs, done
 from experiments.stages import Stages
-from experiments.tofu_small import told
 from expunge.audit.document import AuditDocument, ModelEntry
 from expunge.audit.protocol import load_protocol
-from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
 from expunge.core.files import write_text
 from expunge.core.results import Judgement, Verdict
-from expunge.core.runs import Run
-from expunge.pipeline.audit import DOCUMENT, audit_stage, entry_of, read, unlearned_model
+from expunge.pipeline.audit import DOCUMENT, read
 from expunge.pipeline.config import TextConfig
 from expunge.pipeline.models import open_adapter
-from expunge.pipeline.tuned import unseen
 from expunge.report.text import DASH
 from expunge.report.weakest import weakest
 
 PROTOCOL = "removal-v1"
+FOLDER = "removal"  #: of an audit, beside the runs of a method
 ORDER = (
     Verdict.FORGOTTEN, Verdict.UNDECIDED, Verdict.SUPPRESSED, Verdict.NOT_FORGOTTEN, Verdict.DAMAGED, Verdict.NO_GOLD,
 )  # fmt: skip
@@ -67,21 +64,11 @@ def experiment(course: Course, stages: Stages) -> None:
     """Audit every method, or what is left of them."""
     for method in course.methods():
         place = course.plan.out / "methods" / method
-        stages.do(f"{method}: {PROTOCOL}", lambda m=method: _audit(course, m), place / "removal.failed")  # type: ignore[misc]
-
-
-def _audit(course: Course, method: str) -> None:
-    plan, place = course.plan, course.plan.out / "methods" / method
-    out = place / "removal"
-    run = Run.start(out, "removed-audit", {"method": method}, resume=(out / "manifest.json").is_file())
-    sets, notes = unseen(place, None, audit_sets(plan), leave_out=str(measured_on(plan)))
-    models: list[AuditedModel] = [entry_of("target", "target", plan.target, TextConfig(), seed=0, stage="train")]
-    for seed in plan.retrained:
-        folder = plan.out / f"retrained-{seed}"
-        models.append(entry_of(f"retrained seed {seed}", "retrained", folder, TextConfig(), seed=seed, stage="train"))
-    runs = [place / f"seed-{s}" for s in course.seeds if done(place / f"seed-{s}")]
-    models += [unlearned_model(run, f"{method}, {run.name.replace('-', ' ')}") for run in runs]
-    audit_stage(run, models, sets, course.audit, progress=told(f"{method}: {PROTOCOL}"), title=method, notes=notes)
+        stages.do(
+            f"{method}: {PROTOCOL}",
+            lambda m=method: audit_runs(course.plan, m, FOLDER, course.seeds, course.audit),
+            place / "removal.failed",
+        )  # type: ignore[misc]
 
 
 # ---- the page
@@ -92,8 +79,8 @@ def found(course: Course) -> tuple[dict[str, AuditDocument], dict[str, str]]:
     held, failed = {}, {}
     for method in course.methods():
         place = course.plan.out / "methods" / method
-        if (place / "removal" / DOCUMENT).is_file():
-            held[method] = read(place / "removal")
+        if (place / FOLDER / DOCUMENT).is_file():
+            held[method] = read(place / FOLDER)
         elif (place / "removal.failed").is_file():
             failed[method] = (place / "removal.failed").read_text(encoding="utf-8").strip()
     return held, failed

@@ -78,7 +78,7 @@ def record_number(
 class LayerAttack(Attack):
     """One value per forget record and layer: how much more a layer says for the true answer than for false ones.
 
-    A subclass writes :meth:`measure` (of each statement, at each layer) and :meth:`reduce` (over layers). With ``contrast`` false
+    A subclass writes :meth:`arrays` and may write :meth:`reduce` (over layers). With ``contrast`` false
     answers are subtracted, so that nothing counts but what tells true from false; whoever only knows the form of the answers, in
     whatever basis, is at 0. Without it the whole answer is read, and retrained models that began at other random weights are no
     control for models that began at the target's.
@@ -99,14 +99,6 @@ class LayerAttack(Attack):
             return ""
         return "it needs records with wrong answers (perturbed), or contrast=false"
 
-    @abc.abstractmethod
-    def measure(self, evidence: Evidence, label: str, statements: Sequence[Statement]) -> Floats:
-        """A value of each statement at each layer, ``[L, statements]``.
-
-        Raises:
-            InputError: the model cannot be read in this way; its values are then missing, and the audit says so.
-        """
-
     def reduce(self, layers: Floats) -> Floats:
         """One value from those of all layers, ``[L, facts]`` to ``[facts]``: those of the layer with the largest mean.
 
@@ -118,6 +110,32 @@ class LayerAttack(Attack):
         """The records that are measured."""
         chosen = take_clusters(evidence.clusters(name), self.examples, evidence.protocol.seed)
         return facts(adapter, evidence.records(name), chosen.tolist(), self.wrong if self.contrast else 0)
+
+    @abc.abstractmethod
+    def arrays(self, evidence: Evidence, label: str, name: str) -> Arrays:
+        """``layers`` ``[L, records]``, NaN for records that are not measured, and ``measured`` ``[records]``; L = 0 where the
+        model cannot be read."""
+
+    def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
+        """:meth:`reduce` of what the layers say."""
+        held = self.arrays(evidence, label, name)
+        layers, measured = held["layers"].astype(np.float64), held["measured"].astype(np.bool_)
+        values = np.full(layers.shape[1], np.nan)
+        if len(layers):
+            values[measured] = self.reduce(layers[:, measured])
+        return Values(values, measured)
+
+
+class StatementAttack(LayerAttack):
+    """A :class:`LayerAttack` that gives each statement, true or false, a value of its own; it writes :meth:`measure`."""
+
+    @abc.abstractmethod
+    def measure(self, evidence: Evidence, label: str, statements: Sequence[Statement]) -> Floats:
+        """A value of each statement at each layer, ``[L, statements]``.
+
+        Raises:
+            InputError: the model cannot be read in this way; its values are then missing, and the audit says so.
+        """
 
     def arrays(self, evidence: Evidence, label: str, name: str) -> Arrays:
         """``layers`` ``[L, records]``, NaN for records that are not measured, and ``measured`` ``[records]``; L = 0 where the
@@ -139,12 +157,3 @@ class LayerAttack(Attack):
             return {"layers": out, "measured": measured}
 
         return kept(self, evidence, label, name, part="layers", make=make)
-
-    def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
-        """:meth:`reduce` of what the layers say."""
-        held = self.arrays(evidence, label, name)
-        layers, measured = held["layers"].astype(np.float64), held["measured"].astype(np.bool_)
-        values = np.full(layers.shape[1], np.nan)
-        if len(layers):
-            values[measured] = self.reduce(layers[:, measured])
-        return Values(values, measured)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from expunge.audit.attacks.inside import LayerAttack, target_of
+from expunge.audit.attacks.inside import StatementAttack, target_of
 from expunge.audit.attacks.registry import attack
 from expunge.audit.evidence import Evidence
 from expunge.audit.metrics.papers import LOGIT_LENS, TUNED_LENS
@@ -21,7 +21,7 @@ from expunge.engine.parts import Paper
 
 
 @attack
-class LogitLens(LayerAttack):
+class LogitLens(StatementAttack):
     """Each layer's hidden state through the model's own final norm and head: what the layer that says most says of the answer.
 
     nostalgebraist (2020). The value is the mean log-probability of the tokens that tell the true answer from false ones,
@@ -47,7 +47,7 @@ class LogitLens(LayerAttack):
 
 
 @attack
-class TunedLens(LayerAttack):
+class TunedLens(StatementAttack):
     """One linear lens per layer, fitted on the target's retain data and used for all models alike, read by the target's head.
 
     Belrose et al. (2023), with a ridge regression instead of training: ``h_L ~ A_l h_l + b_l`` on the states of the *target*

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from expunge.adapters.base import Adapter, Batch
 from expunge.adapters.head import base
 from expunge.adapters.passes import evaluating
-from expunge.audit.attacks.inside import LayerAttack, record_number, target_of
+from expunge.audit.attacks.inside import StatementAttack, record_number, target_of
 from expunge.audit.attacks.registry import Access, attack
 from expunge.audit.evidence import Evidence
 from expunge.audit.kernel.depth import depth_score
@@ -28,7 +28,7 @@ from expunge.engine.parts import Paper
 
 
 @attack
-class ActivationPatching(LayerAttack):
+class ActivationPatching(StatementAttack):
     """The model's hidden states patched into the target: what of the answer is lost, layer by layer (Unlearning Depth Score).
 
     After each layer in turn, the states of the model under audit take the place of the target's at the tokens that predict

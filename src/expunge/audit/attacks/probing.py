@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -18,7 +17,7 @@ from expunge.audit.evidence import Evidence
 from expunge.audit.kernel.depth import converging_point, jumping_point
 from expunge.audit.metrics.papers import PROBES
 from expunge.audit.metrics.registry import Range
-from expunge.audit.statements import Fact, Statement, facts, false_answers, states_of, tokens_of
+from expunge.audit.statements import Fact, facts, false_answers, states_of, tokens_of
 from expunge.core.errors import InputError
 from expunge.core.intervals import Floats
 from expunge.core.results import Direction, Number
@@ -64,10 +63,6 @@ class LinearProbe(LayerAttack):
         """Retain records of subjects that are not in the forget set."""
         gone = set(evidence.clusters("forget"))
         return [r for r in evidence.records("retain") if isinstance(r, Record) and r.cluster not in gone][: self.most]
-
-    def measure(self, evidence: Evidence, label: str, statements: Sequence[Statement]) -> Floats:
-        """Not used: a probe reads one word and no statement."""
-        raise NotImplementedError
 
     def facts(self, evidence: Evidence, adapter: Adapter, name: str) -> list[Fact]:
         """The records with the place of their telling word."""
