@@ -61,6 +61,7 @@ def test_every_method_runs_through_the_engine_and_moves_the_model(target, name) 
     after = outcome.model.state_dict()
     if installed(outcome.model):  # the weights stay, and directions are gone
         assert all(torch.equal(before[k], after[k]) for k in before)
+        assert losses(adapter, facts()) != losses(target, facts())
     else:
         assert any(not torch.equal(before[k], after[k]) for k in before)
     assert all(torch.isfinite(v).all() for v in after.values())
