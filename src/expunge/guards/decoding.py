@@ -77,6 +77,8 @@ class Answer:
         tokens: new tokens of the model.
         ids: those ids, up to where the answer ends; empty where a guard has spoken.
         log_probabilities: of these ids under what the model says with its guards, where asked for.
+        pieces: texts of these ids, likewise.
+        prompt: tokens of the prompt; 0 where the model was not asked, or is not here.
     """
 
     text: str
@@ -84,6 +86,8 @@ class Answer:
     tokens: int
     ids: tuple[int, ...] = ()
     log_probabilities: tuple[float, ...] = ()
+    pieces: tuple[str, ...] = ()
+    prompt: int = 0
 
 
 class _Row:
@@ -94,6 +98,7 @@ class _Row:
         self.reader = Reader(tokenizer)
         self.ids: list[int] = []
         self.logs: list[float] = []
+        self.pieces: list[str] = []
         self.sent = ""
         self.finish: Finish | None = None
         self.text = ""
@@ -106,7 +111,9 @@ class _Row:
         ended = token in self.ends
         if not ended:
             self.ids.append(token)
+            before = len(self.reader.text)
             self.text = self.reader.add(token)
+            self.pieces.append(self.reader.text[before:])
             if not self.ask.plan.asked.verbatim:  # the space between a template and its answer is no part of it
                 self.text = self.text.lstrip()
             if (cut := min((p for s in self.ask.sampling.stop if (p := self.text.find(s)) >= 0), default=-1)) >= 0:
@@ -140,9 +147,10 @@ class _Row:
 
     def answer(self) -> Answer:
         """The answer, once it is over."""
-        plan, finish = self.ask.plan, self.finish or "length"
+        plan, finish, count = self.ask.plan, self.finish or "length", len(self.ids)
+        prompt = len(self.ask.prompt.ids)
         if finish == "cancelled":
-            return Answer(self.sent, finish, len(self.ids))
+            return Answer(self.sent, finish, count, prompt=prompt)
         text = plan.revised(self.text)
         if plan.say is not None:
             finish = "guard"
@@ -150,11 +158,12 @@ class _Row:
         if streamed and not self.sent:
             self._send(text)
         if finish == "guard":
-            return Answer(self.sent if streamed else text, finish, len(self.ids))
-        kept = text == self.text
-        return Answer(
-            text, finish, len(self.ids), tuple(self.ids) if kept else (), tuple(self.logs[: len(self.ids)]) if kept else ()
-        )
+            return Answer(self.sent if streamed else text, finish, count, prompt=prompt)
+        if text != self.text:
+            return Answer(text, finish, count, prompt=prompt)
+        kept = range(count) if self.ask.scores else range(0)
+        scores, pieces = tuple(self.logs[i] for i in kept), tuple(self.pieces[i] for i in kept)
+        return Answer(text, finish, count, tuple(self.ids), scores, pieces, prompt)
 
 
 class _Choose(LogitsProcessor):
