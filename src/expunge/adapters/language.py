@@ -105,6 +105,11 @@ class LanguageAdapter(Adapter):
         return Runner(fused=fused, packed=packed)
 
     @property
+    def templated(self) -> bool:
+        """Whether conversations of several turns go through the tokenizer's chat template."""
+        return self._encoder.chat
+
+    @property
     def boundary_repairs(self) -> int:
         """How many encoded records had a token across the boundary of prompt and answer, and got their answer's own ids."""
         return self._encoder.repairs
