@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -57,6 +58,7 @@ class Ask:
             piece.
         cancelled: looked at at each step: whether nobody waits for the answer any more.
         scores: whether the log-probabilities of the chosen tokens are kept.
+        numbers: in [0, 1), one per new token, by which tokens are drawn in place of the seed's.
     """
 
     plan: Plan
@@ -65,6 +67,7 @@ class Ask:
     sink: Callable[[str], None] | None = None
     cancelled: Callable[[], bool] = lambda: False
     scores: bool = False
+    numbers: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ class _Row:
         self.finish: Finish | None = None
         self.text = ""
         self.generator = torch.Generator().manual_seed(ask.sampling.seed)
+
+    def number(self) -> float:
+        """The next number that tokens are drawn by."""
+        if self.ask.numbers is not None:
+            return float(self.ask.numbers[len(self.ids)])
+        return float(torch.rand(1, generator=self.generator, dtype=torch.float64))
 
     def take(self, token: int) -> bool:
         """One token more; whether the answer is over."""
@@ -182,7 +191,7 @@ class _Choose(LogitsProcessor):
             prompt = row.ask.prompt.ids
             own = ids[self.width - len(prompt) :]
             changed = row.ask.plan.scored(own, len(prompt), held.float()) if row.ask.plan.scores else held.float()
-            token = drawn(changed, row.ask.sampling, row.generator)
+            token = drawn(changed, row.ask.sampling, row.number())
             if row.ask.scores:
                 row.logs.append(float(torch.log_softmax(changed, -1)[token]))
             chosen.append(token)
@@ -190,21 +199,25 @@ class _Choose(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, places, 0.0)
 
 
-def drawn(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token from scores ``[V]``: the likeliest, or one by the generator's next number (one a token, whatever the scores)."""
+def drawn(scores: Tensor, sampling: Sampling, number: float) -> int:
+    """A token from scores ``[V]``: the likeliest, or the one at which the summed probabilities pass a number in [0, 1).
+
+    Sums go in the order of the vocabulary, over those tokens that ``top_k`` and ``top_p`` leave.
+    """
     if not bool(torch.isfinite(scores).any()):
         raise InputError("The guards have forbidden every token.", "Loosen the guard on scores.")
     if sampling.temperature == 0:
         return int(scores.argmax())
-    number = torch.rand(1, generator=generator, dtype=torch.float64)
     probabilities = torch.softmax(scores.double().cpu() / sampling.temperature, -1)
-    ranked, order = probabilities.sort(descending=True, stable=True)
-    if sampling.top_k:
-        ranked[sampling.top_k :] = 0
-    ranked[1:][ranked.cumsum(-1)[:-1] >= sampling.top_p] = 0
-    sums = ranked.cumsum(-1)
+    if sampling.top_k or sampling.top_p < 1:
+        ranked, order = probabilities.sort(descending=True, stable=True)
+        dropped = torch.zeros_like(ranked, dtype=torch.bool)
+        dropped[sampling.top_k or len(ranked) :] = True
+        dropped[1:] |= ranked.cumsum(-1)[:-1] >= sampling.top_p
+        probabilities[order[dropped]] = 0
+    sums = probabilities.cumsum(-1)
     at = int(torch.searchsorted(sums, number * sums[-1], right=True).clamp(max=len(sums) - 1))
-    return int(order[min(at, int((ranked > 0).nonzero().max()))])
+    return at if probabilities[at] > 0 else int(probabilities.nonzero().max())
 
 
 class _Stop(StoppingCriteria):
