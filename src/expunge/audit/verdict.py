@@ -39,6 +39,7 @@ assumed, and the text says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -158,10 +159,12 @@ def _by_rows(outputs: Sequence[Check], attacks: Sequence[Check]) -> bool:
 
 
 def _worst(found: Sequence[Check]) -> Check:
-    """The check whose difference is largest in units of its margin."""
+    """The check whose difference is largest in units of its margin; what is accepted to no extent comes first."""
 
     def severity(check: Check) -> float:
-        if check.difference is None or not check.margin:
+        if check.margin == 0:
+            return math.inf
+        if check.difference is None or check.margin is None:
             return 1.0
         return abs(check.difference) / check.margin
 
