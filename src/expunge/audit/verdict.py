@@ -123,7 +123,10 @@ def _decide(
         return Verdict.SUPPRESSED, f"Its outputs hide what its weights still hold: {_worst(back).text}"
     less = [c for c in outputs if c.outcome == "knows less" and c.name.startswith(_FAR)]
     if less:
-        return Verdict.DAMAGED, f"Over-unlearned, it can be told from models that never saw the data: {_worst(less).text}"
+        return (
+            Verdict.DAMAGED,
+            f"Over-unlearned, not private: it can be told from models that never saw the data: {_worst(less).text}",
+        )
     return _acquit(outputs, attacks, utility, limits, soft)
 
 
