@@ -1,7 +1,7 @@
 """Sixteen defects of existing toolkits, each a test that fails if this project had it.
 
-Four of them (7, 8, 10 and 11) are also shown of whole benchmarks, in ``tests/benchmarks/test_defects.py``. The last test is the sum
-of all: every metric that reads one pass equals the same metric worked out text by text, on twenty records.
+Four of them (7, 8, 10 and 11) are also shown of whole benchmarks, in ``tests/benchmarks/test_defects.py``. The last test is the
+sum of all: every metric that reads one pass equals the same metric worked out text by text, on twenty records.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def text(found: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def test_defect_01_extraction_strength_has_no_floor_and_misses_no_token():
-    """An answer of which nothing follows has strength 0, not 1/T; a wrong token is not given away: by search over all prefixes."""
+    """An answer of which nothing follows has strength 0, not 1/T; no token is given away: by search over all prefixes."""
     for size in range(1, 7):
         for hits in itertools.product([False, True], repeat=size):
             shortest = min(k for k in range(size + 1) if all(hits[k:]))

@@ -41,9 +41,10 @@ def forget_quality(ratios: ArrayLike, ratios_retrained: ArrayLike) -> KSResult:
 def power(ratios: ArrayLike, shift: float, *, noise: float = 0.2, alpha: float = 0.05, draws: int = 200, seed: int = 0) -> float:
     """How often the test finds a model whose log truth ratios are shifted, in [0, 1], by simulation.
 
-    Both models answer the same questions, so a ratio is what the question makes of it, plus noise of the model's own: with the given
-    ratios x of standard deviation s, the two samples are ``x + noise s e`` and ``x + shift s + noise s e'`` with independent normal
-    e. Because the questions are shared, the test is far weaker than its tables say; without a shift it is passed nearly always.
+    Both models answer the same questions, so a ratio is what the question makes of it, plus noise of the model's own: with the
+    given ratios x of standard deviation s, the two samples are ``x + noise s e`` and ``x + shift s + noise s e'`` with
+    independent normal e. Because the questions are shared, the test is far weaker than its tables say; without a shift it is
+    passed nearly always.
 
     Args:
         ratios: log truth ratios of a retrained model ``[n]``, finite.
@@ -71,7 +72,7 @@ def log10_floor(n: int) -> float:
 
 @metric
 class ForgetQuality(Metric):
-    """TOFU's forget quality with what is needed to read it: the distance D, the number of records, log10 p, its floor and the power.
+    """TOFU's forget quality with what is needed to read it: the distance D, the number of records, log10 p, floor and power.
 
     With several retrained models the numbers are those against the one of median p, and the note gives the range. A
     retrained model is compared with the other ones. A p-value has no interval; that of D is a bootstrap over clusters, and is

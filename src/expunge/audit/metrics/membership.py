@@ -266,8 +266,8 @@ def strange(found: float, expected: float | None) -> str:
     if found >= STRANGE or (expected is not None and expected < STRANGE):
         return ""
     return (
-        "over-unlearned, not private: forget texts look stranger to the model than texts it never saw, and whoever turns the attack "
-        f"round tells them apart (AUC {1 - found:.3f})"
+        "over-unlearned, not private: forget texts look stranger to the model than texts it never saw, and whoever turns the "
+        f"attack round tells them apart (AUC {1 - found:.3f})"
     )
 
 
@@ -282,8 +282,8 @@ def exploded(value: float, expected: float) -> str:
         return ""
     return (
         f"above {PRIVLEAK_MOST:.0f}, which is the most where forget and holdout texts are alike: the AUC of retrained models is "
-        f"{expected:.3f} already, so the sets differ, and the number is divided by the {1 - expected:.3f} that are left. It says that "
-        "the model is over-unlearned, not that it is so much more private"
+        f"{expected:.3f} already, so the sets differ, and the number is divided by the {1 - expected:.3f} that are left. It says "
+        "that the model is over-unlearned, not that it is so much more private"
     )
 
 
