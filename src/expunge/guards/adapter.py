@@ -29,7 +29,7 @@ from expunge.adapters.generation import Draws
 from expunge.adapters.head import base
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.passes import evaluating
-from expunge.core.access import Offer
+from expunge.core.access import OF_WEIGHTS, Offer
 from expunge.core.errors import InputError
 from expunge.data.records import Record
 from expunge.guards.conversation import Conversation
@@ -49,7 +49,7 @@ class GuardedAdapter(LanguageAdapter):
         guarded: the model and its guards.
     """
 
-    offers: ClassVar[frozenset[Offer]] = LanguageAdapter.offers - {Offer.FEATURES, Offer.ASSISTANT, Offer.EACH}
+    offers: ClassVar[frozenset[Offer]] = LanguageAdapter.offers - OF_WEIGHTS
 
     def __init__(self, guarded: Guarded) -> None:
         vars(self).update(vars(guarded.adapter))
