@@ -14,7 +14,7 @@ from expunge.guards.parts import Material
 from expunge.guards.policy import Policy, Row
 from expunge.guards.target import Target
 from expunge.ledger.errors import LedgerFailed
-from expunge.ledger.following import Follower, Scheduled
+from expunge.ledger.following import Follower, Mirror, Scheduled
 from tests.ledger.test_registry import begin, writer
 
 
@@ -155,6 +155,24 @@ def test_a_note_that_failed_is_made_up_for(local):
     assert follower.poll() == 0
     follower.poll()
     assert len(tries) == 2
+
+
+def test_a_mirror_decrypts_each_target_once(place, monkeypatch):
+    at = [datetime(2026, 11, 28, 12, tzinfo=UTC)]
+    registry, other = place.open(clock=lambda: at[0]), place.open(clock=lambda: at[0])
+    names = [f"Person Number{n}" for n in range(4)]
+    ids = [other.request(n, Target(entities=(n,))).id for n in names]
+    mirror, opened, real = Mirror(registry), [], registry._opened
+    monkeypatch.setattr(registry, "_opened", lambda row: (opened.append(row.id), real(row))[1])
+    assert [t.id for t in mirror.active()] == ids
+    assert opened == []
+    late = other.request("late", Target(entities=("Late Comer",)), until=at[0] + timedelta(hours=1))
+    other.withdraw(ids[1])
+    assert [t.id for t in mirror.active()] == [ids[0], *ids[2:], late.id] == [t.id for t in registry.active()]
+    assert set(opened[: -len(ids)]) == {late.id}
+    at[0] += timedelta(hours=1)
+    assert [t.id for t in mirror.active()] == [ids[0], *ids[2:]]
+    assert other.show(late.id).state == "expired"
 
 
 def test_jobs_run_on_their_schedule_and_outlive_errors():

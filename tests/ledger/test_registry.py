@@ -78,6 +78,29 @@ def test_the_same_key_gives_the_same_answer_and_other_words_a_conflict(place):
     assert registry.request("k2", JANE, "why").id != first.id
 
 
+def test_an_id_that_says_nothing_is_taken_once(place):
+    registry = place.open()
+    made = registry.request("k", JANE.model_copy(update={"id": "0123456789abcdef"}))
+    assert (made.id, made.new) == ("0123456789abcdef", True)
+    again = registry.request("k", JANE.model_copy(update={"id": "f" * 16}))
+    assert (again.id, again.new) == (made.id, False), "the same wish: the id that it has"
+    with pytest.raises(InputError, match="this id already"):
+        registry.request("other", person("Else Body").model_copy(update={"id": made.id}))
+    assert len(registry.targets()) == 1
+
+
+def test_targets_are_listed_as_they_came(place):
+    registry = place.open()
+    ids = [registry.request(f"k{at}", person(f"Person Number{at}")).id for at in range(7)]
+    registry.withdraw(ids[2])
+    assert [s.id for s in registry.targets()] == ids
+    assert [s.id for s in registry.targets(after=ids[1], limit=3)] == ids[2:5]
+    assert [s.id for s in registry.targets("active", after=ids[0], limit=2)] == [ids[1], ids[3]]
+    assert registry.targets(after=ids[-1]) == []
+    with pytest.raises(NoSuchTarget):
+        registry.targets(after="0" * 16)
+
+
 def test_withdrawing_ends_it_once(place):
     registry = place.open()
     kept, gone = (registry.request(k, person(f"Name {k}")) for k in ("one", "two"))
@@ -115,7 +138,7 @@ def test_wrong_wishes_are_refused_before_anything_is_kept(place):
     registry = place.open(clock=lambda: NOON)
     for arguments, said in [
         (("", JANE), "1 to 200"), (("k" * 201, JANE), "1 to 200"), (("k", Target()), "empty"), (("k", person("!!")), "no letter"),
-        (("k", Target(id="mine", entities=("Jane Q",))), "id already"), (("k", JANE, "", NOON), "past"),
+        (("k", Target(id="mine", entities=("Jane Q",))), "may say something"), (("k", JANE, "", NOON), "past"),
         (("k", JANE, "", datetime(2030, 1, 1)), "no zone"),
         (("k", Target(entities=("Jane Q",), until=NOON + timedelta(days=1)), "", NOON + timedelta(days=2)), "two times"),
     ]:  # fmt: skip

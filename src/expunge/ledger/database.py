@@ -40,6 +40,7 @@ targets = sql.Table(
     "expunge_targets", _metadata,
     sql.Column("id", sql.String(32), primary_key=True),
     sql.Column("idempotency", sql.String(64), nullable=False, unique=True),
+    sql.Column("number", sql.BigInteger, nullable=False, unique=True),  # of the entry that asked for it
     sql.Column("state", sql.String(16), nullable=False, index=True),
     sql.Column("basis", sql.String(16), nullable=False),
     sql.Column("scope", sql.String(120), nullable=False),

@@ -61,6 +61,36 @@ class Scheduled:
         return self._seconds * (1 + self._jitter * random.SystemRandom().uniform(-1, 1))
 
 
+class Mirror:
+    """What is to be hidden now, held in memory and brought up to date by what has changed: no target is decrypted twice.
+
+    Args:
+        registry: of which.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry, self._lock = registry, threading.Lock()
+        targets, self.seq = registry.snapshot()
+        self._held = {t.id: t for t in targets}
+
+    def active(self) -> list[Target]:
+        """As :meth:`Registry.active`; targets whose time is over are ended first.
+
+        Raises:
+            LedgerFailed: the registry does not answer.
+        """
+        with self._lock:
+            self._registry.expire()
+            while changes := self._registry.changes_since(self.seq):
+                for change in changes:
+                    if change.target is None:
+                        self._held.pop(change.id, None)
+                    else:
+                        self._held[change.id] = change.target
+                    self.seq = change.seq
+            return list(self._held.values())
+
+
 class Follower:
     """Tells guards of targets that come and go in a registry, whichever process has asked for them.
 

@@ -10,9 +10,10 @@ reads when a target was to be hidden (:mod:`expunge.ledger.protection`).
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +32,7 @@ State = Literal["active", "withdrawn", "expired"]
 Basis = Literal["erasure", "copyright", "court", "safety", "contract", "other"]
 
 _PAD = 512  # sealed bytes come in multiples, so that their number does not tell the length of a name
+_ID = re.compile(r"[0-9a-f]{16}")
 _KEY = 200  #: letters of an idempotency key at most
 
 
@@ -47,6 +49,7 @@ class Stored:
         until: when it ends by itself; none: never.
         ended: when it was withdrawn or expired.
         seq: number of the ledger's last entry when this was read; changes after it: :meth:`Registry.changes_since`.
+        new: whether the call that gave this has made it; says nothing of what it is, so two that differ in it alone are equal.
     """
 
     id: str
@@ -57,6 +60,7 @@ class Stored:
     until: datetime | None
     ended: datetime | None
     seq: int
+    new: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class Registry:
 
         Args:
             idempotency_key: chosen by who asks, new for each wish, 1 to 200 letters.
-            target: without an id.
+            target: without an id, or with one that says nothing (16 hexadecimal digits), which is taken if it is new.
             reason: why, in words; encrypted with the target.
             until: when it ends; none: ``target.until``.
             basis: the ground in law; in clear.
@@ -162,24 +166,29 @@ class Registry:
                 return self._again(connection, row, body)
             if until is not None and until <= self._clock():
                 raise InputError(f"The target ends at {stamp(until)}, which is past.", "Give a later time, or none.")
-            made = secrets.token_hex(8)
+            made = target.id or secrets.token_hex(8)
+            if connection.execute(sql.select(db.targets.c.id).where(db.targets.c.id == made)).first():
+                raise InputError("There is a target with this id already.", "Leave it out: the registry gives one.")
             key = self._keys.make(self._name(made))
             at = self._time(connection)
             values = {
-                "id": made, "idempotency": idempotency, "state": "active", "basis": basis, "scope": target.summary(),
-                "requested": at, "until": until and stamp(until), "ended": None, "body": mac(key, "body", body).hex(),
+                "id": made, "idempotency": idempotency, "number": self._last(connection)[0] + 1, "state": "active",
+                "basis": basis, "scope": target.summary(), "requested": at, "until": until and stamp(until), "ended": None,
+                "body": mac(key, "body", body).hex(),
                 "sealed": sealed(key, _padded(canonical({"target": said, "reason": reason})), self._bound(made)),
             }  # fmt: skip
             connection.execute(db.targets.insert(), values)
             more = {k: values[k] for k in ("basis", "scope", "until")}
             self._enter(connection, {"kind": "requested", "target": made, "at": at, **more})
-            return self._stored(connection, made)
+            return replace(self._stored(connection, made), new=True)
 
     def _checked(self, key: str, target: Target, until: datetime | None, basis: Basis) -> tuple[Target, datetime | None]:
         if not 1 <= len(key) <= _KEY:
             raise InputError(f"The idempotency key has {len(key)} letters; it must have 1 to {_KEY}.", "Give a random one.")
-        if target.id:
-            raise InputError("The target has an id already.", "Leave it out: the registry gives one that says nothing.")
+        if target.id and not _ID.fullmatch(target.id):
+            raise InputError(
+                "The target has an id that may say something.", "Leave it out: the registry gives one that does not."
+            )
         if basis not in get_args(Basis):
             raise InputError(f"There is no basis {basis!r}.", f"Use one of {', '.join(get_args(Basis))}.")
         if until is not None and target.until is not None and until != target.until:
@@ -251,16 +260,24 @@ class Registry:
         return self._opened(row)
 
     def targets(self, state: State | None = None, *, after: str = "", limit: int = 1000) -> list[Stored]:
-        """Targets in the order of their ids.
+        """Targets in the order in which they were asked for.
 
         Args:
             state: only those; none: all.
             after: id behind which to go on.
             limit: at most.
+
+        Raises:
+            NoSuchTarget: there is none with the id ``after``.
         """
-        held = sql.select(db.targets).where(db.targets.c.id > after).order_by(db.targets.c.id).limit(limit)
+        held = sql.select(db.targets).order_by(db.targets.c.number).limit(limit)
         held = held if state is None else held.where(db.targets.c.state == state)
         with self._db.read() as connection:
+            if after:
+                before = sql.select(db.targets.c.number).where(db.targets.c.id == after)
+                if connection.execute(before).first() is None:
+                    raise _unknown()
+                held = held.where(db.targets.c.number > before.scalar_subquery())
             seq = self._last(connection)[0]
             return [_stored(row, seq) for row in connection.execute(held)]
 
@@ -271,7 +288,7 @@ class Registry:
     def snapshot(self) -> tuple[list[Target], int]:
         """:meth:`active`, and the number of the last entry that it holds: :meth:`changes_since` goes on from there."""
         t = db.targets.c
-        held = sql.select(db.targets).where(t.state == "active").order_by(t.requested, t.id)
+        held = sql.select(db.targets).where(t.state == "active").order_by(t.number)
         with self._db.read() as connection:
             seq = self._last(connection)[0]
             rows = connection.execute(held).all()
