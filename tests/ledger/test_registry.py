@@ -393,8 +393,11 @@ def test_a_database_that_comes_back_is_used_again(cluster, tmp_path):
 def test_errors_do_not_quote_what_was_asked(local):
     registry = local.open()
     with registry._db.write() as connection:
-        connection.execute(sql.text("DROP TABLE expunge_targets"))
+        connection.execute(sql.text("ALTER TABLE expunge_targets RENAME COLUMN sealed TO other"))
     with pytest.raises(LedgerFailed) as caught:
         registry.request("Jane's key", JANE, "secret reason")
     assert not [w for w in ("Jane", "Quick", "secret") if w in str(caught.value)]
+    inner = caught.value.__context__
+    assert inner is not None
+    assert "hide_parameters" in str(inner), "not even what the library says, should somebody print it"
     assert caught.value.__suppress_context__
