@@ -186,11 +186,14 @@ def test_keys_are_destroyed_after_their_time_and_that_is_noted(tmp_path):
         log.periods.export("2026-11-28T23")
     assert find(desk.folder, "First question", desk.period_keys(log)) == []
     at[0] += timedelta(hours=1)
+    ask(log, policy, "Third question")
+    assert log.periods.names() == ["2026-11-30T01"], "the first record of a period has the old ones destroyed"
+    at[0] += timedelta(hours=25)
     log.close()
     again = desk.open({"period": "hour", "keep_days": 1}, clock=lambda: at[0])
     assert again.periods.names() == [], "a start destroys what is over, too"
     again.close()
-    assert desk.verify().destroyed == ("2026-11-28T23", "2026-11-29T00")
+    assert desk.verify().destroyed == ("2026-11-28T23", "2026-11-29T00", "2026-11-30T01")
     assert desk.verify().ok
 
 

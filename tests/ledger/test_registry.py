@@ -22,6 +22,7 @@ from expunge.ledger.errors import Conflict, LedgerFailed, NoSuchTarget, Shredded
 from expunge.ledger.keys import KeyStore, MasterKey, opened
 from expunge.ledger.protection import read_entries
 from expunge.ledger.registry import Registry
+from tests.ledger.conftest import Place
 
 JANE = Target(
     entities=("Jane Quickfinger", "J. Quickfinger"), examples=(Shown(prompt="Where does Jane live?", answer="Zanzibar"),)
@@ -375,9 +376,45 @@ def test_a_full_disk_is_said_and_loses_nothing(local):
     assert read_entries(registry.entries()).ok
 
 
-def test_a_database_that_comes_back_is_used_again(cluster, tmp_path):
-    from tests.ledger.conftest import Place
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no small file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
+
+@pytest.mark.parametrize("keys", ["here", "elsewhere"])
+def test_a_disk_that_is_really_full(small_disk, tmp_path, keys):
+    """Database, write-ahead log and (or) keys share a disk that fills."""
+    place = Place(str(small_disk / "registry.db"), small_disk if keys == "here" else tmp_path)
+    registry = place.open()
+    asked = {}
+
+    def fill():
+        for at in range(5000):
+            asked[f"k{at}"] = registry.request(f"k{at}", person(f"Person Number{at}"), "x" * 4000).id
+
+    with pytest.raises(LedgerFailed) as caught:
+        fill()
+    assert len(asked) > 5
+    assert "disk is full" in str(caught.value) or "key could not be written" in str(caught.value)
+    for name in ("k0", "k1"):
+        assert registry.request(name, person(f"Person Number{name[1:]}"), "x" * 4000).id == asked[name], "reading goes on"
+    registry.close()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    again = place.open()
+    assert {t.id for t in again.active()} == set(asked.values())
+    assert read_entries(again.entries()).ok
+    late = f"k{len(asked)}"
+    assert again.request(late, person("Late Comer")).id not in asked.values()
+
+
+def test_a_database_that_comes_back_is_used_again(cluster, tmp_path):
     place = Place(cluster.make(), tmp_path)
     registry = place.open()
     first = registry.request("a", person("Alice Able"))

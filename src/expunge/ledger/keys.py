@@ -82,8 +82,8 @@ class MasterKey:
             InputError: others may read it, or it holds no key.
         """
         if not path.exists():
-            _create(path, base64.b64encode(secrets.token_bytes(_SIZE)) + b"\n")
-        return cls(_decoded(_private(path), str(path)))
+            create_private(path, base64.b64encode(secrets.token_bytes(_SIZE)) + b"\n")
+        return cls(_decoded(read_private(path), str(path)))
 
     @classmethod
     def from_environment(cls, variable: str = VARIABLE) -> MasterKey:
@@ -119,13 +119,18 @@ def _decoded(data: bytes, where: str) -> bytes:
         raise InputError(f"{where} holds no key in Base64.", "Make one: openssl rand -base64 32.") from None
 
 
-def _private(path: Path) -> bytes:
+def read_private(path: Path) -> bytes:
+    """A file that only its owner may use.
+
+    Raises:
+        InputError: others may, too.
+    """
     if os.name == "posix" and (mode := path.stat().st_mode & 0o077):
         raise InputError(f"Others than its owner may use {str(path)!r} (mode {mode:o} too many).", f"chmod 600 {path}")
     return path.read_bytes()
 
 
-def _create(path: Path, data: bytes) -> bool:
+def create_private(path: Path, data: bytes) -> bool:
     """Make a file that only its owner may read, whole or not at all; whether it was made here and not by another."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     scratch = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
@@ -184,7 +189,7 @@ class KeyStore:
         """
         key = secrets.token_bytes(_SIZE)
         try:
-            made = _create(self._path(name), self._master.wrap(key, name))
+            made = create_private(self._path(name), self._master.wrap(key, name))
         except OSError as error:
             raise LedgerFailed(
                 f"A key could not be written in {str(self.folder)!r}: {error.strerror}.", "Free some room."
@@ -250,7 +255,7 @@ class KeyStore:
             except ValueError:
                 key = self.get(name)
             scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-            _create(scratch, master.wrap(key, name))
+            create_private(scratch, master.wrap(key, name))
             os.replace(scratch, path)
             count += 1
         sync_folder(self.folder)
@@ -281,9 +286,9 @@ class Signer:
         if not path.exists():
             fresh = Ed25519PrivateKey.generate()
             kind = serialization.PrivateFormat.PKCS8
-            _create(path, fresh.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption()))
+            create_private(path, fresh.private_bytes(serialization.Encoding.PEM, kind, serialization.NoEncryption()))
         try:
-            key = serialization.load_pem_private_key(_private(path), None)
+            key = serialization.load_pem_private_key(read_private(path), None)
         except (ValueError, TypeError):
             key = None
         if not isinstance(key, Ed25519PrivateKey):
@@ -292,7 +297,7 @@ class Signer:
         self.public = Public(key.public_key())
         beside = path.with_name(path.name + ".pub")
         if not beside.exists():
-            _create(beside, self.public.pem)
+            create_private(beside, self.public.pem)
 
     def sign(self, data: bytes) -> str:
         """The signature, in Base64."""

@@ -39,6 +39,7 @@ from expunge.ledger.records import Request, Versions, coarse, named, request_fie
 if TYPE_CHECKING:
     from expunge.guards.decoding import Answer
     from expunge.guards.policy import Plan, Row
+    from expunge.ledger.escrow import Escrow
 
 _FILE = re.compile(r"log-(\d{6,})\.jsonl")
 _QUIET = {"file", "start", "repair"}  # records that a log may hold without any checkpoint: a first start that was killed
@@ -78,6 +79,7 @@ class AuditLog:
         versions: what answers.
         keeping: how it is kept.
         anchor: heads to be signed with each checkpoint: ``lambda: {"registry": "%d:%s" % registry.head()}``.
+        escrow: keeps some requests in full for an auditor; none: nothing is.
         publish: is handed each checkpoint's line: to send it where nobody here can reach it.
         clock: what time it is.
 
@@ -97,18 +99,19 @@ class AuditLog:
         keeping: Keeping | None = None,
         anchor: Callable[[], Mapping[str, str]] = dict,
         publish: Callable[[bytes], None] | None = None,
+        escrow: Escrow | None = None,
         clock: Callable[[], datetime] = now,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if checkpoints.resolve().parent == folder.resolve():
             raise InputError("The checkpoints would stand beside the log.", "Put them in another folder, best on another disk.")
         self.folder, self.versions, self.keeping = folder, versions, keeping or Keeping()
-        self._anchor, self._publish, self._clock = anchor, publish, clock
+        self._anchor, self._publish, self._escrow, self._clock = anchor, publish, escrow, clock
         self._lock, self._sync_lock = threading.RLock(), threading.Lock()
         self._n, self._head, self._synced, self._number = 0, GENESIS, 0, 0
         self._at: dict[int, str] = {}
         self._hidden: frozenset[str] = frozenset()
-        self._policy = self._last_error = ""
+        self._policy = self._last_error = self._period = ""
         self._over = threading.Event()
         with ExitStack() as stack:
             stack.enter_context(alone(folder))
@@ -217,6 +220,9 @@ class AuditLog:
         request = request or Request()
         made = secrets.token_hex(16)
         period, key = self.periods.current()
+        if period != self._period:
+            self._period = period
+            self.destroy_old_keys()
         fields = request_fields(plan, answer, rows, request, self.pseudonym)
         said: dict[str, str] = {}
         if plan is not None:
@@ -225,6 +231,8 @@ class AuditLog:
             said["answer"] = answer.text
         if request.seed is not None:
             said["seed"] = str(request.seed)
+        if self._escrow is not None and plan is not None and self._escrow.drawn():
+            fields["escrow"] = self._escrow.put(made, plan.asked, answer and answer.text)
         self._add({
             "kind": "request", "id": made, "at": coarse(self._clock()), "policy": policy, "period": period, **fields,
             **self.versions.described(), "commitments": {kind: commitment(key, made, kind, text) for kind, text in said.items()},
@@ -264,12 +272,13 @@ class AuditLog:
         return mac(self.pseudonyms, "pseudonym", name.encode("utf-8", "surrogatepass")).hex()[:16]
 
     def destroy_old_keys(self) -> list[str]:
-        """Destroy the keys of periods that have been kept for long enough, and note that; which."""
+        """Destroy the keys of periods (and boxes in escrow) that have been kept for long enough, and note that; which."""
         over = self.periods.over()
-        if over:
+        boxes = self._escrow.destroy_old() if self._escrow else 0
+        if over or boxes:
             for period in over:
                 self.periods.destroy(period)
-            self.event("keys", destroyed=over)
+            self.event("keys", destroyed=over, boxes=boxes)
         return over
 
     def checkpoint(self) -> Checkpoint:

@@ -31,6 +31,8 @@ from expunge.ledger.keys import KeyStore, mac, opened, sealed
 State = Literal["active", "withdrawn", "expired"]
 Basis = Literal["erasure", "copyright", "court", "safety", "contract", "other"]
 
+STATES: tuple[State, ...] = get_args(State)
+
 _PAD = 512  # sealed bytes come in multiples, so that their number does not tell the length of a name
 _ID = re.compile(r"[0-9a-f]{16}")
 _KEY = 200  #: letters of an idempotency key at most

@@ -15,7 +15,7 @@ from expunge.ledger import errors
 from expunge.ledger.following import Mirror
 from expunge.ledger.log import AuditLog
 from expunge.ledger.records import Request
-from expunge.ledger.registry import Registry, Stored
+from expunge.ledger.registry import STATES, Registry, Stored
 from expunge.serving.store import Conflict, Entry
 
 
@@ -40,7 +40,7 @@ class RegistryStore:
 
     def entries(self, state: str | None, after: str | None, limit: int) -> list[Entry]:
         """Entries in the order in which they came; behind one that is not there, from the first on."""
-        chosen = state if state in ("active", "withdrawn", "expired") else None
+        chosen = next((s for s in STATES if s == state), None)
         try:
             held = self.registry.targets(chosen, after=after or "", limit=limit)
         except errors.NoSuchTarget:
