@@ -232,7 +232,7 @@ class AuditLog:
         if request.seed is not None:
             said["seed"] = str(request.seed)
         if self._escrow is not None and plan is not None and self._escrow.drawn():
-            fields["escrow"] = self._escrow.put(made, plan.asked, answer and answer.text)
+            fields["escrow"] = self._escrow.put(made, plan.asked, answer.text if answer is not None else None)
         self._add({
             "kind": "request", "id": made, "at": coarse(self._clock()), "policy": policy, "period": period, **fields,
             **self.versions.described(), "commitments": {kind: commitment(key, made, kind, text) for kind, text in said.items()},
