@@ -174,6 +174,39 @@ def test_a_checkpoint_signed_by_another(desk, tmp_path):
     assert "signature" in codes(desk)
 
 
+def test_two_stories_signed_by_one_key_do_not_mix(original, tmp_path):
+    """A server that has told one story and then another has checkpoints of equal numbers that do not follow from each other."""
+    desks = []
+    for name in ("one", "two"):
+        copy = original.copy(tmp_path / name)
+        for _ in range(2):
+            log = copy.open()
+            log.event("note")
+            log.close()
+        desks.append(copy)
+        assert copy.verify().ok
+    one, two = (d.checkpoints.read_bytes().splitlines(keepends=True) for d in desks)
+    assert len(one) == len(two)
+    desks[0].checkpoints.write_bytes(b"".join([*one[:-2], two[-2], one[-1]]))
+    assert codes(desks[0]) >= {"signature", "rewritten"}
+
+
+RESPELT = {
+    "spaces": (b'":', b'": '), "a number": (b'"score":1.0', b'"score":1e0'), "an escape": (b'"refused"', b'"\\u0072efused"'),
+    "a key twice": (b'{"answer_tokens"', b'{"n":1,"answer_tokens"'), "an end": (b"}\n", b"} \n"), "a return": (b"}\n", b"}\r\n"),
+    "big letters": (b'"hash":"', b'"HASH":"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", RESPELT)
+def test_a_record_that_is_spelt_otherwise_is_another(desk, what):
+    lines = desk.lines()
+    assert RESPELT[what][0] in lines[4]
+    lines[4] = lines[4].replace(*RESPELT[what])
+    desk.put(lines)
+    assert [(p.code, p.where) for p in desk.verify().problems if p.code == "unreadable"] == [("unreadable", "log-000001.jsonl:5")]
+
+
 def test_what_is_not_signed_yet_is_said(tmp_path):
     desk, log = filled(tmp_path, 8, {"checkpoint_every": 100}, close=False)
     report = desk.verify()
