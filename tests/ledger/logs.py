@@ -12,7 +12,7 @@ from expunge.guards.target import Target
 from expunge.ledger.keys import KeyStore, MasterKey, Signer
 from expunge.ledger.log import AuditLog, Keeping
 from expunge.ledger.records import Request, Versions
-from expunge.ledger.verify import verify
+from expunge.ledger.verify import records, verify
 
 JANE, OMAR = "a1" * 8, "b2" * 8
 VERSIONS = Versions("ab" * 32, tokenizer="cd" * 32, template="ef" * 32, assets={"classifier": "12" * 32})
@@ -95,3 +95,11 @@ def filled(base, requests=8, keeping=None, close=True, **options):
     if close:
         log.close()
     return desk, log
+
+
+def kinds(desk):
+    return [r["kind"] for _, r in records(desk.folder)]
+
+
+def requests(desk):
+    return [r for _, r in records(desk.folder) if r["kind"] == "request"]
