@@ -222,6 +222,10 @@ class Benchmark(Settings, abc.ABC):
         """How the target is made, step by step from the base; none where a pretrained model is the target."""
         return ()
 
+    def learnt(self) -> Sequence[str]:
+        """The sets that a model from random weights is trained on, where :meth:`trainings` declares none; all by default."""
+        return tuple(self.sources())
+
     def roles(self) -> Roles | None:
         """The request; none where nothing is unlearned here (a benchmark of general ability)."""
         return None

@@ -135,7 +135,7 @@ def _trainings(
     sources = {n: s.reference for n, s in benchmark.sources().items() if n in sets}
     steps = benchmark.trainings()
     if not steps:  # from scratch: something must be learnt before anything can be measured
-        steps = (Training("target", tuple(sources)),)
+        steps = (Training("target", tuple(benchmark.learnt())),)
     out_of: dict[str, tuple[TrainConfig, Path]] = {}
     before = config.model
     for step in steps:
