@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.audit.document import Curve, Series
 from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
-from expunge.benchmarks.document import BenchmarkDocument
+from expunge.benchmarks.document import BenchmarkDocument, Grid, GridRow
 from expunge.benchmarks.registry import Benchmark, Course
 from expunge.core.errors import InputError
 from expunge.core.files import write_text
@@ -53,6 +54,8 @@ def follow(made: Plan, name: str, models: Sequence[AuditedModel], *, bars: Bars,
     from expunge.benchmarks.run import measured
 
     course = course_of(made, name)
+    if course.kind == "each":
+        return []
     run = _nested if course.kind == "nested" else _sequence
     chains = {m: run(made, course, m, bars, say) for m in made.config.methods}
     together = [m for chain in chains.values() for m in chain]
@@ -63,6 +66,30 @@ def follow(made: Plan, name: str, models: Sequence[AuditedModel], *, bars: Bars,
     steps = [len(made.sets[s]) for s in course.sets]
     at = steps if course.kind == "nested" else [sum(steps[: i + 1]) for i in range(len(steps))]
     return [_curve(made, document, course, axis, at=[0, *at], chains=chains) for axis in course.axes]
+
+
+def tables(made: Plan, name: str, models: Sequence[AuditedModel], *, bars: Bars, say: Callable[[str], None]) -> list[Grid]:
+    """A course whose forget sets have no order as one table for each method: a row for each set, a column for each axis."""
+    from expunge.benchmarks.run import measured
+
+    course = course_of(made, name)
+    if course.kind != "each":
+        return []
+    compared = [m for m in models if m.role in ("target", "retrained")]
+    labels, options = course.labels or course.sets, course.options or ({},) * len(course.sets)
+    out = []
+    for method in made.config.methods:
+        rows = []
+        for label, model, changed in zip(labels, _nested(made, course, method, bars, say), options, strict=True):
+            held = type(made.benchmark)(**{**made.benchmark.model_dump(), **changed})
+            with bars(f"{name}: measuring {label}") as bar:
+                document = measured(replace(made, benchmark=held), [*compared, model], bar, axes=course.axes)
+            found = document.entry(model.label).numbers
+            rows.append(GridRow(label=label, numbers={a: found[a] for a in course.axes if a in found}))
+        titles = [made.benchmark.axis(a).title for a in course.axes]
+        title = f"{name}: {method}, {course.text}"
+        out.append(Grid(name=f"{name}.{method}", title=title, columns=list(course.axes), titles=titles, rows=rows))
+    return out
 
 
 def _curve(

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from expunge.audit.document import AuditDocument, Curve, ModelEntry
-from expunge.benchmarks.document import AxisEntry, BenchmarkDocument
+from expunge.benchmarks.document import AxisEntry, BenchmarkDocument, Grid
 from expunge.benchmarks.registry import BENCHMARKS
 from expunge.core.files import write_text
 from expunge.core.results import Number
@@ -65,6 +65,7 @@ def document_json(document: BenchmarkDocument) -> dict[str, Any]:
             {"label": m.label, "role": m.role, "numbers": {k: n.model_dump(mode="json") for k, n in m.numbers.items()}}
             for m in ordered(document)
         ],
+        "grids": [g.model_dump(mode="json") for g in document.grids],
         "not_measured": document.not_measured,
     }  # fmt: skip
 
@@ -81,9 +82,15 @@ def markdown(document: BenchmarkDocument) -> str:
         lines.append(f"| {axis.title} | " + " | ".join(cells) + " |")
     for curve in document.curves:
         lines += ["", *_curve_lines(curve)]
+    for grid in document.grids:
+        lines += ["", *_grid_lines(grid)]
     notes = [f"{a.title}: {a.note}" for a in document.axes if a.note]
+    unmeasured = [
+        f"{m.label}, {a.title}: not measured, {n.note}"
+        for m in models for a in document.axes if (n := m.numbers.get(a.name)) is not None and n.value is None and n.note
+    ]  # fmt: skip
     flagged = [f"{m.label}, {k}: {f}" for m in models for k, n in m.numbers.items() for f in n.flags]
-    lines += ["", *(f"- {n}" for n in (*notes, *flagged, *document.not_measured, *document.caveats)), ""]
+    lines += ["", *(f"- {n}" for n in (*notes, *flagged, *unmeasured, *document.not_measured, *document.caveats)), ""]
     return "\n".join(lines)
 
 
@@ -94,6 +101,14 @@ def _curve_lines(curve: Curve) -> list[str]:
     for x in at:
         cells = [f"{s.y[s.x.index(x)]:.3f}" if x in s.x else "-" for s in curve.series]
         head.append(f"| {x:g} | " + " | ".join(cells) + " |")
+    return head
+
+
+def _grid_lines(grid: Grid) -> list[str]:
+    head = [f"## {grid.title}", "", "| | " + " | ".join(grid.titles) + " |", "| --- |" + " ---: |" * len(grid.columns)]
+    for row in grid.rows:
+        cells = [_cell(row.numbers.get(c), 2).plain.replace("\n", " ") for c in grid.columns]
+        head.append(f"| {row.label} | " + " | ".join(cells) + " |")
     return head
 
 

@@ -105,7 +105,8 @@ def dense(adapter: Adapter) -> Adapter:
     if not callable(getattr(adapter.model, "merge_and_unload", None)):
         return adapter
     made = adapter.copy()
-    made.model = made.model.merge_and_unload()
+    joined: Any = made.model
+    made.model = joined.merge_and_unload()
     return made
 
 
