@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.audit.document import Curve, Series
+from expunge.audit.metrics.registry import METRICS
 from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
 from expunge.benchmarks.document import BenchmarkDocument, Grid, GridRow
-from expunge.benchmarks.registry import Benchmark, Course
+from expunge.benchmarks.registry import Axis, Benchmark, Course
 from expunge.core.errors import InputError
 from expunge.core.files import write_text
 from expunge.core.results import Number
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from expunge.benchmarks.run import Plan
 
 Bars = Callable[[str], AbstractContextManager[Progress | None]]
+_NATS = ("loss", "loss-gap", "log-probability", "log-probability-gap")  #: metrics in nats per token
 
 
 def course_of(made: Plan, name: str) -> Course:
@@ -107,7 +109,13 @@ def _curve(
         found = [(x, document.entry(label).numbers.get(axis)) for x, label in zip(at, labels, strict=True)]
         lines.append(_line(method, found))
     title = f"{course.name}: {made.benchmark.axis(axis).title}"
-    return Curve(name=f"{course.name}.{axis}", title=title, x_label="records forgotten", y_label=axis, series=lines)
+    return Curve(
+        name=f"{course.name}.{axis}",
+        title=title,
+        x_label="records forgotten",
+        y_label=axis_label(made.benchmark.axis(axis)),
+        series=lines,
+    )
 
 
 def _line(label: str, found: Sequence[tuple[float, Number | None]]) -> Series:
@@ -122,6 +130,17 @@ def _line(label: str, found: Sequence[tuple[float, Number | None]]) -> Series:
     )  # fmt: skip
 
 
+def axis_label(axis: Axis) -> str:
+    """What an axis is called beside a figure, with its unit: ``Loss gap (nats per token)``."""
+    most = METRICS.get(axis.metric).range
+    most = (most[0], None if most[1] is None else most[1] * axis.scale)
+    if most in ((0.0, 1.0), (0.0, 100.0)):
+        unit = "%" if most[1] == 100 else "share, 0 to 1"
+    else:
+        unit = "nats per token" if axis.metric in _NATS else ""
+    return f"{axis.title} ({unit})" if unit else axis.title
+
+
 def profiles(benchmark: Benchmark, document: BenchmarkDocument) -> list[Curve]:
     """The curves that a benchmark declares over its axes, of the models that were measured."""
     out = []
@@ -132,9 +151,8 @@ def profiles(benchmark: Benchmark, document: BenchmarkDocument) -> list[Curve]:
         ]
         shown = [line for line in lines if line.x]
         if shown:
-            out.append(
-                Curve(name=profile.name, title=profile.title, x_label=profile.x_label, y_label=profile.title, series=shown)
-            )  # fmt: skip
+            y_label = axis_label(benchmark.axis(profile.axes[0]))
+            out.append(Curve(name=profile.name, title=profile.title, x_label=profile.x_label, y_label=y_label, series=shown))
     return out
 
 
