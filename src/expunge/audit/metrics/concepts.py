@@ -136,7 +136,7 @@ class ConceptVectors(_OnConcepts):
     formula: ClassVar[str] = "cos(v, v_target) of the concept's value vector; mean over concepts"
     range: ClassVar[Range] = (-1.0, 1.0)
     needs: ClassVar[tuple[Need, ...]] = ()
-    evaluate = staticmethod(concept_words)  # type: ignore[assignment]
+    evaluate = staticmethod(concept_words)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.LOSSES, Offer.SEQUENCE})
 
     words: int = Field(200, ge=1, description="words that a vector promotes most; at most a tenth of all")

@@ -127,9 +127,10 @@ class FormForgetting(Metric):
 
     def _tells_nothing(self, table: Table, what: str) -> str:
         """Why a form is left out; nothing if it is not."""
-        known = np.isfinite(table).all(axis=0)
-        if 2 * known.sum() < len(known):
-            return f"{known.sum()} of {len(known)} facts have it"
+        known = np.all(np.isfinite(table), axis=0)
+        count, every = int(np.sum(known)), table.shape[1]
+        if 2 * count < every:
+            return f"{count} of {every} facts have it"
         gap = float(table[0, known].mean() - table[2, known].mean())
         return "" if gap >= self.least_gap else f"in it the target stands out from {what} by {gap:.2f}"
 

@@ -107,12 +107,12 @@ def _record(fact: Mapping[str, Any], name: str) -> Record | None:
     )  # fmt: skip
 
 
-def facts(people: int, each: int, seed: int) -> list[dict[str, Any]]:
+def facts(people: int, each: int, seed: int) -> list[Mapping[str, Any]]:
     """Invented facts in six forms, as rows of the schema; no two people share a value of one kind."""
     first, last = (Draw(seed, "forms", p).shuffled(invented(p)) for p in ("first", "last"))
     names = [f"{first[i % len(first)]} {last[i]}" for i in range(people)]
     columns = [_values(a, people + _WRONG, seed) for a in PERSON[:each]]
-    out = []
+    out: list[Mapping[str, Any]] = []
     for i, name in enumerate(names):
         for attribute, values in zip(PERSON[:each], columns, strict=True):
             wrong = _wrong(values, i, Draw(seed, "forms wrong", i, attribute.key))
@@ -123,7 +123,8 @@ def facts(people: int, each: int, seed: int) -> list[dict[str, Any]]:
 
 def _values(attribute: Attribute, count: int, seed: int) -> list[str]:
     """So many values of an attribute, all different where its kind has so many."""
-    draw, found, tries = Draw(seed, "forms", attribute.key), [], 0
+    found: list[str] = []
+    draw, tries = Draw(seed, "forms", attribute.key), 0
     while len(found) < count:
         value, tries = attribute.value(draw), tries + 1
         if value not in found or tries > 100 * count:
