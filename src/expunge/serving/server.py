@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from expunge.core.errors import InputError
+from expunge.guards.adapter import GuardedAdapter
 from expunge.guards.guarded import Guarded
 from expunge.guards.parts import Material
 from expunge.guards.policy import Policy
@@ -84,6 +85,10 @@ def assemble(
     """
     if (adapter is None) == (upstream is None):
         raise InputError("A server needs a model, or another server behind it.", "Give one of --model and --upstream.")
+    if isinstance(adapter, GuardedAdapter):
+        raise InputError(
+            "This run is a guard itself; what it stands before is served with a guard file.", "Give --model its model."
+        )
     limits, telemetry = limits or Limits(), Telemetry()
     policy = Policy(guards.guards, material(guards, key, adapter))
     backend: Backend
