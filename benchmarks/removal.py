@@ -45,7 +45,7 @@ from expunge.audit.metrics.membership import Membership, PrivLeak
 from expunge.audit.metrics.memorisation import ExtractionStrength, extraction_strength
 from expunge.audit.metrics.registry import Metric
 from expunge.audit.metrics.words import words
-from expunge.audit.run import AuditedModel, audit
+from expunge.audit.run import AuditedModel, audit, limited
 from expunge.audit.settings import AuditSettings
 from expunge.core.results import Number
 from expunge.data.records import RecordSet
@@ -131,13 +131,14 @@ class OwnPasses:
         out: dict[str, dict[str, Number]] = {m.label: {} for m in self.models}
         labels = list(out)
         for unit in self.units():
-            evidence = self.fresh(unit)
+            evidence, began = self.fresh(unit), processor()
             for label in labels:
                 for m in unit:
                     out[label] |= m.compute(evidence, label)
                 if self.one and any("min-k-plus-plus" in getattr(m, "attacks", ()) for m in unit):
                     for name in ("forget", "holdout"):  # the second pass, for mean and spread
                         scores.score(evidence.adapter(label), evidence.probes(label, name, "answer"), batch_tokens=1)
+            print(f"  {', '.join(m.name for m in unit)}: {processor() - began:.1f} s", file=sys.stderr, flush=True)
         evidence, attacked = self.fresh([]), Attacked()
         for label in labels:
             attack_copy(evidence, label, self.settings, attacked)
@@ -222,26 +223,29 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="of the demo; what is there is used again")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compared", type=int, default=1, help="retrained models that both sides audit where they are compared")
+    parser.add_argument("--budget", type=int, help="records per set at most where both sides are compared; none: all")
     parser.add_argument("--parts", default="audit,ten,batched,one", help="what is measured; all need minutes on an idle machine")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     made = demo.prepare(options.folder, bars=lambda _: nullcontext(), say=lambda text: print(text, file=sys.stderr))
     torch.set_num_threads(options.threads)
     settings, sets = AuditSettings.under(PROTOCOL), made.sets
+    part = {name: limited(records, settings.model_copy(update={"budget": options.budget})) for name, records in sets.items()}
     words("A word to load the stemmer, which all sides use.", True)
     gold = [m for m in made.models if m.role != "unlearned"]
     unlearned = [m for m in made.models if m.role == "unlearned"]
     one = next(m for m in unlearned if m.label == "npo")
     clock = Clock()
 
-    def ours(models: Sequence[AuditedModel], cache: str) -> AuditDocument:
-        return audit(models, sets, settings, cache=Path(cache))
+    def ours(models: Sequence[AuditedModel], cache: str, on: Mapping[str, RecordSet] = sets) -> AuditDocument:
+        return audit(models, on, settings, cache=Path(cache))
 
     opened(one)  # what the first model of a process loads is no part of an audit
     result: dict[str, Any] = {
         "benchmark": "removal",
         "protocol": PROTOCOL,
         "records": {n: len(s) for n, s in sets.items()},
+        "records_compared": {n: len(s) for n, s in part.items()},
         "threads": options.threads,
         "models": {"one": len(gold) + 1, "all": len(made.models), "ten": len(gold) + 10, "compared": 2 + options.compared},
         "seconds": clock.times,
@@ -262,9 +266,9 @@ def main() -> None:
     sides = [name for name in ("batched", "one") if name in parts]
     few = [opened(m) for m in (*gold[: 1 + options.compared], one)]
     with tempfile.TemporaryDirectory() as folder:
-        mine = clock("compared models, ours", lambda: ours(few, folder)) if sides else None
+        mine = clock("compared models, ours", lambda: ours(few, folder, part)) if sides else None
     for name in sides:
-        side = OwnPasses(few, sets, settings, name == "one")
+        side = OwnPasses(few, part, settings, name == "one")
         with as_they_come(1 if name == "one" else BATCH):
             found = clock(f"compared models, own passes ({name})", side.run)
         count, worst = compare(mine, found)
