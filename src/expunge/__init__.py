@@ -12,6 +12,7 @@ from expunge.core.version import __version__
 
 _LAZY = {
     "unlearn": "expunge.api:unlearn",
+    "plan": "expunge.api:plan",
     "unlearn_rows": "expunge.api:unlearn_rows",
     "audit_model": "expunge.api:audit_model",
     "audit_rows": "expunge.api:audit_rows",
@@ -32,7 +33,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from expunge.api import audit_model, audit_rows, unlearn, unlearn_rows
+    from expunge.api import audit_model, audit_rows, plan, unlearn, unlearn_rows
     from expunge.audit.evaluate import evaluate_metric
     from expunge.audit.metrics.registry import METRICS
     from expunge.data.rows import table
@@ -62,6 +63,7 @@ __all__ = [
     "loss_on",
     "loss_terms",
     "merge_models",
+    "plan",
     "read_table",
     "table",
     "unlearn",
