@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -126,46 +127,54 @@ def test_anchors_that_say_something_stand_out_from_random_ones() -> None:
     assert np.mean(np.array(ps) <= 0.1) < 0.25
 
 
+@dataclass
+class World:
+    """People half of whom a model sees ten times as often as the others; and what two methods erase of all."""
+
+    clusters: list[str]
+    often: np.ndarray
+    before: np.ndarray
+    erased: dict[str, np.ndarray]
+    overlap: Overlap
+
+
+def world_of(seed: int, epochs: int = 6) -> World:
+    records = list(people(60, seed + 1, 2))
+    tokenizer = word_tokenizer([t for r in records for t in (r.prompt, r.answer)] + [DEFAULT_TEMPLATE])
+    adapter = LanguageAdapter(build("llama-tiny", tokenizer, seed=seed), tokenizer)
+    often = np.array([int(r.subject[-4:]) % 2 == 0 for r in records])
+    examples = [adapter.encode(r) for r in records]
+    data = [dataclasses.replace(e, id=f"{e.id}-{k}") for e, x in zip(examples, often, strict=True) for k in range(10 if x else 1)]
+    recipe = compose("train", retain=[NLL()], schedule=Fixed(lr=5e-3, epochs=epochs, batch=32, warmup=0.5))
+    train(adapter, recipe, {Stream.RETAIN: data}, Engine(seed=0))
+    before, erased = score(adapter, examples).nll(), {}
+    for method in ("gradascent", "npo"):
+        copy = adapter.copy()
+        schedule = {"name": "fixed", "lr": 3e-4, "steps": 10, "warmup": 0, "decay": "constant", "batch": 32}
+        train(copy, build_recipe(method, {"retain": "none", "schedule": schedule}), {Stream.FORGET: examples}, Engine(seed=0))
+        erased[method] = score(copy, examples).nll() - before
+    held = circuits(adapter, Wiring(adapter), swaps(adapter, records, records), CircuitSettings())
+    clusters = [r.cluster for r in records]
+    return World(clusters, often, before, erased, Overlap.own(held, folds(clusters, 2, 0)))
+
+
 @pytest.mark.slow
 def test_repeated_facts_are_foretold_to_be_harder_from_anchors_of_another_method() -> None:
     """Half of the facts seen ten times as often; anchors by gradient ascent, and what NPO erases is foretold.
 
     Three worlds, none of which was looked at when defaults were chosen. Repetition makes facts harder to erase for either method.
     """
-    values, partials, repeated, random = [], [], [], []
+    found, repeated = [], []
     for seed in (6, 7, 8):
-        records = list(people(60, seed + 1, 2))
-        tokenizer = word_tokenizer([t for r in records for t in (r.prompt, r.answer)] + [DEFAULT_TEMPLATE])
-        adapter = LanguageAdapter(build("llama-tiny", tokenizer, seed=seed), tokenizer)
-        often = np.array([int(r.subject[-4:]) % 2 == 0 for r in records])
-        examples = [adapter.encode(r) for r in records]
-        data = [
-            dataclasses.replace(e, id=f"{e.id}-{k}") for e, x in zip(examples, often, strict=True) for k in range(10 if x else 1)
-        ]
-        recipe = compose("train", retain=[NLL()], schedule=Fixed(lr=5e-3, epochs=6, batch=32, warmup=0.5))
-        train(adapter, recipe, {Stream.RETAIN: data}, Engine(seed=0))
-        before = score(adapter, examples).nll()
-        erased = {}
-        for method in ("gradascent", "npo"):
-            copy = adapter.copy()
-            schedule = {"name": "fixed", "lr": 3e-4, "steps": 10, "warmup": 0, "decay": "constant", "batch": 32}
-            train(copy, build_recipe(method, {"retain": "none", "schedule": schedule}), {Stream.FORGET: examples}, Engine(seed=0))
-            erased[method] = score(copy, examples).nll() - before
-        assert erased["npo"][often].mean() < erased["npo"][~often].mean()
-        settings, clusters = CircuitSettings(), [r.cluster for r in records]
-        held = circuits(adapter, Wiring(adapter), swaps(adapter, records, records), settings)
-        overlap = Overlap.own(held, folds(clusters, 2, 0))
-        found = foretold(overlap, erased["gradascent"], erased["npo"], before, clusters=clusters, seed=seed, draws=199)
-        values.append(found.value)
-        partials.append(found.partial)
-        random.append(found.random)
-        told_often = -often.astype(float)
-        repeated.append(foretold(overlap, erased["gradascent"], told_often, before, clusters=clusters, seed=seed, draws=199))
-    drawn = np.mean(random, axis=0)
-    told = f"Spearman {values}, given the loss {partials}, with repetition {[r.value for r in repeated]}"
+        w = world_of(seed)
+        assert w.erased["npo"][w.often].mean() < w.erased["npo"][~w.often].mean()
+        for outcome, into in ((w.erased["npo"], found), (-w.often.astype(float), repeated)):
+            into.append(foretold(w.overlap, w.erased["gradascent"], outcome, w.before, clusters=w.clusters, seed=seed, draws=199))
+    told = f"Spearman {[(f.value, f.partial) for f in found]}, of repetition {[f.value for f in repeated]}"
     print(told)
-    assert np.mean(values) > 0.1, told
-    assert (1 + (drawn >= np.mean(values)).sum()) / 200 < 0.05, told
-    assert abs(drawn.mean()) < 0.05, told  # random anchors foretell nothing
-    ranks = np.mean([r.random for r in repeated], axis=0)
-    assert (1 + (ranks >= np.mean([r.value for r in repeated])).sum()) / 200 < 0.05, told
+    assert np.mean([f.value for f in found]) > 0.1, told
+    assert np.mean([f.partial for f in found]) > 0, told
+    for held in (found, repeated):
+        drawn = np.mean([f.random for f in held], axis=0)
+        assert abs(drawn.mean()) < 0.05, told  # random anchors foretell nothing
+        assert (1 + (drawn >= np.mean([f.value for f in held])).sum()) / 200 < 0.05, told

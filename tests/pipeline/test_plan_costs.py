@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import expunge
+from expunge.adapters.language import LanguageAdapter
 from expunge.audit.circuits import CircuitSettings
+from expunge.audit.wiring import Wiring
 from expunge.core.errors import InputError
 from expunge.data.records import RecordSet
 from expunge.engine.options import Engine
@@ -126,6 +128,25 @@ def test_what_cannot_be_compared_is_refused(target, asked, people_world: World) 
     with pytest.raises(InputError, match="no run"):
         circuit_difficulty(target, asked, ENGINE, runs=["nowhere"])
     assert len(looking._Search(target, ENGINE, CircuitSettings(), None).counterparts(mixed.records, [])) == 24
+
+
+def test_a_lora_is_merged_into_a_copy_before_heads_are_told_apart(people_world: World, asked) -> None:
+    import peft
+
+    target = people_world.target()
+    model = peft.get_peft_model(target.model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    worn = LanguageAdapter(model, people_world.tokenizer)
+    batch = worn.collate([worn.encode(r) for r in asked.forget[:4]])
+    before = worn.forward(worn.model, batch, frozenset({"losses"})).losses
+    plain = looking._plain(worn)
+    assert Wiring(plain).graph.n_edges == 54
+    assert torch.allclose(plain.forward(plain.model, batch, frozenset({"losses"})).losses, before, atol=1e-4)
+    assert torch.equal(worn.forward(worn.model, batch, frozenset({"losses"})).losses, before)
+    assert (before - plain.forward(people_world.target().model, batch, frozenset({"losses"})).losses).abs().max() > 0.01
 
 
 def test_records_of_earlier_runs_are_anchors(expunge: Run, town: Town, tmp_path) -> None:

@@ -260,9 +260,9 @@ class Wiring:
             on(module, enter(which), before=True)
         on(block.writes, mixed, before=True)
         on(block.feed.output, made)
-        for which, module in enumerate((block.heads_norm, block.feed_norm)):
-            if module is not None:
-                on(module, norm(which), before=True)
+        for which, before in enumerate((block.heads_norm, block.feed_norm)):
+            if before is not None:
+                on(before, norm(which), before=True)
 
     # ---- what parts add, and what reaches them
 
@@ -369,12 +369,12 @@ class Wiring:
             self.model(input_ids=ids, use_cache=False)
         out = []
         for block in self.blocks:
-            norms = [seen.get(read[m]) for m in (block.reads[0].module, block.feed.inner[0])]
-            if None in norms:
+            heads, feed = (seen.get(read[m]) for m in (block.reads[0].module, block.feed.inner[0]))
+            if heads is None or feed is None:
                 raise InputError(
                     f"{type(self.model).__name__} has no norm before attention or before its feed-forward layer.", _REMEDY
                 )
-            out.append(_Block(block.reads, block.writes, block.attention, block.feed, *norms))
+            out.append(_Block(block.reads, block.writes, block.attention, block.feed, heads, feed))
         return out
 
     def _check_heads(self, found: Caught, kind: str) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from expunge.adapters.head import bare
 from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.storage import joined
 from expunge.audit.circuits import CircuitSettings, circuits
 from expunge.audit.hardness import Floats, Foretold, Ints, Overlap, cud, folds, foretold
 from expunge.audit.scores import score
@@ -131,7 +133,8 @@ def circuit_difficulty(
             stop, or too few records.
     """
     search = _Search(adapter, engine, settings or CircuitSettings(), progress)
-    wiring = Wiring(adapter)
+    plain = _plain(adapter)
+    wiring = Wiring(plain)
     forget, others = list(request.forget), list(request.retain or ())
     own = search.counterparts(forget, others)
     if not own:
@@ -149,8 +152,8 @@ def circuit_difficulty(
     else:
         deal = pool_deal = folds([r.cluster for r in mine], HALVES, engine.seed)
         outcomes, pool = search.made_here(request, mine, deal), own
-    found = search.circuits(wiring, own)
-    held = found if pool is own else search.circuits(wiring, pool)
+    found = search.circuits(plain, wiring, own)
+    held = found if pool is own else search.circuits(plain, wiring, pool)
     place = {r.id: i for i, r in enumerate(outcomes.records)}
     erased = outcomes.erased[[place[r.id] for r, _ in pool]]
     measure = cud(Overlap.of(found, held, deal, pool_deal), erased)
@@ -183,7 +186,7 @@ class _Search:
         made = swaps(self.adapter, records, others, self.engine.seed, self.settings.counterparts)
         return [(r, held) for r, held in zip(records, made, strict=True) if held]
 
-    def circuits(self, wiring: Wiring, held: _Held) -> NDArray[np.bool_]:
+    def circuits(self, plain: LanguageAdapter, wiring: Wiring, held: _Held) -> NDArray[np.bool_]:
         """Circuits of records, bool ``[records, E]``."""
 
         def tell(done: int, total: int) -> None:
@@ -191,7 +194,7 @@ class _Search:
                 self.progress(done, total, "circuits of records")
 
         tokens = self.engine.max_tokens
-        return circuits(self.adapter, wiring, [s for _, s in held], self.settings, batch_tokens=tokens, progress=tell)
+        return circuits(plain, wiring, [s for _, s in held], self.settings, batch_tokens=tokens, progress=tell)
 
     def made_here(self, request: Request, records: list[Record], deal: Ints) -> _Outcomes:
         """Gradient ascent on each half of the records alone, each time on a copy of the target."""
@@ -247,6 +250,15 @@ class _Search:
         examples = [self.adapter.encode(r) for r in records]
         held = [score(a, examples, batch_tokens=self.engine.max_tokens).nll() for a in (self.adapter, after)]
         return np.asarray(held[1] - held[0], dtype=np.float64)
+
+
+def _plain(adapter: LanguageAdapter) -> LanguageAdapter:
+    """The same model without peft: of a model that wears a LoRA, a copy with the LoRA in its weights."""
+    if not hasattr(bare(adapter.model), "peft_config"):
+        return adapter
+    merged = adapter.copy()
+    merged.model = joined(bare(merged.model))
+    return merged
 
 
 def _checked(folder: Path, target: str) -> tuple[UnlearnConfig, RecordSet]:
