@@ -14,6 +14,7 @@ _LAZY = {
     "unlearn": "expunge.api:unlearn",
     "plan": "expunge.api:plan",
     "unlearn_rows": "expunge.api:unlearn_rows",
+    "guard": "expunge.api:guard",
     "audit_model": "expunge.api:audit_model",
     "audit_rows": "expunge.api:audit_rows",
     "table": "expunge.data.rows:table",
@@ -33,7 +34,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from expunge.api import audit_model, audit_rows, plan, unlearn, unlearn_rows
+    from expunge.api import audit_model, audit_rows, guard, plan, unlearn, unlearn_rows
     from expunge.audit.evaluate import evaluate_metric
     from expunge.audit.metrics.registry import METRICS
     from expunge.data.rows import table
@@ -59,6 +60,7 @@ __all__ = [
     "audit_rows",
     "build_recipe",
     "evaluate_metric",
+    "guard",
     "load",
     "loss_on",
     "loss_terms",
