@@ -144,6 +144,12 @@ RESTORED = Paper(
     2026,
     "https://arxiv.org/abs/2602.18505",
 )
+INVERSION = Paper(
+    "Better Language Model Inversion by Compactly Representing Next-Token Distributions",
+    "Nazir, Finlayson, Morris, Ren and Swayamdipta",
+    2025,
+    "https://arxiv.org/abs/2506.17090",
+)
 LAF = Paper(
     "Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models", "Shen, Zhang, Zhao et al.", 2024,
     "https://arxiv.org/abs/2404.00506",
