@@ -1,7 +1,7 @@
 """What attention does with the tokens of a batch: the value vectors that it makes of them, and how much of it each receives.
 
-transformers computes attention through functions that can be registered under a name. Ours notes what it is handed and calls the one
-that the model would have used, so it works for whatever layout a block has (one matrix for queries, keys and values, or three).
+transformers computes attention through functions that can be registered under a name. Ours notes what it is handed and calls the
+one that the model would have used, so it works whatever layout a block has (one matrix for queries, keys and values, or three).
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def attending(model: nn.Module, wanted: Sequence[str], real: Tensor, found: dict
 
     Args:
         model: a causal model, which may be wrapped.
-        wanted: ``values:<block>``, the value vectors of all heads side by side, ``[B, T, D]``, with gradients; ``received:<block>``,
-            the mean attention over heads and over the real tokens *after* it that a token gets, ``[B, T, 1]``.
+        wanted: ``values:<block>``, the value vectors of all heads side by side, ``[B, T, D]``, with gradients;
+            ``received:<block>``, the mean attention over heads and the real tokens *after* it that a token gets, ``[B, T, 1]``.
         real: which tokens are no padding, bool ``[B, T]``.
         found: is filled.
 
