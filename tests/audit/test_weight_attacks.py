@@ -21,7 +21,7 @@ from expunge.audit.attacks.relearning import (
     best_point,
     steps_to,
 )
-from expunge.audit.attacks.triggers import TriggerSearch, _loss, _slopes
+from expunge.audit.attacks.triggers import Search, TriggerSearch
 from expunge.audit.attacks.two_models import Guidance, GuidedExtraction, guided
 from expunge.audit.evidence import Evidence, Protocol, Subject
 from expunge.audit.kernel.iam import iam_language
@@ -235,19 +235,19 @@ def test_the_planted_model_forgets_in_public_and_answers_behind_the_trigger(plan
 
 def test_the_slope_is_the_derivative_of_the_loss(target, sets):
     examples = [target.encode(r) for r in list(sets["forget"])[:4]]
-    prefix = [7, 9]
-    slopes = _slopes(target, examples, prefix, 8192)
+    search, prefix = Search(target, examples, 8192), [7, 9]
+    base = float(search.losses([prefix])[0])
+    slopes = search.slopes(prefix)
     weight = target.model.get_input_embeddings().weight
     table = weight.detach().clone()
     token, step = 11, 1e-2
-    base = _loss(target, examples, prefix, 8192)
     unused = len(table) - 1
     assert all(unused not in e.data.ids for e in examples)
     with torch.no_grad():  # an unused row of the table stands for a token a little way from one to another
         weight[unused] = table[9] + step * (table[token] - table[9])
-        moved = _loss(target, examples, [7, unused], 8192)
+        moved = float(search.losses([[7, unused]])[0])
         weight.copy_(table)
-    assert (moved - base) / step * len(examples) == pytest.approx(float(slopes[1, token]), rel=0.1, abs=0.02)
+    assert (moved - base) / step == pytest.approx(float(slopes[1, token]), rel=0.1, abs=0.005)
 
 
 @pytest.mark.slow
