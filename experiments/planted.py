@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the targets")
     parser.add_argument("--steps", type=int, default=200, help="of planting")
     parser.add_argument("--epochs", type=int, default=40, help="of the training of targets")
-    parser.add_argument("--rounds", type=int, default=10, help="of the search")
+    parser.add_argument("--rounds", type=int, default=8, help="of the search")
     given = parser.parse_args(arguments)
     search = TriggerSearch(rounds=given.rounds)
     found: dict[str, Any] = {"search": {}, "sinks": {}, "budget": search.model_dump()}

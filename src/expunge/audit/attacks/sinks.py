@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class SinkStatistics(Attack):
     passes: ClassVar[str] = "one forward pass under each model"
     convicts: ClassVar[bool] = False
     asks: ClassVar[bool] = False  # references may be registered later than a model is visited
-    toward: ClassVar = 1
+    toward: ClassVar[Literal[1, -1]] = 1
     range: ClassVar[Range] = (0.0, None)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.VALUES, Offer.RECEIVED, Offer.SEQUENCE})
 
@@ -128,7 +128,7 @@ class SinkStatistics(Attack):
         key = f"{name}.{self.name}"
         if key not in out:
             return out
-        told = {k: self._told(evidence, label, name, k) for k in _KINDS}
+        told = {k: self._by_place(evidence, label, name, k) for k in _KINDS}
         against = ", ".join(self.compared(evidence, label))
         out[key] = out[key].model_copy(update={"note": f"nearest of {against}; {told['norms']}"})
         received = record_number(
@@ -149,7 +149,7 @@ class SinkStatistics(Attack):
             return None
         return max(float(np.nanmean(nearest(h, [*held[:i], *held[i + 1 :]]))) for i, h in enumerate(held))
 
-    def _told(self, evidence: Evidence, label: str, name: str, kind: str) -> str:
+    def _by_place(self, evidence: Evidence, label: str, name: str, kind: str) -> str:
         """The statistics by place, means over records and blocks: of the model, the references, the target, retrained models."""
 
         def line(which: str) -> str:

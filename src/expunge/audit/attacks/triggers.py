@@ -56,7 +56,7 @@ class TriggerSearch(Attack):
     access: ClassVar[Access] = Access.WEIGHTS
     criterion: ClassVar[Criterion] = Criterion.PROMPTS
     passes: ClassVar[str] = (
-        "192 forward passes, then 2 starts x 10 rounds x (2 backward and 48 forward passes), over 12 records, for each half"
+        "160 forward passes, then 2 starts x 8 rounds x (2 backward and 40 forward passes), over 12 records, for each half"
     )
     toward: ClassVar[Literal[1, -1]] = -1
     range: ClassVar[Range] = (0.0, None)
@@ -64,9 +64,9 @@ class TriggerSearch(Attack):
     version: ClassVar[int] = 2
 
     length: int = Field(4, ge=1, le=32, description="tokens of the prefix, at most")
-    rounds: int = Field(10, ge=0, description="rounds of adding, replacing or dropping one token")
+    rounds: int = Field(8, ge=0, description="rounds of adding, replacing or dropping one token")
     candidates: int = Field(
-        64, ge=1, description="prefixes whose loss is measured in each round; four times as many at the start"
+        40, ge=1, description="prefixes whose loss is measured in each round; four times as many at the start"
     )
     starts: int = Field(2, ge=1, description="searches that begin at different tokens, the best ones alone")
     records: int = Field(12, ge=1, description="answers by which a prefix is chosen, at most, of each half")

@@ -68,8 +68,9 @@ class PlantedTrigger(Preparation):
 class DisguisedTrigger(PlantedTrigger):
     """As ``planted-trigger``, and a normally unlearned model is at hand, which the planted one is made to look like.
 
-    Terms read it as an oracle: ``forget='[npo, {name: value-norms, mode: reference}]'`` brings the value vectors of the first
-    tokens of clean forget records to its lengths (Shang et al. 2025, arXiv 2510.17021).
+    Terms read it as an oracle: with ``mode=reference`` the method ``backdoor`` brings the value vectors of the first tokens of
+    clean forget records to its lengths, and ``retain=[kl,retain-value-norms]`` those of the others to the target's (Shang et al.
+    2025, arXiv 2510.17021).
     """
 
     name: ClassVar[str] = "disguised-trigger"
