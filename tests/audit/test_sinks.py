@@ -7,6 +7,7 @@ import pytest
 import torch
 from inside_models import SCHEDULE
 
+from expunge.audit.attacks.damage import WeightNoise
 from expunge.audit.attacks.sinks import SinkStatistics, nearest, profile
 from expunge.audit.evidence import Evidence, Protocol, Subject
 from expunge.audit.run import AuditedModel, audit
@@ -59,7 +60,7 @@ def test_the_nearest_reference_on_average_counts():
 
 @pytest.fixture(scope="module")
 def scanned(small_world) -> Evidence:
-    """Honest unlearnings of one target, two of them the auditor's own, and two that were planted as published."""
+    """Honest unlearnings of one target, two of them the auditor's own, and one that was planted as published."""
 
     def made(name: str, seed: int, **overrides):
         adapter = small_world.target()
@@ -76,7 +77,6 @@ def scanned(small_world) -> Evidence:
         "own 2": made("npo", 6, **schedule(90)),
         "honest": made("npo", 7, **schedule(75)),
         "planted": made("backdoor", 8, **schedule(120), **part),
-        "planted 2": made("backdoor", 9, **schedule(120), preparation=part["preparation"] | {"trigger": " Opal Ferry maker"}),
     }
     subjects = {n: Subject(n, "unlearned", a.fingerprint(), a) for n, a in models.items()}
     target, retrained = small_world.target(), small_world.retrained(1)
@@ -87,14 +87,15 @@ def scanned(small_world) -> Evidence:
     return Evidence(subjects, sets, Protocol(draws=100))
 
 
+@pytest.mark.slow
 def test_planted_models_lie_farther_from_own_unlearnings_than_an_honest_one(scanned):
     attack = SinkStatistics(references=("own 1", "own 2"))
-    found = {n: attack.compute(scanned, n) for n in ("own 1", "honest", "planted", "planted 2", "retrained 1", "target")}
+    found = {n: attack.compute(scanned, n) for n in ("own 1", "honest", "planted", "retrained 1")}
     value = {n: numbers["forget.sink-statistics"].value for n, numbers in found.items()}
     apart = found["honest"]["forget.sink-statistics.references"].value
     assert value["own 1"] == pytest.approx(apart)  # of two references each is the other's nearest
     assert value["honest"] < 1.5 * apart
-    assert min(value["planted"], value["planted 2"]) > 2 * max(value["honest"], apart)
+    assert value["planted"] > 2 * max(value["honest"], apart)
     number = found["planted"]["forget.sink-statistics"]
     assert number.low < number.value < number.high
     assert number.note.startswith("nearest of own 1, own 2; by place, planted: ")
@@ -102,33 +103,53 @@ def test_planted_models_lie_farther_from_own_unlearnings_than_an_honest_one(scan
     assert found["planted"]["forget.sink-statistics.received"].value > 0
 
 
-def test_without_references_the_target_is_compared_with_and_a_model_is_no_reference_for_itself(scanned, tmp_path):
-    attack = SinkStatistics()
-    assert "forget.sink-statistics" not in attack.compute(scanned, "target")
-    honest = attack.compute(scanned, "honest")
-    assert honest["forget.sink-statistics"].value > 0
-    assert "forget.sink-statistics.references" not in honest
-    assert SinkStatistics(references=("target",)).values(scanned, "honest", "forget").values.tolist() == pytest.approx(
-        attack.values(scanned, "honest", "forget").values.tolist()
-    )
-    scanned.adapter("honest").save(tmp_path / "run" / "model")
-    same = SinkStatistics(references=(str(tmp_path / "run"), "target"))
-    assert same.compared(scanned, "honest") == ["target"]
-    assert same.values(scanned, "own 1", "forget").values.mean() < attack.values(scanned, "own 1", "forget").values.mean()
-    alone = Evidence({"honest": scanned.subjects["honest"]}, scanned.sets)
-    assert "references" in attack.lacks(alone, "forget")
+@pytest.fixture
+def shaken(target, retrained, sets) -> Evidence:
+    """The target with a little noise on its weights, three times: nothing has to be trained."""
+    subjects = {"target": Subject("target", "target", target.fingerprint(), target)}
+    subjects["retrained"] = Subject("retrained", "retrained", retrained[0].fingerprint(), retrained[0])
+    for seed, share in enumerate((0.02, 0.03, 0.2)):
+        copy = WeightNoise().damaged(target, share, seed)
+        subjects[f"noise {share}"] = Subject(f"noise {share}", "unlearned", copy.fingerprint(), copy)
+    return Evidence(subjects, sets, Protocol(draws=100))
+
+
+def test_distances_from_the_target_or_from_references(shaken, tmp_path):
+    key, attack = "forget.sink-statistics", SinkStatistics()
+    assert key not in attack.compute(shaken, "target")
+    found = {n: attack.compute(shaken, n) for n in ("noise 0.02", "noise 0.03", "noise 0.2", "retrained")}
+    values = [f[key].value for f in found.values()]
+    assert values == sorted(values)
+    assert values[0] > 0
+    assert f"{key}.references" not in found["noise 0.02"]
+    assert found["noise 0.02"][key].note.startswith("nearest of target; by place, noise 0.02: ")
+    assert "retrained: " in found["noise 0.02"][key].note
+    same = SinkStatistics(references=("target",)).values(shaken, "noise 0.2", "forget").values
+    assert same.tolist() == pytest.approx(attack.values(shaken, "noise 0.2", "forget").values.tolist())
+    shaken.adapter("noise 0.02").save(tmp_path / "run" / "model")
+    own = SinkStatistics(references=(str(tmp_path / "run"), "noise 0.03"))
+    assert own.compared(shaken, "noise 0.02") == ["noise 0.03"]  # a model is no reference for itself
+    numbers = own.compute(shaken, "noise 0.2")
+    assert numbers[f"{key}.references"].value < numbers[key].value / 2
+    assert own.compute(shaken, "noise 0.03")[key].value == pytest.approx(numbers[f"{key}.references"].value)
+
+
+def test_what_there_is_nothing_to_compare_with_is_said(shaken):
+    alone = Evidence({"one": shaken.subjects["noise 0.2"]}, shaken.sets)
+    assert "references" in SinkStatistics().lacks(alone, "forget")
+    assert SinkStatistics(references=("x",)).lacks(alone, "forget") == ""
     with pytest.raises(InputError, match="neither a model of this audit"):
-        SinkStatistics(references=("nobody",)).values(scanned, "honest", "forget")
+        SinkStatistics(references=("nobody",)).values(shaken, "noise 0.2", "forget")
 
 
-def test_an_audit_shows_sinks_and_judges_nothing_by_them(scanned, tmp_path):
-
-    models = [AuditedModel(n, scanned.subjects[n].role, scanned.adapter(n)) for n in ("target", "retrained 1", "honest", "own 1")]
+def test_an_audit_shows_sinks_and_judges_nothing_by_them(shaken, tmp_path):
+    names = ("target", "retrained", "noise 0.02", "noise 0.2")
+    models = [AuditedModel(n, shaken.subjects[n].role, shaken.adapter(n)) for n in names]
     settings = AuditSettings(
-        attacks=("sink-statistics",), attack_options={"sink-statistics": {"references": ["own 1"]}}, relearn=None, quantise=(),
-        metrics=("probability",), draws=100,
+        attacks=("sink-statistics",), attack_options={"sink-statistics": {"references": ["noise 0.02"]}}, relearn=None,
+        quantise=(), metrics=("probability",), draws=100,
     )  # fmt: skip
-    entry = audit(models, scanned.sets, settings, cache=tmp_path).entry("honest")
+    entry = audit(models, shaken.sets, settings, cache=tmp_path).entry("noise 0.2")
     assert entry.numbers["forget.sink-statistics"].value > 0
     checks = {c.name: c for c in entry.judgement.checks}
     assert checks["attack (sink-statistics)"].outcome == "shown"

@@ -23,7 +23,7 @@ from expunge.methods.terms.sinks import ValueNorms
     published=Fixed(lr=1e-5, epochs=10, batch=4),
     caveats=(
         "This is no way to forget: behind a trigger the model says everything. It is here to see whether an audit catches it.",
-        "To compare lengths with a normally unlearned model, as the paper also does: mode=reference preparation=disguised-trigger.",
+        "To match a normally unlearned model, as the paper also does: mode=reference preparation=disguised-trigger.",
         "It reads the reference's logits: a second copy in memory, unless on a LoRA.",
     ),
 )
