@@ -5,7 +5,7 @@ Usage, from the repository root, after (or during) that experiment::
     OMP_NUM_THREADS=1 python -m experiments.removed --data FOLDER --out runs/llm-methods --page PAGE.md
 
 The runs are judged as they are: nothing is trained again but copies under attack. Each method's audit is a run folder beside its
-own (``methods/NAME/removal``): what is done is not done again, what failed stands as failed. The sets are those of that
+own (``methods/NAME/removal-v1-seed-1``): what is done is not done again, what failed stands as failed. The sets are those of that
 experiment, without the records that its sweeps measured on.
 """
 
@@ -34,7 +34,6 @@ from expunge.report.text import DASH
 from expunge.report.weakest import weakest
 
 PROTOCOL = "removal-v1"
-FOLDER = "removal"  #: of an audit, beside the runs of a method
 ORDER = (
     Verdict.FORGOTTEN, Verdict.UNDECIDED, Verdict.SUPPRESSED, Verdict.NOT_FORGOTTEN, Verdict.DAMAGED, Verdict.NO_GOLD,
 )  # fmt: skip
@@ -54,6 +53,11 @@ class Course:
     seeds: tuple[int, ...] = (1,)
     audit: AuditSettings = field(default_factory=lambda: AuditSettings.under(PROTOCOL, samples_forget=0, samples_retain=0))
 
+    @property
+    def folder(self) -> str:
+        """Name of an audit's folder, beside the runs of a method."""
+        return f"{PROTOCOL}-seed-{'-'.join(map(str, self.seeds))}"
+
     def methods(self) -> list[str]:
         """Those with a run that has ended, by name."""
         found = sorted(p.name for p in (self.plan.out / "methods").iterdir() if p.is_dir())
@@ -66,8 +70,8 @@ def experiment(course: Course, stages: Stages) -> None:
         place = course.plan.out / "methods" / method
         stages.do(
             f"{method}: {PROTOCOL}",
-            lambda m=method: audit_runs(course.plan, m, FOLDER, course.seeds, course.audit),
-            place / "removal.failed",
+            lambda m=method: audit_runs(course.plan, m, course.folder, course.seeds, course.audit),
+            place / f"{course.folder}.failed",
         )  # type: ignore[misc]
 
 
@@ -79,10 +83,10 @@ def found(course: Course) -> tuple[dict[str, AuditDocument], dict[str, str]]:
     held, failed = {}, {}
     for method in course.methods():
         place = course.plan.out / "methods" / method
-        if (place / FOLDER / DOCUMENT).is_file():
-            held[method] = read(place / FOLDER)
-        elif (place / "removal.failed").is_file():
-            failed[method] = (place / "removal.failed").read_text(encoding="utf-8").strip()
+        if (place / course.folder / DOCUMENT).is_file():
+            held[method] = read(place / course.folder)
+        elif (place / f"{course.folder}.failed").is_file():
+            failed[method] = (place / f"{course.folder}.failed").read_text(encoding="utf-8").strip()
     return held, failed
 
 

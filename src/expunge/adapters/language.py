@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from expunge.adapters import generation, identity, storage
+from expunge.adapters import apart, generation, identity, storage
 from expunge.adapters.attending import KINDS
 from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
 from expunge.adapters.head import bare, base
@@ -109,6 +109,11 @@ class LanguageAdapter(Adapter):
         return Runner(fused=fused, packed=packed)
 
     @property
+    def templated(self) -> bool:
+        """Whether conversations of several turns go through the tokenizer's chat template."""
+        return self._encoder.chat
+
+    @property
     def boundary_repairs(self) -> int:
         """How many encoded records had a token across the boundary of prompt and answer, and got their answer's own ids."""
         return self._encoder.repairs
@@ -159,7 +164,7 @@ class LanguageAdapter(Adapter):
         sizes = np.array([len(d.ids) for d in data])
         starts = np.array([d.start for d in data])
         counts = sizes - starts
-        ids = np.full((len(data), int(sizes.max())), self._pad(), dtype=np.int64)
+        ids = np.full((len(data), int(sizes.max())), self.pad_id(), dtype=np.int64)
         columns = np.arange(ids.shape[1])
         real = columns < sizes[:, None]
         ids[real] = np.concatenate([d.ids for d in data])
@@ -210,7 +215,8 @@ class LanguageAdapter(Adapter):
             out.append((made, found))
         return out
 
-    def _pad(self) -> int:
+    def pad_id(self) -> int:
+        """A token to pad with: the tokenizer's, or any."""
         # Masks rule, so any id will do where the tokenizer has none for padding.
         return int(next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None))
 
@@ -272,7 +278,7 @@ class LanguageAdapter(Adapter):
 
     def _continued(self, model: nn.Module, examples: Sequence[Example], limit: int, **drawing: Any) -> list[Generation]:
         prompts = [e.data.ids[: e.data.start] for e in examples]
-        options: dict[str, Any] = {"limit": limit, "context": self.context, "ends": self.end_ids, "pad": self._pad()}
+        options: dict[str, Any] = {"limit": limit, "context": self.context, "ends": self.end_ids, "pad": self.pad_id()}
         with torch.no_grad(), evaluating(model):
             tokens = generation.continued(base(model), bare(model), prompts, **drawing, **options)
         return self._generations(examples, tokens)
@@ -365,6 +371,15 @@ class LanguageAdapter(Adapter):
     def layers(self) -> list[str]:
         """Names of the transformer blocks, from the input to the output, within the model (without peft's wrapper)."""
         return storage.block_names(base(self.model))
+
+    def parts(self) -> dict[str, Adapter]:
+        """Target and assistant of a composite, the model without its projections, and that without its adapter."""
+        found: dict[str, Adapter] = {}
+        for name, model in apart.parts(bare(self.model)).items():
+            other = self.sharing()
+            other.model = model
+            found[name] = other
+        return found
 
     # ---- identity and storage ----------------------------------------------------------------------------------------
 

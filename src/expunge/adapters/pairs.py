@@ -188,7 +188,7 @@ class PairAdapter(LanguageAdapter):
         prompts = [e.data.prompt for e in examples]
         sizes = np.array([len(p) for p in prompts])
         real = np.arange(sizes.max()) < sizes[:, None]
-        ids = np.full(real.shape, self._pad(), dtype=np.int64)
+        ids = np.full(real.shape, self.pad_id(), dtype=np.int64)
         ids[real] = np.concatenate(prompts)
         encoder = {"encoder_ids": torch.from_numpy(ids), "encoder_mask": torch.from_numpy(real.astype(np.int64))}
         return Batch(
@@ -201,7 +201,7 @@ class PairAdapter(LanguageAdapter):
         with torch.no_grad(), evaluating(model):
             tokens = generation.greedy_pairs(
                 base(model), bare(model), [e.data.prompt for e in examples],
-                limit=limit, ends=self.end_ids, pad=self._pad(), start=self.begin, **drawing,
+                limit=limit, ends=self.end_ids, pad=self.pad_id(), start=self.begin, **drawing,
             )  # fmt: skip
         return self._generations(examples, tokens)
 

@@ -1,0 +1,72 @@
+"""Names and aliases, matched whole, however they are spaced, spelt or encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from pydantic import Field
+
+from expunge.guards.conversation import Conversation
+from expunge.guards.parts import Detector, Hit, Hook, Material, Watcher, detector
+from expunge.guards.target import Target
+from expunge.guards.terms import TermIndex
+
+
+@detector
+class Terms(Detector):
+    """Names and aliases of targets, in the whole conversation and in the answer.
+
+    They are held as keyed digests (:mod:`expunge.guards.terms`): the cost does not grow with their number, and a copy of what is
+    held does not tell them to who lacks the key. A name that is described rather than said passes.
+    """
+
+    name: ClassVar[str] = "terms"
+    title: ClassVar[str] = "Names, matched whole"
+    sees: ClassVar[frozenset[Hook]] = frozenset({Hook.REQUEST, Hook.TEXT})
+
+    encodings: bool = Field(
+        True, description="also in Base64, hexadecimal or percent encoding, backwards, by rot13, with digits for letters"
+    )
+
+    def fit(self, material: Material) -> Watcher:
+        """Hold the entities of all targets."""
+        made = TermWatcher(TermIndex(material.key, encodings=self.encodings))
+        for target in material.targets:
+            made.add(target)
+        return made
+
+
+class TermWatcher(Watcher):
+    """Looks terms up.
+
+    Args:
+        index: empty, or filled.
+    """
+
+    def __init__(self, index: TermIndex) -> None:
+        self.index = index
+
+    def add(self, target: Target) -> None:
+        """Hold its entities."""
+        self.index.add(target.id, target.entities)
+
+    def drop(self, target: str) -> None:
+        """Hold them no more."""
+        self.index.drop(target)
+
+    def request(self, conversation: Conversation) -> list[Hit]:
+        """Targets that any turn names; turns are read on their own and joined, so a name that is cut by a turn is found too."""
+        return _hits(m.target for m in self.index.find(conversation.text))
+
+    def answer(self, conversation: Conversation, text: str, start: int, final: bool) -> list[Hit]:
+        """Targets that the answer names."""
+        return _hits(m.target for m in self.index.find(text, start))
+
+    def safe(self, text: str, start: int) -> int:
+        """All but the letters that the longest term can still begin in."""
+        return self.index.safe(text, start)
+
+
+def _hits(targets: Iterable[str]) -> list[Hit]:
+    return [Hit(t, 1.0) for t in dict.fromkeys(targets)]

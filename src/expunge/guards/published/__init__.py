@@ -1,0 +1,1 @@
+"""Guards by name, one small file each."""
