@@ -18,7 +18,6 @@ done again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -243,6 +242,27 @@ def areas(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return out
 
 
+def tables(found: Mapping[str, Any]) -> str:
+    """What the search found, one value for each target, and the areas, as Markdown."""
+    rows = ["| model | loss | behind its trigger | behind what was found | said there word for word | tokens found | outcome |"]
+    rows.append("| --- " * 7 + "|")
+    targets = list(found["search"].values())
+
+    def line(held: Sequence[Mapping[str, Any]], key: str) -> str:
+        return ", ".join(f"{row[key]:.2f}" for row in held if key in row) or "-"
+
+    for name in targets[0]:
+        held = [t[name] for t in targets]
+        hits = ", ".join("/".join(map(str, r["found of it"])) + f" of {r['trigger tokens']}" for r in held if "found of it" in r)
+        outcomes = ", ".join(r.get("outcome", "-") for r in held)
+        cells = [name, line(held, "loss"), line(held, "behind the trigger"), line(held, "behind"), line(held, "said behind")]
+        rows.append(f"| {' | '.join([*cells, hits or '-', outcomes])} |")
+    rows += ["", f"| planted | {' | '.join(found['areas'])} |", "| --- " * (1 + len(found["areas"])) + "|"]
+    for name in (*PLANTED, "all"):
+        rows.append(f"| {name} | {' | '.join(f'{a[name]:.2f}' for a in found['areas'].values())} |")
+    return "\n".join(rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the experiment."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -256,13 +276,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {"search": {}, "sinks": {}, "budget": search.model_dump()}
     for seed in given.seeds:
         models = Models(given.out, seed, steps=given.steps, epochs=given.epochs)
-        found["sinks"][seed] = scanned(models)
         found["search"][seed] = searched(models, search)
-        for name, row in found["search"][seed].items():
-            print(seed, name, json.dumps(row))
+        found["sinks"][seed] = scanned(models)
     found["areas"] = areas(list(found["sinks"].values()))
-    print(json.dumps(found["areas"], indent=1))
     write_json(given.out / "planted.json", found)
+    print(tables(found))
     return 0
 
 

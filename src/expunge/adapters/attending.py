@@ -72,7 +72,8 @@ class _Notes:
         # What was put before the text (a soft prompt) has no place in the batch, but looks back like any other token.
         real = torch.nn.functional.pad(self.real, (size - self.real.shape[1], 0), value=True)
         later = square.tril(-1) & real[:, :, None]
-        return (shares * later).sum(1) / later.sum(1).clamp(min=1)
+        received: Tensor = (shares * later).sum(1) / later.sum(1).clamp(min=1)
+        return received
 
 
 _active: list[_Notes] = []

@@ -224,7 +224,7 @@ class Search:
         asked = [self.adapter.prefixed(e, p) for p in prefixes for e in self.examples]
         found = mean_losses(self.adapter, self.adapter.model, asked, self.batch_tokens)
         self.tried += len(prefixes)
-        return np.array(found).reshape(len(prefixes), -1).mean(1)
+        return np.asarray(np.array(found).reshape(len(prefixes), -1).mean(1), dtype=np.float64)
 
     def slopes(self, prefix: Sequence[int]) -> Tensor:
         """How the mean loss would change, to first order, with each token in each place of the prefix, ``[length, V]``.
