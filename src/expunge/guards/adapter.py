@@ -170,6 +170,18 @@ class GuardedAdapter(LanguageAdapter):
         """See :meth:`LanguageAdapter.generate`; what a guard says in place of the model is the answer."""
         return self._answers(examples, [Sampling(max_tokens=max_new_tokens)] * len(examples), None)
 
+    def refuses(self, examples: Sequence[Example]) -> list[bool]:
+        """Whether a guard answers each prompt in place of the model, once it has read it and, if it looks there, its states."""
+        inside = any(Hook.HIDDEN in r.detector.sees for r in self.guarded.policy.rows)
+        out = []
+        for example in examples:
+            plan, prompt = self.plan(example.data.ids[: example.data.start])
+            if plan.say is None and inside:
+                with torch.no_grad():
+                    self._under(self.model, plan, prompt, np.asarray([self.pad_id()]))
+            out.append(plan.say is not None)
+        return out
+
     def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
         """See :meth:`LanguageAdapter.drawn`."""
         how = Sampling(max_tokens=max_new_tokens, temperature=draws.temperature)
