@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import secrets
 import threading
+from dataclasses import dataclass
 from datetime import UTC
+from pathlib import Path
 
+from expunge.adapters.language import LanguageAdapter
+from expunge.core.files import digest_json
 from expunge.guards.decoding import Answer
 from expunge.guards.policy import Plan, Policy
 from expunge.guards.target import Target
 from expunge.ledger import errors
 from expunge.ledger.following import Mirror
+from expunge.ledger.keys import VARIABLE, KeyStore, MasterKey, Signer
 from expunge.ledger.log import AuditLog
-from expunge.ledger.records import Request
+from expunge.ledger.records import Request, Versions
 from expunge.ledger.registry import STATES, Registry, Stored
 from expunge.serving.store import Conflict, Entry
 
@@ -67,6 +73,63 @@ class RegistryStore:
     def active(self) -> list[Target]:
         """What is to be hidden now; what has not changed since the last call costs nothing."""
         return self._mirror.active()
+
+
+@dataclass(frozen=True)
+class State:
+    """What a server keeps in a folder of its own.
+
+    ``registry.db`` (unless the registry is elsewhere), ``keys/`` (wrapped by ``master.key``, or the master key of the
+    environment), ``log/``, ``sign.pem`` with its public half, and, unless they go elsewhere, ``checkpoints/``.
+
+    Attributes:
+        registry: of targets.
+        log: of requests.
+    """
+
+    registry: Registry
+    log: AuditLog
+
+    @classmethod
+    def open(cls, folder: Path, versions: Versions, *, registry: str | None = None, checkpoints: Path | None = None) -> State:
+        """Open what is there, or begin it.
+
+        Args:
+            folder: made if it is not there, for its owner alone.
+            versions: what answers.
+            registry: of a database, ``postgresql://...``; none: a file in the folder.
+            checkpoints: file for signed heads of the log, best on another disk.
+
+        Raises:
+            InputError: another process writes the log, or it was changed since; or a key is missing.
+            LedgerFailed: it cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        given = VARIABLE in os.environ
+        master = MasterKey.from_environment() if given else MasterKey.from_file(folder / "master.key")
+        keys = KeyStore(folder / "keys", master)
+        held = Registry(registry or folder / "registry.db", keys)
+        try:
+            log = AuditLog(
+                folder / "log", keys, Signer(folder / "sign.pem"), checkpoints or folder / "checkpoints" / "checkpoints.jsonl",
+                versions=versions, anchor=lambda: {"registry": "{}:{}".format(*held.head())},
+            )  # fmt: skip
+        except BaseException:
+            held.close()
+            raise
+        return cls(held, log)
+
+    def close(self) -> None:
+        """Sign what is not signed yet, and let go of both."""
+        self.log.close()
+        self.registry.close()
+
+
+def versions_of(name: str, adapter: LanguageAdapter | None) -> Versions:
+    """What answers: digests of a model, or the name of one behind another server."""
+    if adapter is None:
+        return Versions(digest_json({"upstream": name}))
+    return Versions(adapter.fingerprint())
 
 
 def _entry(stored: Stored) -> Entry:
