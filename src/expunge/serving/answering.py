@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from expunge.core.errors import ExpungeError
 from expunge.guards.conversation import Conversation
 from expunge.guards.decoding import Answer, Sampling
 from expunge.guards.policy import Plan, Policy
@@ -121,7 +122,10 @@ class Answering:
                 sink(plan.say)
         seconds = time.perf_counter() - asked.began
         self.telemetry.answered(asked.route, plan, answer, seconds)
-        await self.ledger.answered(asked.client.name, plan, answer, seconds)
+        try:
+            await self.ledger.answered(asked.client.name, plan, answer, seconds)
+        except ExpungeError:  # an answer without a record must not be given
+            raise Refused(503, "The log of this server cannot be written.") from None
         return plan, answer
 
     async def _written(self, asked: Asked, plan: Plan, request: Request, sink: Any, gone: Any) -> Answer:

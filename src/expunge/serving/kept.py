@@ -17,7 +17,7 @@ from expunge.guards.decoding import Answer
 from expunge.guards.policy import Plan, Policy
 from expunge.guards.target import Target
 from expunge.ledger import errors
-from expunge.ledger.following import Mirror
+from expunge.ledger.following import Mirror, Scheduled
 from expunge.ledger.keys import VARIABLE, KeyStore, MasterKey, Signer
 from expunge.ledger.log import AuditLog
 from expunge.ledger.records import Request, Versions
@@ -85,10 +85,12 @@ class State:
     Attributes:
         registry: of targets.
         log: of requests.
+        tidying: destroys keys whose time is over.
     """
 
     registry: Registry
     log: AuditLog
+    tidying: Scheduled
 
     @classmethod
     def open(cls, folder: Path, versions: Versions, *, registry: str | None = None, checkpoints: Path | None = None) -> State:
@@ -117,10 +119,13 @@ class State:
         except BaseException:
             held.close()
             raise
-        return cls(held, log)
+        tidying = Scheduled(log.destroy_old_keys, 3600)  # keys of periods go on time, whether or not requests come
+        tidying.start()
+        return cls(held, log, tidying)
 
     def close(self) -> None:
         """Sign what is not signed yet, and let go of both."""
+        self.tidying.stop()
         self.log.close()
         self.registry.close()
 

@@ -19,8 +19,8 @@ _HELP = """Check the log of a guarded server, and answer what is disputed.
     \b
     Examples:
       expunge verify state/log --public state/sign.pem.pub --checkpoints checkpoints.jsonl
-      expunge verify log --public sign.pem.pub --checkpoints heads.jsonl --entries registry.jsonl --target ID --at=2026-11-28T12:00
-      2026-11-28T12:00 expunge verify log --public sign.pem.pub --checkpoints heads.jsonl --text disputed.txt --keys keys.json
+      expunge verify log --public sign.pem.pub --checkpoints heads.jsonl --entries registry.jsonl --target ID --at 2026-11-28
+      expunge verify log --public sign.pem.pub --checkpoints heads.jsonl --text disputed.txt --keys keys.json
     """
 
 _EVIDENCE = """Export what an auditor needs of a server's state: the entries of the registry, and keys of periods that are named.
