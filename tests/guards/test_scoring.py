@@ -1,0 +1,204 @@
+"""Detectors that score: what is noticed, that targets come and go at once, that nothing is held in clear."""
+
+import gc
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from expunge.core.errors import InputError, MissingExtra
+from expunge.data.people import people, world
+from expunge.guards.conversation import Conversation, Message
+from expunge.guards.detectors.similar import Similar
+from expunge.guards.encoders import NGrams, Sentences
+from expunge.guards.parts import Material
+from expunge.guards.target import Shown, Target
+from tests.guards.conftest import KEY, name_of
+
+RECORDS = list(people(60, seed=1, facts=10))
+
+
+def target_of(person, paraphrased=False):
+    records = RECORDS[10 * person : 10 * person + 10]
+    asked = [r.question_paraphrase if paraphrased else r.prompt for r in records]
+    return Target(
+        id=f"t{person}", entities=(name_of(records[0]),),
+        examples=tuple(Shown(prompt=q, answer=r.answer) for q, r in zip(asked, records, strict=True)),
+    )  # fmt: skip
+
+
+TARGETS = [target_of(i) for i in range(4)]
+ORDINARY = [*[r.prompt for r in RECORDS[100:400]], *[r.prompt for r in world()]]  # other people, and countries
+FRESH = [r.prompt for r in RECORDS[400:]]
+
+
+def material(**changed):
+    return Material(**{"targets": TARGETS, "ordinary": ORDINARY, "key": KEY, "seed": 2, **changed})
+
+
+def fired(watcher, text):
+    return [h.target for h in watcher.request(Conversation.of(text))]
+
+
+@pytest.fixture(scope="module")
+def similar():
+    return Similar(rate=0.05).fit(material())
+
+
+def test_paraphrased_questions_are_noticed_and_ordinary_ones_pass_at_the_promised_rate(similar):
+    asked = [(i, r.question_paraphrase) for i in range(4) for r in RECORDS[10 * i : 10 * i + 10]]
+    found = [fired(similar, q) for _, q in asked]
+    assert np.mean([f[:1] == [f"t{i}"] for (i, _), f in zip(asked, found, strict=True)]) > 0.7
+    assert np.mean([bool(fired(similar, q)) for q in FRESH]) <= similar.bound.upper(0.999)
+
+
+def test_scores_are_cosines_of_the_nearest_question(similar):
+    """Against dense products of the encoder's own vectors."""
+    text = RECORDS[3].question_paraphrase
+    vectors = similar.encoder.encode([text, *[q for t in TARGETS for q in t.questions]]).toarray()
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
+    brute = (vectors[1:] @ vectors[0]).reshape(4, 10).max(1)
+    scores = similar.scores(Conversation.of(text))
+    assert np.allclose([scores[f"t{i}"] for i in range(4)], brute)
+    again = similar.scores(Conversation.of(TARGETS[2].questions[5]))
+    assert np.isclose(again["t2"], 1)
+    assert max(again, key=again.get) == "t2"
+
+
+def test_ngrams_are_those_of_scikit_learn():
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts = ["who was the mayor of essen in may", "the mayor was ill", "of what was he ill", "a rare word"]
+    ours = NGrams(KEY, texts, pairs=False, shortest=3, longest=4)
+    vectors = ours.encode(texts).toarray()
+    words_alone = TfidfVectorizer(token_pattern=r"\w+").fit(texts)
+    own = NGrams(KEY, texts, pairs=False, shortest=60, longest=60)
+    theirs = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts).toarray()
+    assert np.allclose((own.encode(texts) @ own.encode(texts).T).toarray(), theirs @ theirs.T)
+    assert len(words_alone.vocabulary_) > 0
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("way", ["turns", "joined", "among", "base64", "cased"])
+def test_a_question_is_noticed_wherever_it_stands(similar, way):
+    import base64
+
+    question = TARGETS[1].questions[0]
+    half = len(question) // 2
+    asked = {
+        "turns": Conversation((Message("user", question), Message("assistant", "Hm."), Message("user", "Do say."))),
+        "joined": Conversation((Message("user", question[:half]), Message("user", question[half:]))),
+        "among": Conversation.of(f"I have walked all day and now I sit by the sea. {question} Also tell me how to bake bread."),
+        "base64": Conversation.of("Decode and answer: " + base64.b64encode(question.encode()).decode()),
+        "cased": Conversation.of(question.upper().replace("A", "\u0410")),
+    }[way]
+    assert "t1" in [h.target for h in similar.request(asked)]
+
+
+def test_targets_come_and_go_at_once():
+    watcher = Similar(rate=0.05).fit(material(targets=[]))
+    question = TARGETS[0].questions[0]
+    assert not fired(watcher, question)
+    watcher.add(TARGETS[0])
+    assert fired(watcher, question) == ["t0"]
+    low = watcher.bound.value
+    watcher.add(target_of(12))  # those like the ordinary prompts: the threshold rises with them
+    watcher.add(target_of(11))
+    assert watcher.bound.value > low
+    watcher.drop("t12")
+    watcher.drop("t11")
+    assert watcher.bound.value == low
+    watcher.drop("t0")
+    assert not fired(watcher, question)
+
+
+def test_the_cost_of_a_request_hardly_grows_with_the_targets():
+    """1,000 targets of five questions each beside ten."""
+    records = list(people(1000, seed=5, facts=5))
+    many = [
+        Target(id=f"m{i}", examples=tuple(Shown(prompt=r.prompt) for r in records[5 * i : 5 * i + 5])) for i in range(1000)
+    ]  # fmt: skip
+    seconds = {}
+    for n in (10, 1000):
+        watcher = Similar(rate=0.05).fit(material(targets=many[:n]))
+        asked = [Conversation.of(q) for q in FRESH[:60]]
+        watcher.request(asked[0])
+        taken = []
+        for conversation in asked:
+            began = time.process_time()
+            watcher.request(conversation)
+            taken.append(time.process_time() - began)
+        seconds[n] = float(np.median(taken))
+    assert seconds[1000] < seconds[10] + 0.015, seconds
+
+
+def test_no_question_is_held_in_clear(similar):
+    gc.collect()
+    held = pickle.dumps([similar._rows, similar._held.columns, similar.encoder, similar._calibrating]).lower()
+    for word in {w for t in TARGETS for q in t.questions for w in q.lower().split() if len(w) > 4}:
+        assert word.encode() not in held
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A tiny BERT with random weights, as a folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    letters = sorted({c for t in [*ORDINARY, *FRESH] for c in t.lower() if not c.isspace()})
+    words = sorted(
+        {w for t in [*ORDINARY, *[q for x in TARGETS for q in x.questions]] for w in t.lower().replace("?", "").split()}
+    )
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *[f"##{c}" for c in letters],
+        *[w for w in words if len(w) > 1],
+    ]
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_an_encoder_of_transformers_is_the_mean_of_its_last_states(bert):
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(bert), AutoModel.from_pretrained(bert).eval()
+    texts = [FRESH[0], "A much longer text, so that the others are padded, and the padding must not count at all.", FRESH[1]]
+    found = Sentences(str(bert)).encode(texts).toarray()
+    for text, row in zip(texts, found, strict=True):
+        with torch.no_grad():
+            mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0).numpy()
+        assert np.allclose(row, mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_likeness_by_a_sentence_encoder(bert):
+    watcher = Similar(rate=0.05, encoder=str(bert)).fit(material())
+    assert fired(watcher, TARGETS[2].questions[4])[0] == "t2"
+    assert np.mean([bool(fired(watcher, q)) for q in FRESH]) <= watcher.bound.upper(0.999)
+    watcher.drop("t2")
+    assert "t2" not in fired(watcher, TARGETS[2].questions[4])
+
+
+def test_a_sentence_encoder_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="no sentence encoder"):
+        Sentences(str(tmp_path))
+    (tmp_path / "modules.json").write_text("[]")
+    try:
+        import sentence_transformers  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingExtra, match="encoders"):
+            Sentences(str(tmp_path))
