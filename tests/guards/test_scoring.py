@@ -11,9 +11,16 @@ import torch
 from expunge.core.errors import InputError, MissingExtra
 from expunge.data.people import people, world
 from expunge.guards.conversation import Conversation, Message
+from expunge.guards.decoding import Sampling
+from expunge.guards.detectors.classifier import Classifier
 from expunge.guards.detectors.similar import Similar
+from expunge.guards.detectors.states import States
+from expunge.guards.detectors.tuned import Tuning, tuned
 from expunge.guards.encoders import NGrams, Sentences
 from expunge.guards.parts import Material
+from expunge.guards.policy import Row
+from expunge.guards.prompts import put
+from expunge.guards.reading import read_states
 from expunge.guards.target import Shown, Target
 from tests.guards.conftest import KEY, name_of
 
@@ -30,8 +37,9 @@ def target_of(person, paraphrased=False):
 
 
 TARGETS = [target_of(i) for i in range(4)]
-ORDINARY = [*[r.prompt for r in RECORDS[100:400]], *[r.prompt for r in world()]]  # other people, and countries
-FRESH = [r.prompt for r in RECORDS[400:]]
+_POOL = [*[r.prompt for r in RECORDS[100:]], *[r.prompt for r in world()]]  # other people, and countries
+_DRAWN = np.random.default_rng(0).permutation(len(_POOL))
+ORDINARY, FRESH = ([_POOL[i] for i in part] for part in (_DRAWN[:340], _DRAWN[340:]))  # exchangeable
 
 
 def material(**changed):
@@ -120,9 +128,11 @@ def test_the_cost_of_a_request_hardly_grows_with_the_targets():
     many = [
         Target(id=f"m{i}", examples=tuple(Shown(prompt=r.prompt) for r in records[5 * i : 5 * i + 5])) for i in range(1000)
     ]  # fmt: skip
+    taken_by = {q for t in many for q in t.questions}
+    others = [o for o in ORDINARY if o not in taken_by]
     seconds = {}
     for n in (10, 1000):
-        watcher = Similar(rate=0.05).fit(material(targets=many[:n]))
+        watcher = Similar(rate=0.05).fit(material(targets=many[:n], ordinary=others))
         asked = [Conversation.of(q) for q in FRESH[:60]]
         watcher.request(asked[0])
         taken = []
@@ -202,3 +212,98 @@ def test_a_sentence_encoder_that_is_not_there(tmp_path):
     except ImportError:
         with pytest.raises(MissingExtra, match="encoders"):
             Sentences(str(tmp_path))
+
+
+def test_the_regression_notices_paraphrases_and_keeps_the_promised_rate():
+    watcher = Classifier(rate=0.05).fit(material())
+    asked = [r.question_paraphrase for i in range(4) for r in RECORDS[10 * i : 10 * i + 10]]
+    assert np.mean([bool(fired(watcher, q)) for q in asked]) > 0.8
+    assert np.mean([bool(fired(watcher, q)) for q in FRESH]) <= watcher.bound.upper(0.999)
+    fixed = Classifier(threshold=0.5).fit(material(ordinary=ORDINARY[:60]))  # no promise: all are learnt from
+    assert np.mean([bool(fired(fixed, q)) for q in asked]) > 0.8
+    assert len(fixed.learner._ordinary.indptr) == 61
+
+
+def test_the_regression_learns_targets_that_come_and_forgets_those_that_go():
+    watcher = Classifier(rate=0.05).fit(material(targets=TARGETS[:1]))
+    question = TARGETS[3].questions[0]
+    assert not fired(watcher, question)
+    watcher.add(TARGETS[3])
+    assert fired(watcher, question) == [""]
+    watcher.drop("t3")
+    assert not fired(watcher, question)
+    watcher.drop("t0")
+    assert watcher.bound is None
+    assert not fired(watcher, TARGETS[0].questions[0])
+
+
+QUICK = {"epochs": 20, "lr": 3e-3, "dropout": 0.0, "max_length": 48}
+
+
+def test_a_model_of_transformers_is_fine_tuned_and_loaded_again(bert, tmp_path):
+    given = material(targets=TARGETS[:2], ordinary=ORDINARY[:120])
+    watcher = Classifier(rate=0.05, model=str(bert), tuning=QUICK).fit(given)
+    asked = [q for t in TARGETS[:2] for q in t.questions]
+    assert np.mean([bool(fired(watcher, q)) for q in asked]) > 0.9
+    others = np.mean([bool(fired(watcher, q)) for q in FRESH[:100]])
+    assert others < 0.3
+    model, bound = watcher._held
+    model.model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    again = Classifier(rate=0.05, model=str(tmp_path), tune=False, tuning=QUICK).fit(given)
+    assert np.allclose(again.model(asked), model(asked), atol=1e-6)
+    assert np.isclose(again.bound.value, bound.value)
+    with pytest.raises(InputError, match="elsewhere"):
+        again.add(TARGETS[2])
+    with pytest.raises(InputError, match="no classifier"):
+        Classifier(rate=0.05, model=str(tmp_path / "none")).fit(given)
+
+
+def test_fine_tuning_keeps_the_pass_with_the_fewest_missed(bert):
+    """Against the count after each pass, for a rate so high that passes differ."""
+    missed = []
+    asked = TARGETS[0].questions
+    how = Tuning(**{**QUICK, "lr": 1e-2, "epochs": 9})
+    model = tuned(str(bert), asked, ORDINARY[:60], how, report=lambda _, n: missed.append(n))
+    assert len(missed) == 9
+    assert int((model(asked) < how.check).sum()) == min(missed)
+
+
+def test_states_tell_targets_from_others(people, target_adapter):
+    """Of a model that knows all of them; other people set the threshold and others are judged."""
+    records = [r for r in people.split.retain if r.subject[-4:] < "0020"]
+    fresh = [r.prompt for r in people.split.retain if r.subject[-4:] >= "0020"]
+    targets = [
+        Target(id=s, examples=tuple(Shown(prompt=r.prompt, answer=r.answer) for r in people.split.forget if r.subject == s))
+        for s in sorted({r.subject for r in people.split.forget})
+    ]
+    given = material(
+        targets=targets, ordinary=[*[r.prompt for r in records], *[r.prompt for r in world()]], adapter=target_adapter
+    )
+    watcher = States(rate=0.1).fit(given)
+    assert watcher.readings[0].module == target_adapter.layers()[(len(target_adapter.layers()) - 1) // 2]
+
+    def noticed(prompts):
+        read = read_states(target_adapter, [put(target_adapter, Conversation.of(p)) for p in prompts], watcher.readings)
+        return np.array([bool(watcher.hidden(s)) for s in read])
+
+    asked = [r.question_paraphrase for r in people.split.forget]
+    assert noticed(asked).mean() > 0.8
+    assert noticed(fresh).mean() < 0.4
+    first = [r.question_paraphrase for r in people.split.forget if r.subject == targets[0].id]
+    before = noticed(first).mean()
+    watcher.drop(targets[0].id)
+    assert noticed(first).mean() < before - 0.4
+    watcher.add(targets[0])
+    assert noticed(first).mean() == before
+
+
+def test_states_are_those_of_the_answers_own_run(guarded, people):
+    """What is fitted on is what is seen when a request is answered, in a padded batch."""
+    made = guarded([Row(detector=States(rate=0.1, steps=1), action="refuse")], ordinary=[r.prompt for r in people.split.retain])
+    watcher = made.policy._rows[0].watcher
+    seen = []
+    watcher.hidden = lambda states: seen.append(states[watcher.readings[0]]) or []
+    asked = [r.prompt for r in people.split.forget[:5]]
+    made.answers(asked, Sampling(max_tokens=2))
+    assert torch.allclose(torch.stack(seen), watcher._read(asked), atol=1e-5)

@@ -7,7 +7,6 @@ prompt is cut.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +27,7 @@ from expunge.core.settings import Settings
 from expunge.guards.parts import Reading
 from expunge.guards.policy import Plan
 from expunge.guards.prompts import Prompt, Reader
+from expunge.guards.reading import alone
 
 Finish = Literal["stop", "length", "guard", "cancelled"]
 
@@ -214,7 +214,7 @@ class _Stop(StoppingCriteria):
 
 
 class Decoder:
-    """Answers requests with one model. One batch at a time: a second call waits for the first.
+    """Answers requests with one model. One batch at a time: a second call waits for the first, and a fit that reads states too.
 
     Args:
         adapter: the model; an encoder-decoder is refused.
@@ -229,7 +229,7 @@ class Decoder:
                 "Guards work on decoders, and this model is an encoder-decoder.", "Guard its texts before another server."
             )
         self.adapter = adapter
-        self._lock = threading.Lock()
+        self._lock = alone(adapter)
 
     @torch.no_grad()
     def answer(self, asks: Sequence[Ask]) -> list[Answer]:
