@@ -332,7 +332,7 @@ class Hooks:
         self._columns[what] = at + size
         return at
 
-    def _embedded(self, _: nn.Module, __: Any, out: Tensor) -> Tensor:
+    def _embedded(self, module: nn.Module, __: Any, out: Tensor) -> Tensor:
         at = self._place("embeddings", out.shape[1])
         if at >= self.width:
             return out
@@ -344,7 +344,11 @@ class Hooks:
                 here = (columns >= at) & (columns < at + out.shape[1])
                 if here.any():
                     places = torch.from_numpy(columns[here] - at).to(out.device)
-                    made[row, places] = edit.apply(made[row, places], np.flatnonzero(here)).to(out.dtype)
+                    rows, order = made[row, places], edit.order(len(marked))
+                    if order is not None:  # looked up, for they may stand in another part of a prompt that is read in several
+                        moved = torch.from_numpy(ask.prompt.ids[marked[order[here]]]).to(out.device)
+                        rows = module.forward(moved[None])[0]  # not called: the hooks of the module stay out of it
+                    made[row, places] = edit.apply(rows, np.flatnonzero(here)).to(out.dtype)
         return made
 
     def _passed(self, name: str, side: str, states: Tensor) -> Tensor:

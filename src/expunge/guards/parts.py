@@ -180,12 +180,16 @@ class EmbeddingEdit(abc.ABC):
             content: which tokens stand for what the turns say (and not for the template), ``[T]``.
         """
 
+    def order(self, count: int) -> NDArray[np.int64] | None:
+        """Which of the ``count`` marked tokens' embeddings each of them gets, ``[count]``; none: each its own."""
+        return None
+
     @abc.abstractmethod
     def apply(self, rows: Tensor, places: NDArray[np.int64]) -> Tensor:
         """Other embeddings for some tokens.
 
         Args:
-            rows: embeddings of marked tokens, ``[n, D]``.
+            rows: embeddings of marked tokens, ``[n, D]``, in their :meth:`order`.
             places: which of the marked tokens they are, ``[n]``: what is drawn for a token must not depend on how the prompt is
                 cut.
         """
