@@ -245,6 +245,21 @@ class Decoder:
         with self._lock, evaluating(self.adapter.model):
             return self._batch(asks)
 
+    @torch.no_grad()
+    def beamed(self, asks: Sequence[Ask], beams: int) -> list[Answer]:
+        """Answers by beam search, as one batch; answers are looked at when they are whole.
+
+        Raises:
+            InputError: a prompt leaves no room in the context.
+        """
+        from expunge.guards.processing import beamed
+
+        if not asks:
+            return []
+        room = min(self._room(a) for a in asks)
+        with self._lock, evaluating(self.adapter.model):
+            return beamed(self.adapter, asks, beams, room)
+
     def _room(self, ask: Ask) -> int:
         size, context = len(ask.prompt.ids), self.adapter.context
         if context is not None and size >= context:
@@ -256,12 +271,9 @@ class Decoder:
         model: Any = bare(self.adapter.model)
         limited = [Ask(**{**vars(a), "sampling": a.sampling.model_copy(update={"max_tokens": self._room(a)})}) for a in asks]
         rows = [_Row(a, self.adapter.tokenizer, self.adapter.end_ids) for a in limited]
-        width = max(len(a.prompt.ids) for a in asks)
         pad = self.adapter.pad_id()
-        ids = np.full((len(asks), width), pad, dtype=np.int64)
-        for line, ask in zip(ids, asks, strict=True):
-            line[width - len(ask.prompt.ids) :] = ask.prompt.ids
-        mask = np.arange(width) >= width - np.array([len(a.prompt.ids) for a in asks])[:, None]
+        ids, mask = padded(asks, pad)
+        width = ids.shape[1]
         hooks = Hooks(inner, asks, width)
         options = {
             "max_new_tokens": max(a.sampling.max_tokens for a in limited), "do_sample": False, "num_beams": 1, "use_cache": True,
@@ -272,8 +284,8 @@ class Decoder:
         with hooks.installed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.generate(
-                input_ids=torch.from_numpy(ids).to(device),
-                attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([_Choose(rows, width, hooks.told)]),
                 stopping_criteria=StoppingCriteriaList([_Stop(rows)]),
@@ -281,12 +293,22 @@ class Decoder:
         return [row.answer() for row in rows]
 
 
+def padded(asks: Sequence[Ask], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch, padded on the left, and 0 where they are: int64 ``[B, T]`` each."""
+    width = max(len(a.prompt.ids) for a in asks)
+    ids = np.full((len(asks), width), pad, dtype=np.int64)
+    for line, ask in zip(ids, asks, strict=True):
+        line[width - len(ask.prompt.ids) :] = ask.prompt.ids
+    mask = np.arange(width) >= width - np.array([len(a.prompt.ids) for a in asks])[:, None]
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+
 class Hooks:
     """Forward hooks of one batch: edits of embeddings and states, and readings; they go when the batch is over.
 
     Args:
         model: the transformers model.
-        asks: the requests, a row each.
+        asks: the requests, a row each; with beams the same one for all of its rows.
         width: columns of the padded prompts.
     """
 
@@ -380,6 +402,6 @@ class Hooks:
         if self._told:
             return
         self._told = True
-        for ask, held in zip(self.asks, self._read, strict=True):
-            if ask.plan.readings:
+        for at, (ask, held) in enumerate(zip(self.asks, self._read, strict=True)):
+            if ask.plan.readings and not (at and self.asks[at - 1] is ask):
                 ask.plan.read({r: total / count for r, (total, count) in held.items()})

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import NDArray
 
 from expunge.core.errors import InputError, MissingExtra
 from expunge.guards.folding import words
@@ -131,6 +132,24 @@ class Sentences(Encoder):
         states = model(**given).last_hidden_state.double()
         mask = given["attention_mask"][..., None].double()
         return ((states * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
+
+
+class Columns:
+    """Texts to look others up among. Of sparse vectors only what a text shares with them is read.
+
+    Args:
+        rows: their vectors, ``[n, D]``.
+    """
+
+    def __init__(self, rows: sp.csr_matrix) -> None:
+        self._columns = sp.csr_matrix(rows.T)
+
+    def against(self, rows: sp.csr_matrix) -> NDArray[np.float64]:
+        """Cosines with other texts ``[m, D]``, ``[n, m]``."""
+        shared = np.unique(rows.indices)
+        if len(shared) == self._columns.shape[0]:  # vectors of an encoder: there is nothing to leave out
+            return np.asarray(self._columns.T @ rows.T.toarray())
+        return np.asarray(self._columns[shared].T @ rows[:, shared].T.toarray())
 
 
 def encoder_of(name: str, key: bytes, texts: Sequence[str], device: Any = "cpu") -> Encoder:

@@ -38,6 +38,7 @@ from expunge.guards.parts import (
 )  # fmt: skip
 from expunge.guards.target import Target, check_target, unique_ids
 
+_ORDER = list(Hook)  # in time
 SORRY = "I'm sorry, but I can't help with that."
 
 
@@ -127,6 +128,13 @@ class Policy:
         unique_ids(material.targets)
         for target in material.targets:
             check_target(target, material.ordinary)
+        for row in rows:
+            if min(map(_ORDER.index, row.detector.sees)) > max(map(_ORDER.index, row.action.acts)):
+                raise InputError(
+                    f"The guard {row.title!r} would notice too late: {row.detector.name!r} sees "
+                    f"{', '.join(sorted(row.detector.sees))}, {row.action.name!r} acts on {', '.join(sorted(row.action.acts))}.",
+                    "Choose a detector of requests.",
+                )
         if material.adapter is None:
             for row in rows:
                 if extra := sorted(row.hooks - TEXT_LEVEL):
@@ -311,8 +319,12 @@ class Plan:
         self.conversation = orders.conversation or self.conversation
         self.embeddings += [orders.embeddings] if orders.embeddings else []
         self.hidden += orders.hidden
-        self.scores += [orders.scores] if orders.scores else []
+        self.scores += [partial(self._edited, fitted, orders.scores)] if orders.scores else []
         self.revisions += [(fitted, orders.revise)] if orders.revise else []
+
+    def _edited(self, fitted: _Fitted, edit: ScoreEdit, ids: Tensor, prompt: int, scores: Tensor) -> Tensor:
+        changed: Tensor = self._guarded(fitted, partial(edit, ids, prompt, scores), scores)
+        return changed
 
     def _guarded(self, fitted: _Fitted, work: Callable[[], Any], otherwise: Any) -> Any:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from expunge.adapters.head import base
 from expunge.core.errors import InputError
 from expunge.guards.conversation import Conversation
 from expunge.guards.folding import words
@@ -165,8 +166,7 @@ class Corruption(EmbeddingEdit):
 
 
 def _width(model: torch.nn.Module) -> int:
-    from expunge.adapters.head import base
-
-    embeddings = base(model).get_input_embeddings()
+    inner: Any = base(model)
+    embeddings = inner.get_input_embeddings()
     size = getattr(embeddings, "embedding_dim", None)
     return int(embeddings.weight.shape[-1] if size is None else size)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from expunge.guards.calibration import Scoring, Threshold
 from expunge.guards.conversation import Conversation
-from expunge.guards.encoders import Encoder, encoder_of
+from expunge.guards.encoders import Columns, Encoder, encoder_of
 from expunge.guards.parts import Hit, Hook, Material, Watcher, detector
 from expunge.guards.pieces import pieces
 from expunge.guards.target import Target
@@ -56,19 +56,10 @@ class Similar(Scoring):
 
 @dataclass(frozen=True)
 class _Held:
-    columns: sp.csr_matrix  # questions as columns: of a text only the rows of its own n-grams are read
+    columns: Columns | None
     starts: NDArray[np.int64]  # first column of each target
     targets: tuple[str, ...]
     bound: Threshold | None
-
-    def nearest(self, rows: sp.csr_matrix) -> NDArray[np.float64]:
-        """Likeness of the most alike of some texts ``[m, D]`` to each target, ``[T]``."""
-        shared = np.unique(rows.indices)
-        if len(shared) == self.columns.shape[0]:  # vectors of an encoder: there is nothing to leave out
-            found = self.columns.T @ rows.T.toarray()
-        else:
-            found = self.columns[shared].T @ rows[:, shared].T.toarray()
-        return np.asarray(np.maximum.reduceat(found.max(1), self.starts))
 
 
 class SimilarWatcher(Watcher):
@@ -134,10 +125,10 @@ class SimilarWatcher(Watcher):
 
     def _built(self) -> _Held:
         if not self._rows:
-            return _Held(sp.csr_matrix((0, 0)), np.empty(0, dtype=np.int64), (), None)
+            return _Held(None, np.empty(0, dtype=np.int64), (), None)
         starts = np.cumsum([0, *[r.shape[0] for r in self._rows.values()]])[:-1]
         bound = self.settings.bound(np.max(list(self._scores.values()), axis=0))
-        return _Held(sp.csr_matrix(sp.vstack(list(self._rows.values())).T), starts, tuple(self._rows), bound)
+        return _Held(Columns(sp.vstack(list(self._rows.values()))), starts, tuple(self._rows), bound)
 
     def scores(self, conversation: Conversation) -> dict[str, float]:
         """Likeness of a conversation to each target, in [-1, 1]."""
@@ -145,9 +136,10 @@ class SimilarWatcher(Watcher):
 
     def _scored(self, held: _Held, conversation: Conversation) -> dict[str, float]:
         read = pieces(conversation, sentences=self.settings.sentences)
-        if held.bound is None or not read:
+        if held.columns is None or not read:
             return {}
-        return dict(zip(held.targets, held.nearest(self.encoder.encode(read)).tolist(), strict=True))
+        nearest = np.maximum.reduceat(held.columns.against(self.encoder.encode(read)).max(1), held.starts)
+        return dict(zip(held.targets, nearest.tolist(), strict=True))
 
     def request(self, conversation: Conversation) -> list[Hit]:
         """Targets that one of its pieces is more like than the threshold allows, the nearest first."""

@@ -153,7 +153,8 @@ class Perceptron(nn.Module):
     @torch.no_grad()
     def scores(self, states: Tensor) -> NDArray[np.float64]:
         """Probability of a target, ``[n]``."""
-        return self(states.float().cpu()).double().sigmoid().numpy().astype(np.float64)
+        found: NDArray[np.float64] = self(states.float().cpu()).double().sigmoid().numpy()
+        return found
 
 
 def learnt(asked: Tensor, ordinary: Tensor, settings: States, seed: int) -> Perceptron:
@@ -168,6 +169,6 @@ def learnt(asked: Tensor, ordinary: Tensor, settings: States, seed: int) -> Perc
         for _ in range(settings.steps):
             loss = functional.binary_cross_entropy_with_logits(network(states), labels, weights)
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
     return network.requires_grad_(False)

@@ -121,10 +121,11 @@ def tuned(
         best: tuple[int, dict[str, Any]] | None = None
         for epoch in range(how.epochs):
             model.train()
-            for rows in torch.randperm(len(texts)).split(how.batch):
+            order = torch.randperm(len(texts))
+            for rows in (order[at : at + how.batch] for at in range(0, len(texts), how.batch)):
                 loss = functional.cross_entropy(made.logits([texts[i] for i in rows]), labels[rows.to(device)], weights)
                 optimiser.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
                 schedule.step()
             missed = int((settled(made)(asked) < how.check).sum())
