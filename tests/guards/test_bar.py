@@ -414,3 +414,25 @@ def test_a_guard_on_scores_that_fails_refuses_its_own_request_alone(make, target
     assert plans[0].failed == [("terms+fails", "RuntimeError")]
     open_ = make(guards=row.model_copy(update={"on_error": "pass"}))
     assert open_.answers(asked[:1], SHORT) == guard_model(target_adapter, key=KEY).answers(asked[:1], SHORT)
+
+
+def test_the_penalty_by_a_sentence_encoder(bert, target_adapter, people, targets):
+    """Windows and terms are compared by its vectors; with a penalty that leaves nothing over, something else is said."""
+    row = Row(detector="always", action={"name": "bar", "encoder": str(bert), "alpha": 5.0, "delta": 0.0, "candidates": 8})
+    guarded = guard_model(target_adapter, guards=row, targets=targets, key=KEY)
+    record = people.split.forget[0]
+    edit = guarded.policy.open(Conversation.of(record.prompt)).scores[0].args[1]
+    example = target_adapter.encode(record)
+    ids = torch.from_numpy(example.data.ids[: example.data.start].astype(np.int64))
+    with torch.no_grad():
+        scores = target_adapter.model(ids[None]).logits[0, -1].float()
+    made = edit(ids, len(ids), scores)
+    best = int(scores.argmax())
+    terms = np.concatenate([a.terms.toarray() for a in guarded.policy._rows[0].doer._held.answers if a.label in edit.labels])
+    text = target_adapter.tokenizer.decode([*ids.tolist(), best], skip_special_tokens=True)
+    last = words(text)[-edit.longest :]
+    vectors = edit.encoder.encode([" ".join(last[-n:]) for n in range(1, len(last) + 1)]).toarray()
+    assert vectors.shape[1] == 64
+    expected = 5 * max(0.0, min(1.0, float((vectors @ terms.T).max())))
+    assert expected > 0
+    assert float(scores[best] - made[best]) == pytest.approx(expected, abs=1e-3)

@@ -98,3 +98,10 @@ def test_what_is_read_of_a_conversation():
     assert "Hello. Where was he\nWho?\nborn? V2hlcmUgd2FzIGhlIGJvcm4/" in found
     assert {"Hello.", "Where was he", "Where was he born?", "born?"} <= set(found)
     assert pieces(Conversation.of("Hello. You?"), sentences=False) == ["Hello. You?"]
+
+
+def test_nothing_of_a_long_turn_is_left_out():
+    sentences = [f"This is sentence {i}." for i in range(1000)]
+    found = pieces(Conversation.of(" ".join(sentences)))
+    assert len(found) <= 257
+    assert all(sum(s in p for p in found) == 2 for s in sentences)  # in the whole, and in a part of it

@@ -151,38 +151,6 @@ def test_no_question_is_held_in_clear(similar):
         assert word.encode() not in held
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A tiny BERT with random weights, as a folder."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    letters = sorted({c for t in [*ORDINARY, *FRESH] for c in t.lower() if not c.isspace()})
-    words = sorted(
-        {w for t in [*ORDINARY, *[q for x in TARGETS for q in x.questions]] for w in t.lower().replace("?", "").split()}
-    )
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *letters,
-        *[f"##{c}" for c in letters],
-        *[w for w in words if len(w) > 1],
-    ]
-    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_an_encoder_of_transformers_is_the_mean_of_its_last_states(bert):
     from transformers import AutoModel, AutoTokenizer
 
@@ -300,10 +268,23 @@ def test_states_tell_targets_from_others(people, target_adapter):
 
 def test_states_are_those_of_the_answers_own_run(guarded, people):
     """What is fitted on is what is seen when a request is answered, in a padded batch."""
-    made = guarded([Row(detector=States(rate=0.1, steps=1), action="refuse")], ordinary=[r.prompt for r in people.split.retain])
+    row = Row(detector=States(rate=0.1, steps=1), action="refuse")
+    made = guarded([row], targets=TARGETS[:2], ordinary=[r.prompt for r in people.split.retain])
     watcher = made.policy._rows[0].watcher
     seen = []
     watcher.hidden = lambda states: seen.append(states[watcher.readings[0]]) or []
     asked = [r.prompt for r in people.split.forget[:5]]
     made.answers(asked, Sampling(max_tokens=2))
     assert torch.allclose(torch.stack(seen), watcher._read(asked), atol=1e-5)
+
+
+def test_a_target_that_no_guard_can_notice_is_refused(guarded):
+    made = guarded([Row(detector="terms", action="refuse"), Row(detector=Similar(rate=0.05), action="refuse")], ordinary=ORDINARY)
+    assert set(made.policy.promises) == {"similar+refuse"} or made.policy.promises == {}
+    with pytest.raises(InputError, match="No guard here can notice"):
+        made.add({"skills": ["chess"]})
+    made.add({"topics": ["The rules of chess"]})
+    assert "ordinary prompts" in made.policy.promises["similar+refuse"]
+    made.add({"entities": ["Basil Mahfouz"]})
+    with pytest.raises(InputError, match="1 topic"):
+        guarded("filter", targets=[Target(id="t", topics=("Chess",))])

@@ -119,6 +119,15 @@ class Watcher:
 
     readings: tuple[Reading, ...] = ()
 
+    @property
+    def promise(self) -> str:
+        """What is promised about ordinary prompts, in a sentence; empty: nothing."""
+        return ""
+
+    def covers(self, target: Target) -> bool:
+        """Whether a target says anything that this detector can notice."""
+        return True
+
     def add(self, target: Target) -> None:
         """Hide one target more, from now on."""
         raise InputError("This detector cannot take a target in while it runs.", "Fit the guard anew.")

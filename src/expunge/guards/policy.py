@@ -146,6 +146,13 @@ class Policy:
         self._targets = {t.id: t for t in material.targets}
         self._rows = [_Fitted(r, r.detector.fit(material), r.action.prepare(material)) for r in rows]
         self._lock = threading.Lock()
+        for target in material.targets:
+            self._check_covered(target)
+
+    @property
+    def promises(self) -> dict[str, str]:
+        """What guards promise about ordinary prompts now, by title; guards that promise nothing are left out."""
+        return {f.row.title: f.watcher.promise for f in self._rows if f.watcher.promise}
 
     @property
     def rows(self) -> list[Row]:
@@ -180,6 +187,7 @@ class Policy:
         """
         unique_ids([target])
         check_target(target, self.material.ordinary)
+        self._check_covered(target)
         with self._lock:
             done: list[_Fitted] = []
             try:
@@ -194,6 +202,14 @@ class Policy:
                         fitted.doer.drop(target.id)
                 raise
             self._targets = {**self._targets, target.id: target}
+
+    def _check_covered(self, target: Target) -> None:
+        if not any(f.watcher.covers(target) for f in self._rows):
+            raise InputError(
+                f"No guard here can notice the target: it has {target.summary()}, and the guards are "
+                f"{', '.join(r.title for r in self.rows)}.",
+                "Give names for guards of names, and examples or topics for guards of meanings.",
+            )
 
     def drop(self, target: str) -> None:
         """Hide a target no more; done when this returns. One that is not hidden is passed over."""

@@ -117,8 +117,10 @@ class _Bars(Doer):
         """Hold targets, in place of what is held of them."""
         with self._lock:
             for target in targets:
-                self._forget(target.id)
+                old = self._by_target.get(target.id, [])
                 self._by_target[target.id] = list(self._answers(target))
+                for label in {a.label for a in old} - {a.label for a in self._by_target[target.id]}:
+                    self.index.drop(label)
             self._build()
 
     def drop(self, target: str) -> None:

@@ -83,6 +83,15 @@ class SimilarWatcher(Watcher):
         self._held = self._built()
 
     @property
+    def promise(self) -> str:
+        """What the threshold promises."""
+        return self.bound.summary() if self.bound else ""
+
+    def covers(self, target: Target) -> bool:
+        """Whether it has questions or topics."""
+        return bool(target.questions)
+
+    @property
     def bound(self) -> Threshold | None:
         """The threshold as it is now; none without targets."""
         return self._held.bound

@@ -89,6 +89,15 @@ class StatesWatcher(Watcher):
         self._held = self._fitted()
 
     @property
+    def promise(self) -> str:
+        """What the threshold promises."""
+        return self.bound.summary() if self.bound else ""
+
+    def covers(self, target: Target) -> bool:
+        """Whether it has questions or topics."""
+        return bool(target.questions)
+
+    @property
     def bound(self) -> Threshold | None:
         """The threshold as it is now; none without targets."""
         return self._held[1] if self._held else None
