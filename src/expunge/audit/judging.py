@@ -108,7 +108,7 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
     records = evidence.records("forget")
     ratio = TruthRatio()
     membership = {}
-    if "holdout" in evidence.sets:
+    if "holdout" in evidence.sets and not evidence.asked:
         for attack in (MEMBERSHIP.get(name)() for name in COMPARED):
             if not attack.offers <= evidence.offers or attack.lacks(evidence, label):
                 continue
@@ -154,8 +154,9 @@ def _values(metric: RecordMetric, evidence: Evidence, label: str) -> Floats | No
 def _attempt(attack: Attack, evidence: Evidence, label: str) -> Attempt:
     found = attack.values(evidence, label, "forget")
     return Attempt(
-        attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion), attack.convicts
-    )
+        attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion), attack.convicts,
+        attack.applies(evidence, label), attack.certain(evidence, label),
+    )  # fmt: skip
 
 
 def _looks_seen(evidence: Evidence, label: str) -> Floats | None:

@@ -29,11 +29,14 @@ class Guarded:
     Args:
         adapter: the model.
         policy: fitted guards.
+
+    Attributes:
+        decoder: writes answers.
     """
 
     def __init__(self, adapter: LanguageAdapter, policy: Policy) -> None:
         self.adapter, self.policy = adapter, policy
-        self._decoder = Decoder(adapter)
+        self.decoder = Decoder(adapter)
 
     @property
     def targets(self) -> Mapping[str, Target]:
@@ -101,7 +104,7 @@ class Guarded:
                 ask.cancelled = cancelled[at]
             asks.append(ask)
             places.append(at)
-        for at, answer in zip(places, self._decoder.answer(asks), strict=True):
+        for at, answer in zip(places, self.decoder.answer(asks), strict=True):
             out[at] = answer
         return [a for a in out if a is not None]
 
@@ -146,7 +149,7 @@ class Guarded:
         )  # fmt: skip
         opened = self._opened(input_ids, held)
         asks = [Ask(plan, prompt, how) for plan, prompt in opened if prompt is not None]
-        answers = self._decoder.beamed(asks, num_beams) if num_beams > 1 else self._decoder.answer(asks)
+        answers = self.decoder.beamed(asks, num_beams) if num_beams > 1 else self.decoder.answer(asks)
         found = iter(answers)
         plans = [plan for plan, _ in opened]
         asked_at = {at for at, (_, prompt) in enumerate(opened) if prompt is not None}

@@ -139,5 +139,6 @@ def _answered(scores: GuardScores, at: int, ask: Ask, row: Sequence[int], adapte
     text = text if ask.plan.asked.verbatim else text.lstrip()
     sent = scores.checked(at, text)
     if ask.plan.say is not None:
-        return Answer(sent, "guard", len(ids))
-    return Answer(sent, "length" if end is None else "stop", len(ids), tuple(ids) if sent == text else ())
+        return Answer(sent, "guard", len(ids), prompt=len(ask.prompt.ids))
+    kept = tuple(ids) if sent == text else ()
+    return Answer(sent, "length" if end is None else "stop", len(ids), kept, prompt=len(ask.prompt.ids))
