@@ -436,3 +436,16 @@ def test_the_penalty_by_a_sentence_encoder(bert, target_adapter, people, targets
     expected = 5 * max(0.0, min(1.0, float((vectors @ terms.T).max())))
     assert expected > 0
     assert float(scores[best] - made[best]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_audit_scores_what_cannot_be_said_as_a_guess(make, target_adapter, people):
+    from expunge.audit.scores import score
+    from expunge.guards.adapter import GuardedAdapter
+
+    records = people.split.forget[:4]
+    guarded = make(nearest=10)
+    adapter = GuardedAdapter(guarded)
+    found = score(adapter, [adapter.encode(r) for r in records]).nll()
+    bare = score(target_adapter, [target_adapter.encode(r) for r in records]).nll()
+    assert np.isfinite(found).all()
+    assert all(a > b + 0.2 for a, b, own in zip(found, bare, barring(guarded, records), strict=True) if own)

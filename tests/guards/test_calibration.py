@@ -71,21 +71,21 @@ def test_how_many_prompts_a_rate_needs():
 def test_prompts_that_calibrate_are_never_judged_or_learnt_from():
     ordinary = [f"How far is it to town {i}?" for i in range(40)]
     material = Material(
-        [Target(id="t", topics=("The life of Basil Mahfouz",))], [*ordinary, *[o.upper() for o in ordinary]], b"k" * 32
+        [Target(id="t", topics=("The life of Basil Mahfouz",))], [*ordinary, *[o.upper() for o in ordinary]], key=b"k" * 32
     )
     learnt, calibrating = Similar(rate=0.1).parted(material)
     assert len(learnt) == len(calibrating) == 20  # the same prompt twice is one
     apart(calibrating, learnt)
     assert Similar(rate=0.1).parted(material) == (learnt, calibrating)
-    other = Material(material.targets, material.ordinary, material.key, seed=1)
+    other = Material(material.targets, material.ordinary, key=material.key, seed=1)
     assert Similar(rate=0.1).parted(other)[1] != calibrating
     with pytest.raises(InputError, match="2 of 3"):
         apart(ordinary, ["Who?", "how far is it to town 3", ordinary[7]])
     asked = Target(id="t", examples=(Shown(prompt="how far is it to  Town 3"),))
     with pytest.raises(InputError, match="of targets"):
-        Similar(rate=0.1).fit(Material([asked], ordinary, b"k" * 32))
+        Similar(rate=0.1).fit(Material([asked], ordinary, key=b"k" * 32))
     with pytest.raises(InputError, match="at least 198"):
-        Similar(rate=0.01).fit(Material(material.targets, ordinary, b"k" * 32))
+        Similar(rate=0.01).fit(Material(material.targets, ordinary, key=b"k" * 32))
 
 
 def test_what_is_read_of_a_conversation():
@@ -105,3 +105,15 @@ def test_nothing_of_a_long_turn_is_left_out():
     found = pieces(Conversation.of(" ".join(sentences)))
     assert len(found) <= 257
     assert all(sum(s in p for p in found) == 2 for s in sentences)  # in the whole, and in a part of it
+
+
+def test_no_group_is_on_both_sides():
+    ordinary = [f"Question {i} on {subject}?" for subject in "abcdefgh" for i in range(10)]
+    groups = [subject for subject in "abcdefgh" for _ in range(10)]
+    learnt, calibrating = Similar(rate=0.1, calibrating=0.4).parted(Material([], ordinary, groups=groups))
+    sides = [{t.split()[3] for t in side} for side in (learnt, calibrating)]
+    assert not sides[0] & sides[1]
+    assert [len(s) for s in sides] == [4, 4]  # 32 prompts are asked for: three groups and a part, so four
+    assert len(learnt) == len(calibrating) == 40
+    with pytest.raises(InputError, match="2 groups for 80"):
+        Similar(rate=0.1).parted(Material([], ordinary, groups=["a", "b"]))

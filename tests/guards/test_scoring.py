@@ -288,3 +288,14 @@ def test_a_target_that_no_guard_can_notice_is_refused(guarded):
     made.add({"entities": ["Basil Mahfouz"]})
     with pytest.raises(InputError, match="1 topic"):
         guarded("filter", targets=[Target(id="t", topics=("Chess",))])
+
+
+def test_people_of_whom_nothing_was_learnt_pass_where_prompts_come_in_groups():
+    """Thirty people, ten questions each; judged by twenty others. Without groups the threshold is that of people it knows."""
+    known = RECORDS[100:400]
+    others = [r.prompt for r in RECORDS[400:]]
+    noticed = []
+    for groups in ([], [r.subject for r in known]):
+        watcher = Classifier(rate=0.05).fit(material(ordinary=[r.prompt for r in known], groups=groups))
+        noticed.append(np.mean([bool(fired(watcher, q)) for q in others]))
+    assert noticed[1] < 0.12 < noticed[0], noticed

@@ -7,7 +7,9 @@ whatever the scores are like, and exactly that where they have no ties. The prob
 those at hand the rate is a draw of the distribution ``Beta(n + 1 - k, k)``, whose upper end is told beside.
 
 The promise is of single requests that are like the ordinary ones. A long conversation is read in more pieces, and can be noticed
-more often.
+more often. Prompts on subjects that nothing was learnt about can be noticed more often, too, unless the ordinary prompts come in
+groups (:class:`~expunge.guards.parts.Material`): then those that set the threshold are of other subjects than those that are
+learnt from. Prompts of one group are alike, so the promise is then an approximate one, the better the more groups there are.
 """
 
 from __future__ import annotations
@@ -154,12 +156,25 @@ class Scoring(Detector):
         Raises:
             InputError: there are too few, or one of them is a question of a target.
         """
+        if material.groups and len(material.groups) != len(material.ordinary):
+            raise InputError(
+                f"There are {len(material.groups)} groups for {len(material.ordinary)} ordinary prompts.", "Give one for each."
+            )
+        about = dict(zip(map(same, material.ordinary), material.groups or map(same, material.ordinary), strict=True))
         unique = list({same(t): t for t in material.ordinary if t.strip()}.values())
         apart(unique, [q for t in material.targets for q in t.questions], "of targets")
         salt = material.seed.to_bytes(8, "big")
-        unique.sort(key=lambda t: hashlib.blake2b(same(t).encode(), salt=salt, digest_size=16).digest())
-        count = len(unique) * Fraction(repr(self.calibrating))
-        held = 0 if self.threshold is not None else math.floor(count)
+
+        def place(text: str) -> tuple[bytes, bytes]:
+            words_of = (about[same(text)], same(text))
+            first, second = (hashlib.blake2b(w.encode(), salt=salt, digest_size=16).digest() for w in words_of)
+            return first, second
+
+        unique.sort(key=place)
+        held = 0 if self.threshold is not None else math.floor(len(unique) * Fraction(repr(self.calibrating)))
+        if held:  # the whole of a group, on one side
+            begun = {about[same(t)] for t in unique[:held]}
+            held = sum(about[same(t)] in begun for t in unique)
         if self.threshold is None and held < needed(self.rate):
             total = math.ceil(needed(self.rate) / Fraction(repr(self.calibrating)))
             raise InputError(

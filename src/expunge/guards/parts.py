@@ -64,6 +64,8 @@ class Material:
         adapter: the model, for guards that look inside; none before a server of others.
         probes: texts by name of a skill; ``""``: texts of what is to stay.
         seed: of everything that is drawn at fitting.
+        groups: of each ordinary prompt, what it is about; none: each stands for itself. No group is both learnt from and used to
+            set a threshold, so that a threshold holds for what nothing was learnt about.
     """
 
     targets: Sequence[Target]
@@ -72,6 +74,7 @@ class Material:
     adapter: LanguageAdapter | None = None
     probes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     seed: int = 0
+    groups: Sequence[str] = ()
 
     def model(self, what: str) -> LanguageAdapter:
         """The model.
