@@ -5,7 +5,7 @@ An audit reads log-probabilities of answers. What a served model says with its g
 - Where a guard answers in place of the model, nothing of the answer can be learnt: every token of it is scored as a guess among
   the whole vocabulary (loss ``log V``). So a guard that refuses stands out against a retrained model, which answers as well as it
   can; that is how it is, and an audit says so.
-- Where an answer would be stopped, the tokens that are never sent are scored like that.
+- Where an answer would be stopped, the tokens that are never sent are scored like that; so is a token that cannot be chosen.
 - Where guards change embeddings of the prompt, states or scores, the answer is scored under what they make of them. Embeddings of
   the *answer* are left alone (published evaluations of ECO corrupt those too, which overstates what it hides).
 """
@@ -148,6 +148,8 @@ class GuardedAdapter(LanguageAdapter):
         if plan.scores and plan.say is None:
             for at in range(len(answer)):
                 logits[at] = plan.scored(ids[: start + at], start, logits[at])
+                if torch.isneginf(logits[at, int(answer[at])]):
+                    logits[at] = 0  # what cannot be said: a guess
         return logits
 
     def _unsent(self, plan: Plan, answer: NDArray[Any]) -> int:

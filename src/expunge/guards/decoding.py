@@ -7,7 +7,6 @@ prompt is cut.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +28,7 @@ from expunge.core.settings import Settings
 from expunge.guards.parts import Reading
 from expunge.guards.policy import Plan
 from expunge.guards.prompts import Prompt, Reader
+from expunge.guards.reading import alone
 
 Finish = Literal["stop", "length", "guard", "cancelled"]
 
@@ -236,7 +236,7 @@ class _Stop(StoppingCriteria):
 
 
 class Decoder:
-    """Answers requests with one model. One batch at a time: a second call waits for the first.
+    """Answers requests with one model. One batch at a time: a second call waits for the first, and a fit that reads states too.
 
     Args:
         adapter: the model; an encoder-decoder is refused.
@@ -251,7 +251,7 @@ class Decoder:
                 "Guards work on decoders, and this model is an encoder-decoder.", "Guard its texts before another server."
             )
         self.adapter = adapter
-        self._lock = threading.Lock()
+        self._lock = alone(adapter)
 
     @torch.no_grad()
     def answer(self, asks: Sequence[Ask]) -> list[Answer]:
@@ -267,6 +267,21 @@ class Decoder:
         with self._lock, evaluating(self.adapter.model):
             return self._batch(asks)
 
+    @torch.no_grad()
+    def beamed(self, asks: Sequence[Ask], beams: int) -> list[Answer]:
+        """Answers by beam search, as one batch; answers are looked at when they are whole.
+
+        Raises:
+            InputError: a prompt leaves no room in the context.
+        """
+        from expunge.guards.processing import beamed
+
+        if not asks:
+            return []
+        room = min(self._room(a) for a in asks)
+        with self._lock, evaluating(self.adapter.model):
+            return beamed(self.adapter, asks, beams, room)
+
     def _room(self, ask: Ask) -> int:
         size, context = len(ask.prompt.ids), self.adapter.context
         if context is not None and size >= context:
@@ -278,12 +293,9 @@ class Decoder:
         model: Any = bare(self.adapter.model)
         limited = [Ask(**{**vars(a), "sampling": a.sampling.model_copy(update={"max_tokens": self._room(a)})}) for a in asks]
         rows = [_Row(a, self.adapter.tokenizer, self.adapter.end_ids) for a in limited]
-        width = max(len(a.prompt.ids) for a in asks)
         pad = self.adapter.pad_id()
-        ids = np.full((len(asks), width), pad, dtype=np.int64)
-        for line, ask in zip(ids, asks, strict=True):
-            line[width - len(ask.prompt.ids) :] = ask.prompt.ids
-        mask = np.arange(width) >= width - np.array([len(a.prompt.ids) for a in asks])[:, None]
+        ids, mask = padded(asks, pad)
+        width = ids.shape[1]
         hooks = Hooks(inner, asks, width)
         options = {
             "max_new_tokens": max(a.sampling.max_tokens for a in limited), "do_sample": False, "num_beams": 1, "use_cache": True,
@@ -294,8 +306,8 @@ class Decoder:
         with hooks.installed(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.generate(
-                input_ids=torch.from_numpy(ids).to(device),
-                attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([_Choose(rows, width, hooks.told)]),
                 stopping_criteria=StoppingCriteriaList([_Stop(rows)]),
@@ -303,12 +315,22 @@ class Decoder:
         return [row.answer() for row in rows]
 
 
+def padded(asks: Sequence[Ask], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts as one batch, padded on the left, and 0 where they are: int64 ``[B, T]`` each."""
+    width = max(len(a.prompt.ids) for a in asks)
+    ids = np.full((len(asks), width), pad, dtype=np.int64)
+    for line, ask in zip(ids, asks, strict=True):
+        line[width - len(ask.prompt.ids) :] = ask.prompt.ids
+    mask = np.arange(width) >= width - np.array([len(a.prompt.ids) for a in asks])[:, None]
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+
 class Hooks:
     """Forward hooks of one batch: edits of embeddings and states, and readings; they go when the batch is over.
 
     Args:
         model: the transformers model.
-        asks: the requests, a row each.
+        asks: the requests, a row each; with beams the same one for all of its rows.
         width: columns of the padded prompts.
     """
 
@@ -354,7 +376,7 @@ class Hooks:
         self._columns[what] = at + size
         return at
 
-    def _embedded(self, _: nn.Module, __: Any, out: Tensor) -> Tensor:
+    def _embedded(self, module: nn.Module, __: Any, out: Tensor) -> Tensor:
         at = self._place("embeddings", out.shape[1])
         if at >= self.width:
             return out
@@ -366,7 +388,11 @@ class Hooks:
                 here = (columns >= at) & (columns < at + out.shape[1])
                 if here.any():
                     places = torch.from_numpy(columns[here] - at).to(out.device)
-                    made[row, places] = edit.apply(made[row, places], np.flatnonzero(here)).to(out.dtype)
+                    rows, order = made[row, places], edit.order(len(marked))
+                    if order is not None:  # looked up, for they may stand in another part of a prompt that is read in several
+                        moved = torch.from_numpy(ask.prompt.ids[marked[order[here]]]).to(out.device)
+                        rows = module.forward(moved[None])[0]  # not called: the hooks of the module stay out of it
+                    made[row, places] = edit.apply(rows, np.flatnonzero(here)).to(out.dtype)
         return made
 
     def _passed(self, name: str, side: str, states: Tensor) -> Tensor:
@@ -398,6 +424,6 @@ class Hooks:
         if self._told:
             return
         self._told = True
-        for ask, held in zip(self.asks, self._read, strict=True):
-            if ask.plan.readings:
+        for at, (ask, held) in enumerate(zip(self.asks, self._read, strict=True)):
+            if ask.plan.readings and not (at and self.asks[at - 1] is ask):
                 ask.plan.read({r: total / count for r, (total, count) in held.items()})

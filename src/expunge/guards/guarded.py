@@ -18,7 +18,8 @@ from expunge.guards.decoding import Answer, Ask, Decoder, Sampling
 from expunge.guards.named import rows_of
 from expunge.guards.parts import Material
 from expunge.guards.policy import Plan, Policy
-from expunge.guards.prompts import cleaned, described, put
+from expunge.guards.processing import GuardScores, processor
+from expunge.guards.prompts import Prompt, cleaned, described, put
 from expunge.guards.target import Target
 
 
@@ -118,6 +119,7 @@ class Guarded:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        num_beams: int = 1,
         pad_token_id: int | None = None,
     ) -> Tensor:
         """As transformers' ``generate``: prompts with their continuations, ``[B, T + new]``.
@@ -132,35 +134,64 @@ class Guarded:
             do_sample: draw tokens; else the likeliest.
             temperature, top_k, top_p: of drawing.
             seed: of drawing.
+            num_beams: beams of a beam search, the best of which comes back; 1: none.
             pad_token_id: what short answers are filled up with; none: the tokenizer's.
 
         Raises:
-            InputError: a prompt is empty or too long.
+            InputError: a prompt is empty or too long, or tokens are to be drawn in a beam search.
         """
+        if num_beams > 1 and do_sample:
+            raise InputError("Beams with drawing are not offered.", "Choose num_beams=1, or do_sample=False.")
         held = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         how = Sampling(
             max_tokens=max_new_tokens, temperature=temperature if do_sample else 0.0, top_k=top_k if do_sample else 0,
             top_p=top_p if do_sample else 1.0, seed=seed,
         )  # fmt: skip
-        plans, asks = [], []
-        tokenizer = self.adapter.tokenizer
+        opened = self._opened(input_ids, held)
+        asks = [Ask(plan, prompt, how) for plan, prompt in opened if prompt is not None]
+        answers = self.decoder.beamed(asks, num_beams) if num_beams > 1 else self.decoder.answer(asks)
+        found = iter(answers)
+        plans = [plan for plan, _ in opened]
+        asked_at = {at for at, (_, prompt) in enumerate(opened) if prompt is not None}
+        rows = [self._new_ids(next(found) if at in asked_at else Answer(p.say or "", "guard", 0)) for at, p in enumerate(plans)]
+        pad = self.adapter.pad_id() if pad_token_id is None else pad_token_id
+        width = max(map(len, rows))
+        new = torch.tensor([r + [pad] * (width - len(r)) for r in rows], dtype=input_ids.dtype, device=input_ids.device)
+        return torch.cat([input_ids, new.reshape(len(rows), width)], 1)
+
+    def processor(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> GuardScores:
+        """The guards' say about scores, for another loop: ``model.generate(input_ids, logits_processor=[...], num_beams=...)``.
+
+        It is for these prompts alone, and for one call. Refusals are forced token by token; answers must be given to
+        :meth:`~expunge.guards.processing.GuardScores.checked` when they are whole, for nothing else looks at them.
+
+        Args:
+            input_ids: prompts, ``[B, T]``, padded on the left.
+            attention_mask: 0 where they are padded; none: nothing is.
+
+        Raises:
+            InputError: a prompt is empty, or a guard works on more than scores.
+        """
+        held = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        plans = [plan for plan, _ in self._opened(input_ids, held)]
+        lengths = held.sum(1).tolist()
+        return processor(
+            self.adapter, plans, lengths, input_ids.shape[1], rewritten=[p.conversation is not p.asked for p in plans]
+        )
+
+    def _opened(self, input_ids: Tensor, held: Tensor) -> list[tuple[Plan, Prompt | None]]:
+        """Plans for prompts as ids, and what the model reads of those that are not answered already."""
+        tokenizer, out = self.adapter.tokenizer, []
         for row, real in zip(input_ids.cpu(), held.cpu().bool(), strict=True):
             ids = np.asarray(row[real].tolist(), dtype=np.int64)
             if not len(ids):
                 raise InputError("A prompt has no token.", "Give each at least one.")
             asked = Conversation.text_to_continue(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
             plan = self.policy.open(asked)
-            plans.append(plan)
-            if plan.say is None:
-                same = plan.conversation is asked
-                asks.append(Ask(plan, described(tokenizer, ids) if same else put(self.adapter, plan.conversation), how))
-        asked_at = {at for at, plan in enumerate(plans) if plan.say is None}
-        found = iter(self.decoder.answer(asks))
-        rows = [self._new_ids(next(found) if at in asked_at else Answer(p.say or "", "guard", 0)) for at, p in enumerate(plans)]
-        pad = self.adapter.pad_id() if pad_token_id is None else pad_token_id
-        width = max(map(len, rows))
-        new = torch.tensor([r + [pad] * (width - len(r)) for r in rows], dtype=input_ids.dtype, device=input_ids.device)
-        return torch.cat([input_ids, new.reshape(len(rows), width)], 1)
+            same = plan.conversation is asked
+            prompt = None if plan.say is not None else described(tokenizer, ids) if same else put(self.adapter, plan.conversation)
+            out.append((plan, prompt))
+        return out
 
     def _new_ids(self, answer: Answer) -> list[int]:
         own = answer.ids or not answer.text

@@ -64,6 +64,8 @@ class Material:
         adapter: the model, for guards that look inside; none before a server of others.
         probes: texts by name of a skill; ``""``: texts of what is to stay.
         seed: of everything that is drawn at fitting.
+        groups: of each ordinary prompt, what it is about; none: each stands for itself. No group is both learnt from and used to
+            set a threshold, so that a threshold holds for what nothing was learnt about.
     """
 
     targets: Sequence[Target]
@@ -72,6 +74,7 @@ class Material:
     adapter: LanguageAdapter | None = None
     probes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     seed: int = 0
+    groups: Sequence[str] = ()
 
     def model(self, what: str) -> LanguageAdapter:
         """The model.
@@ -118,6 +121,15 @@ class Watcher:
     """A fitted detector. Its methods are called from many threads at once; adding and dropping targets may happen meanwhile."""
 
     readings: tuple[Reading, ...] = ()
+
+    @property
+    def promise(self) -> str:
+        """What is promised about ordinary prompts, in a sentence; empty: nothing."""
+        return ""
+
+    def covers(self, target: Target) -> bool:
+        """Whether a target says anything that this detector can notice."""
+        return True
 
     def add(self, target: Target) -> None:
         """Hide one target more, from now on."""
@@ -180,12 +192,16 @@ class EmbeddingEdit(abc.ABC):
             content: which tokens stand for what the turns say (and not for the template), ``[T]``.
         """
 
+    def order(self, count: int) -> NDArray[np.int64] | None:
+        """Which of the ``count`` marked tokens' embeddings each of them gets, ``[count]``; none: each its own."""
+        return None
+
     @abc.abstractmethod
     def apply(self, rows: Tensor, places: NDArray[np.int64]) -> Tensor:
         """Other embeddings for some tokens.
 
         Args:
-            rows: embeddings of marked tokens, ``[n, D]``.
+            rows: embeddings of marked tokens, ``[n, D]``, in their :meth:`order`.
             places: which of the marked tokens they are, ``[n]``: what is drawn for a token must not depend on how the prompt is
                 cut.
         """

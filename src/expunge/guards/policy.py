@@ -38,6 +38,7 @@ from expunge.guards.parts import (
 )  # fmt: skip
 from expunge.guards.target import Target, check_target, unique_ids
 
+_ORDER = list(Hook)  # in time
 SORRY = "I'm sorry, but I can't help with that."
 
 
@@ -127,6 +128,13 @@ class Policy:
         unique_ids(material.targets)
         for target in material.targets:
             check_target(target, material.ordinary)
+        for row in rows:
+            if min(map(_ORDER.index, row.detector.sees)) > max(map(_ORDER.index, row.action.acts)):
+                raise InputError(
+                    f"The guard {row.title!r} would notice too late: {row.detector.name!r} sees "
+                    f"{', '.join(sorted(row.detector.sees))}, {row.action.name!r} acts on {', '.join(sorted(row.action.acts))}.",
+                    "Choose a detector of requests.",
+                )
         if material.adapter is None:
             for row in rows:
                 if extra := sorted(row.hooks - TEXT_LEVEL):
@@ -138,6 +146,13 @@ class Policy:
         self._targets = {t.id: t for t in material.targets}
         self._rows = [_Fitted(r, r.detector.fit(material), r.action.prepare(material)) for r in rows]
         self._lock = threading.Lock()
+        for target in material.targets:
+            self._check_covered(target)
+
+    @property
+    def promises(self) -> dict[str, str]:
+        """What guards promise about ordinary prompts now, by title; guards that promise nothing are left out."""
+        return {f.row.title: f.watcher.promise for f in self._rows if f.watcher.promise}
 
     @property
     def rows(self) -> list[Row]:
@@ -172,6 +187,7 @@ class Policy:
         """
         unique_ids([target])
         check_target(target, self.material.ordinary)
+        self._check_covered(target)
         with self._lock:
             done: list[_Fitted] = []
             try:
@@ -186,6 +202,14 @@ class Policy:
                         fitted.doer.drop(target.id)
                 raise
             self._targets = {**self._targets, target.id: target}
+
+    def _check_covered(self, target: Target) -> None:
+        if not any(f.watcher.covers(target) for f in self._rows):
+            raise InputError(
+                f"No guard here can notice the target: it has {target.summary()}, and the guards are "
+                f"{', '.join(r.title for r in self.rows)}.",
+                "Give names for guards of names, and examples or topics for guards of meanings.",
+            )
 
     def drop(self, target: str) -> None:
         """Hide a target no more; done when this returns. One that is not hidden is passed over."""
@@ -311,8 +335,12 @@ class Plan:
         self.conversation = orders.conversation or self.conversation
         self.embeddings += [orders.embeddings] if orders.embeddings else []
         self.hidden += orders.hidden
-        self.scores += [orders.scores] if orders.scores else []
+        self.scores += [partial(self._edited, fitted, orders.scores)] if orders.scores else []
         self.revisions += [(fitted, orders.revise)] if orders.revise else []
+
+    def _edited(self, fitted: _Fitted, edit: ScoreEdit, ids: Tensor, prompt: int, scores: Tensor) -> Tensor:
+        changed: Tensor = self._guarded(fitted, partial(edit, ids, prompt, scores), scores)
+        return changed
 
     def _guarded(self, fitted: _Fitted, work: Callable[[], Any], otherwise: Any) -> Any:
         try:

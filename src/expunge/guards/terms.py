@@ -12,7 +12,7 @@ import codecs
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from expunge.guards.folding import Word, open_run, parted, uncovered, unspelt, words
@@ -103,6 +103,29 @@ class TermIndex:
             for inner, first, last in uncovered(text, start):
                 found += [Match(m.target, first, last, True) for m in self._plain(parted(inner))]
         return found
+
+    def ending(self, text: str, start: int, targets: Collection[str]) -> bool:
+        """Whether a term of some targets ends after a character. The cost grows with the longest term, not with the targets."""
+        if not self._held:
+            return False
+        held = parted(text)
+        for last in reversed(range(len(held))):
+            if held[last].end <= start:
+                break
+            letters = ""
+            for word in reversed(held[: last + 1]):
+                letters = word.letters + letters
+                if len(letters) > self.longest:
+                    break
+                if len(letters) in self._lengths and any(
+                    t in targets for seen, _ in self._readings(letters) for t in self._held.get(self.digest(seen), ())
+                ):
+                    return True
+        if not self.encodings:
+            return False
+        begin = max(text.rfind(" ", 0, start), text.rfind("\n", 0, start)) + 1  # what is encoded has no space in it
+        inner = (found for found, _, end in uncovered(text, begin) if end > start)
+        return any(m.target in targets for found in inner for m in self._plain(parted(found)))
 
     def _plain(self, held: list[Word]) -> Iterator[Match]:
         lengths, longest = self._lengths, self.longest

@@ -75,14 +75,14 @@ class Origin:
     data: Mapping[str, str]
 
 
-def ordinary_of(retain: RecordSet | None, seed: int) -> list[str]:
-    """Prompts of one half of the retain set, by cluster, by which thresholds are set; an audit judges by the other half too."""
+def ordinary_of(retain: RecordSet | None, seed: int) -> list[tuple[str, str]]:
+    """Prompts of one half of the retain set with their clusters, for thresholds; an audit judges by the other half too."""
     if retain is None:
         return []
     clusters = sorted(set(retain.clusters()))
     order = torch.randperm(len(clusters), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = {clusters[i] for i in order[: (len(clusters) + 1) // 2]}
-    return [r.prompt or r.answer for r in retain if r.cluster in chosen]
+    return [(r.prompt or r.answer, r.cluster) for r in retain if r.cluster in chosen]
 
 
 def fit(
@@ -101,7 +101,9 @@ def fit(
         InputError: the records do not hold what a part of it needs.
     """
     targets = targets_of(forget.records, retain.records if retain is not None else ())
-    material = Material(targets=targets, ordinary=ordinary_of(retain, seed), key=key, adapter=adapter, seed=seed)
+    ordinary = ordinary_of(retain, seed)
+    prompts, groups = [p for p, _ in ordinary], [g for _, g in ordinary]
+    material = Material(targets=targets, ordinary=prompts, groups=groups, key=key, adapter=adapter, seed=seed)
     return SavedGuard(Guarded(adapter, Policy(shield.rows, material)), shield, origin, seed)
 
 

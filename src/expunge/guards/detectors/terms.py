@@ -47,6 +47,10 @@ class TermWatcher(Watcher):
     def __init__(self, index: TermIndex) -> None:
         self.index = index
 
+    def covers(self, target: Target) -> bool:
+        """Whether it has a name."""
+        return bool(target.entities)
+
     def add(self, target: Target) -> None:
         """Hold its entities."""
         self.index.add(target.id, target.entities)

@@ -1,0 +1,172 @@
+"""Texts as unit vectors whose products tell how alike they are: n-grams by default, or a sentence encoder by name or folder.
+
+Vectors of texts are derivatives of them: n-grams are held as hashed columns, not in clear, but who can guess a text can check the
+guess, and vectors of sentence encoders can be inverted. They are personal data where the texts are.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+
+from expunge.core.errors import InputError, MissingExtra
+from expunge.guards.folding import words
+
+_COLUMNS = 2**18
+
+
+class Encoder(abc.ABC):
+    """Unit vectors of texts; a text without any letter is the zero vector."""
+
+    @abc.abstractmethod
+    def encode(self, texts: Sequence[str]) -> sp.csr_matrix:
+        """Rows of length one, ``[n, D]``: sparse, or sparse in form only."""
+
+
+class NGrams(Encoder):
+    """TF-IDF of words, pairs of words, and runs of characters within words.
+
+    Words are folded first (case, accents, look-alikes). Columns are hashed with a key in front, so that no word is held in clear.
+    The columns come from ``FeatureHasher``, whose hash is no cryptographic one: the key keeps words from being looked up at a
+    glance, and no determined attacker out.
+
+    Args:
+        key: secret of the guard.
+        texts: by which rare n-grams are told from common ones; none: all count alike.
+        shortest, longest: letters of a run.
+        pairs: also take pairs of words that follow each other.
+    """
+
+    def __init__(self, key: bytes, texts: Sequence[str] = (), *, shortest: int = 3, longest: int = 5, pairs: bool = True) -> None:
+        from sklearn.feature_extraction import FeatureHasher
+
+        self._salt = hashlib.blake2b(key, digest_size=8, person=b"expunge-ngrams").hexdigest()
+        self.shortest, self.longest, self.pairs = shortest, longest, pairs
+        self._hasher = FeatureHasher(_COLUMNS, input_type="string", alternate_sign=False, dtype=np.float64)
+        self._weights = np.ones(_COLUMNS)
+        if texts:
+            counts = np.bincount(self._counted(texts).indices, minlength=_COLUMNS)
+            self._weights = np.log((1 + len(texts)) / (1 + counts)) + 1  # as scikit-learn has it, smooth
+
+    def encode(self, texts: Sequence[str]) -> sp.csr_matrix:
+        """Sublinear counts by rarity, each row of length one, ``[n, 2**18]``."""
+        made = self._counted(texts)
+        made.data = (1 + np.log(made.data)) * self._weights[made.indices]
+        return _unit(made)
+
+    def _counted(self, texts: Sequence[str]) -> sp.csr_matrix:
+        return (
+            sp.csr_matrix(self._hasher.transform([list(self._grams(t)) for t in texts]))
+            if texts
+            else sp.csr_matrix((0, _COLUMNS))
+        )
+
+    def _grams(self, text: str) -> Iterator[str]:
+        held = words(text)
+        for word in held:
+            yield f"{self._salt}w{word}"
+            edged = f" {word} "
+            for size in range(self.shortest, self.longest + 1):
+                for at in range(len(edged) - size + 1):
+                    yield f"{self._salt}c{edged[at : at + size]}"
+        if self.pairs:
+            for first, second in itertools.pairwise(held):
+                yield f"{self._salt}w{first} {second}"
+
+
+class Sentences(Encoder):
+    """A sentence encoder.
+
+    A folder or name of the layout of sentence-transformers is loaded by that package, with its own pooling; any other encoder of
+    transformers gives the mean of its last states over the tokens.
+
+    Args:
+        name: folder, or name on the hub.
+        device: where it runs.
+        batch: texts at a time.
+
+    Raises:
+        MissingExtra: the layout is that of sentence-transformers, and the package is not installed.
+        InputError: there is no such model.
+    """
+
+    def __init__(self, name: str, device: Any = "cpu", batch: int = 64) -> None:
+        self.name, self.device, self.batch = name, device, batch
+        folder = Path(name)
+        own = (folder / "modules.json").is_file() if folder.is_dir() else name.startswith("sentence-transformers/")
+        self._mean: Any = None
+        self._whole: Any = None
+        if own:
+            self._whole = _sentence_transformer(name, device)
+            return
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            self._mean = (AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).to(device).eval())
+        except (OSError, ValueError) as error:
+            raise InputError(f"There is no sentence encoder {name!r}: {str(error).splitlines()[0]}", "Give a folder.") from None
+
+    def encode(self, texts: Sequence[str]) -> sp.csr_matrix:
+        """Vectors of length one, ``[n, D]``."""
+        if not texts:
+            return sp.csr_matrix((0, 1))
+        if self._whole is not None:
+            return _unit(sp.csr_matrix(np.asarray(self._whole.encode(list(texts), batch_size=self.batch), dtype=np.float64)))
+        made = [self._pooled(list(texts[at : at + self.batch])) for at in range(0, len(texts), self.batch)]
+        return _unit(sp.csr_matrix(np.concatenate(made)))
+
+    @torch.no_grad()
+    def _pooled(self, texts: list[str]) -> Any:
+        tokenizer, model = self._mean
+        limit = min(512, getattr(model.config, "max_position_embeddings", 512))
+        given = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(self.device)
+        states = model(**given).last_hidden_state.double()
+        mask = given["attention_mask"][..., None].double()
+        return ((states * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
+
+
+class Columns:
+    """Texts to look others up among. Of sparse vectors only what a text shares with them is read.
+
+    Args:
+        rows: their vectors, ``[n, D]``.
+    """
+
+    def __init__(self, rows: sp.csr_matrix) -> None:
+        self._columns = sp.csr_matrix(rows.T)
+
+    def against(self, rows: sp.csr_matrix) -> NDArray[np.float64]:
+        """Cosines with other texts ``[m, D]``, ``[n, m]``."""
+        shared = np.unique(rows.indices)
+        if len(shared) == self._columns.shape[0]:  # vectors of an encoder: there is nothing to leave out
+            return np.asarray(self._columns.T @ rows.T.toarray())
+        return np.asarray(self._columns[shared].T @ rows[:, shared].T.toarray())
+
+
+def encoder_of(name: str, key: bytes, texts: Sequence[str], device: Any = "cpu") -> Encoder:
+    """The encoder of a setting: empty for n-grams, else a folder or name; see :class:`Sentences`."""
+    return Sentences(name, device) if name else NGrams(key, texts)
+
+
+def _sentence_transformer(name: str, device: Any) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise MissingExtra(f"The sentence encoder {name!r}", "encoders") from None
+    return SentenceTransformer(name, device=str(device))
+
+
+def _unit(rows: sp.csr_matrix) -> sp.csr_matrix:
+    owner = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+    lengths = np.sqrt(np.bincount(owner, rows.data**2, minlength=rows.shape[0]))
+    rows.data = rows.data / np.where(lengths > 0, lengths, 1)[owner]
+    return rows
