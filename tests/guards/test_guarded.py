@@ -316,5 +316,7 @@ def test_guards_by_name_and_their_settings():
         rows_of({"guard": "filter", "detector.encodingz": False})
     with pytest.raises(InputError, match="filter"):
         rows_of("fliter")
+    with pytest.raises(InputError, match="too late"):
+        Row(detector="key-space", action="neuron-adjust")
     with pytest.raises(InputError, match="detector"):
         rows_of({"detector": "termz", "action": "refuse"})

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from expunge.core.errors import InputError
@@ -40,6 +40,9 @@ from expunge.guards.target import Target, check_target, unique_ids
 
 SORRY = "I'm sorry, but I can't help with that."
 
+#: Where something can still be done about what is noticed at a hook: states are read when the prompt has been.
+_REACH = {Hook.REQUEST: frozenset(Hook), Hook.HIDDEN: frozenset({Hook.SCORES, Hook.TEXT}), Hook.TEXT: frozenset({Hook.TEXT})}
+
 
 class Row(Settings):
     """One guard: what notices, and what is done."""
@@ -62,6 +65,15 @@ class Row(Settings):
     @classmethod
     def _action(cls, value: object) -> object:
         return part(ACTIONS, value)
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Self:
+        if not any(self.action.acts & _REACH[h] for h in self.detector.sees):
+            raise ValueError(
+                f"the detector {self.detector.name!r} notices on {', '.join(sorted(self.detector.sees))}, too late for the action "
+                f"{self.action.name!r}, which acts on {', '.join(sorted(self.action.acts))}"
+            )
+        return self
 
     @property
     def title(self) -> str:
