@@ -70,8 +70,8 @@ class Row(Settings):
     def _in_time(self) -> Self:
         if not any(self.action.acts & _REACH[h] for h in self.detector.sees):
             raise ValueError(
-                f"the detector {self.detector.name!r} notices on {', '.join(sorted(self.detector.sees))}, too late for the action "
-                f"{self.action.name!r}, which acts on {', '.join(sorted(self.action.acts))}"
+                f"the detector {self.detector.name!r} notices on {', '.join(sorted(self.detector.sees))}, too late for the "
+                f"action {self.action.name!r}, which acts on {', '.join(sorted(self.action.acts))}"
             )
         return self
 
