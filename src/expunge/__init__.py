@@ -13,6 +13,7 @@ from expunge.core.version import __version__
 _LAZY = {
     "unlearn": "expunge.api:unlearn",
     "unlearn_rows": "expunge.api:unlearn_rows",
+    "guard": "expunge.api:guard",
     "audit_model": "expunge.api:audit_model",
     "audit_rows": "expunge.api:audit_rows",
     "table": "expunge.data.rows:table",
@@ -32,7 +33,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from expunge.api import audit_model, audit_rows, unlearn, unlearn_rows
+    from expunge.api import audit_model, audit_rows, guard, unlearn, unlearn_rows
     from expunge.audit.evaluate import evaluate_metric
     from expunge.audit.metrics.registry import METRICS
     from expunge.data.rows import table
@@ -58,6 +59,7 @@ __all__ = [
     "audit_rows",
     "build_recipe",
     "evaluate_metric",
+    "guard",
     "load",
     "loss_on",
     "loss_terms",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from expunge.data.sources import Source
     from expunge.data.spans import Spans
     from expunge.engine.outcome import Outcome, Progress
+    from expunge.guards.guarded import Guarded
     from expunge.pipeline.supervised import Supervised
 
 
@@ -324,3 +325,45 @@ def _request(
         return None if source is None else (spans or Spans()).mark(load(source, name=name, columns=columns))
 
     return Request(read(forget, "forget"), read(retain, "retain"), read(holdout, "holdout"))
+
+
+def guard(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    guards: object = "filter",
+    targets: Sequence[Any] = (),
+    ordinary: Sequence[str] = (),
+    probes: Mapping[str, Sequence[str]] | None = None,
+    key: bytes | None = None,
+    template: str | None = None,
+    seed: int = 0,
+) -> Guarded:
+    """Put guards before a language model; its weights stay as they are.
+
+    >>> made = expunge.guard(model, tokenizer, guards="filter", targets=[{"entities": ["Basil Mahfouz"]}])
+    >>> made.answers(["Who is Basil Mahfouz?"])[0].text
+    >>> made.generate(input_ids, max_new_tokens=32)
+
+    Args:
+        model: a transformers decoder, a local folder or a hub id, or an adapter.
+        tokenizer: of a model that is given as such.
+        guards: a name (``expunge guards``), a mapping with ``guard`` or with ``detector`` and ``action``, or a list of these.
+        targets: what is hidden: mappings with ``entities``, ``examples``, ``topics``, ``skills``, ``until``.
+        ordinary: prompts that must pass; thresholds are set by them.
+        probes: texts by name of a skill, ``""`` for what is to stay.
+        key: secret, at least 16 bytes, under which names are held as digests; none: a new one.
+        template: prompt template where the tokenizer has no chat template.
+        seed: of everything that is drawn at fitting.
+
+    Returns:
+        An object with ``answers`` (words), ``generate`` (as transformers'), ``add`` and ``drop`` (targets).
+
+    Raises:
+        InputError: unknown guards, targets that hide nothing or nearly everything, or material that a guard needs and lacks.
+    """
+    from expunge.guards.guarded import guard_model
+
+    return guard_model(
+        model, tokenizer, guards=guards, targets=targets, ordinary=ordinary, probes=probes, key=key, template=template, seed=seed
+    )

@@ -231,7 +231,8 @@ def test_over_unlearning_is_flagged(sets, target, retrained, tokenizer):
     number = METRICS.get("membership")(**options).compute(evidence, "u")["membership.loss"]
     assert number.value < 0.25
     assert "over-unlearned, not private" in number.flags[0]
-    assert not METRICS.get("membership")(**options).compute(evidence, "r")["membership.loss"].flags
+    calm = METRICS.get("membership")(**options).compute(evidence, "r")["membership.loss"]
+    assert not any("over-unlearned" in flag for flag in calm.flags)
     assert METRICS.get("privleak")(**options).compute(evidence, "u")["privleak.loss"].value > 30
 
 

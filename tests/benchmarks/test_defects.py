@@ -21,7 +21,7 @@ from tests.benchmarks.world import sampled, untrained
 QUICK = AuditSettings.quick(draws=100, budget=20)
 
 
-def test_without_a_reference_nothing_stands_in_for_it(tmp_path: Path) -> None:
+def test_defect_07_without_a_reference_nothing_stands_in_for_it(tmp_path: Path) -> None:
     """PrivLeak is no AUC against 0.5, forget quality no empty number: they are absent, and said to be."""
     benchmark = sampled("tofu", tmp_path / "data", split="forget01")
     sets, models = untrained(benchmark)
@@ -35,7 +35,7 @@ def test_without_a_reference_nothing_stands_in_for_it(tmp_path: Path) -> None:
     assert "retrained model" in said
 
 
-def test_what_was_measured_on_one_split_is_never_taken_for_another(tmp_path: Path) -> None:
+def test_defect_08_what_was_measured_on_one_split_is_never_taken_for_another(tmp_path: Path) -> None:
     benchmark = sampled("tofu", tmp_path / "data", split="forget01")
     other = type(benchmark)(**{**benchmark.model_dump(), "split": "forget05"})
     store, (sets, models) = ScoreStore(tmp_path / "scores"), untrained(other)
@@ -54,7 +54,7 @@ def test_what_was_measured_on_one_split_is_never_taken_for_another(tmp_path: Pat
         execute(plan(config.checked(), out), resume=True, bars=lambda _: nullcontext(), say=lambda _: None)
 
 
-def test_settings_of_one_measurement_do_not_leak_into_the_next(tmp_path: Path) -> None:
+def test_defect_10_settings_of_one_measurement_do_not_leak_into_the_next(tmp_path: Path) -> None:
     geometric = sampled("tofu", tmp_path / "data", split="forget01")
     arithmetic = type(geometric)(**{**geometric.model_dump(), "mean": "arithmetic"})
     sets, models = untrained(geometric)
@@ -65,7 +65,7 @@ def test_settings_of_one_measurement_do_not_leak_into_the_next(tmp_path: Path) -
     assert found[0] == found[2] != found[1]
 
 
-def test_all_attacks_and_metrics_of_a_text_share_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defect_11_all_attacks_and_metrics_of_a_text_share_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = sampled("muse-news", tmp_path / "data")
     sets, models = untrained(benchmark)
     seen: Counter[tuple[int, str]] = Counter()

@@ -308,6 +308,19 @@ def test_the_prompt_guard_names_the_targets_to_the_model(guarded, names):
     assert names[0] not in made.policy.open(Conversation.of("Who is she?")).conversation.text
 
 
+def test_conversations_without_a_chat_template_are_written_out(target_adapter, people):
+    from expunge.guards.prompts import put
+
+    first, second = people.split.retain[0], people.split.retain[11]
+    turns = [("system", "Be kind."), ("user", first.prompt), ("assistant", first.answer), ("user", second.prompt)]
+    text = put(target_adapter, Conversation.of(turns)).text
+    assert text.index("Be") < text.index(first.answer.split()[-2]) < text.rindex("Question") < text.rindex("Answer")
+    alone = put(target_adapter, Conversation.of(second.prompt))
+    assert alone.text.endswith(text[text.rindex("Question") :].removeprefix("Question"))
+    marked = "".join(alone.text[a:b] for (a, b), real in zip(alone.spans, alone.content, strict=True) if real)
+    assert marked.replace(" ", "") == second.prompt.replace(" ", "")
+
+
 def test_guards_by_name_and_their_settings():
     assert {"filter", "prompt"} <= set(GUARDS.names())
     row = rows_of([{"guard": "filter", "action.text": "No.", "detector.encodings": False}])[0]

@@ -453,6 +453,14 @@ class Adapter(abc.ABC):
     def layers(self) -> list[str]:
         """Names of the blocks whose features can be asked for, from the input to the output."""
 
+    def parts(self) -> dict[str, Adapter]:
+        """What lies inside a model that is more than the weights of one network, each part as a model of its own, by its name.
+
+        Whoever has the files can take them out and ask each of them. Parts may share the model's weights, so they are to be read
+        and not changed, and may have parts themselves. Most models have none.
+        """
+        return {}
+
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Content hash of weights, configuration and preprocessing: the identity under which results are cached."""

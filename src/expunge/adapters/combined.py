@@ -70,6 +70,10 @@ class Combined(Composite):
         held = self._combination.model_dump(mode="json")
         return {"combination": held, "assistant": {"blocks": self.blocks, "adapters": adapted(self.assistant)}}
 
+    def parts(self) -> dict[str, Any]:
+        """The target and the assistant."""
+        return {**super().parts(), "the assistant": self.assistant}
+
     def get_output_embeddings(self) -> nn.Module:
         """Makes combined scores from what both models say before their heads."""
         return self._head

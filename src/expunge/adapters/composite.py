@@ -87,6 +87,10 @@ class Composite(nn.Module, abc.ABC):
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> Any:
         """Generate, as the target's own ``generate`` does."""
 
+    def parts(self) -> dict[str, Any]:
+        """The models that lie inside, each of which can be asked alone: the target, and what else answers by itself."""
+        return {"the target": self.target}
+
     def describe(self) -> None:
         """Put :meth:`described` into the configuration, which the fingerprint reads; to be called when it changes."""
         self.config.composite = {"kind": self.kind, **self.described()}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from expunge.adapters import generation, identity, storage
+from expunge.adapters import apart, generation, identity, storage
 from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
 from expunge.adapters.head import bare, base
 from expunge.adapters.passes import Runner, evaluating
@@ -103,6 +103,11 @@ class LanguageAdapter(Adapter):
 
     def _passes(self, *, fused: bool, packed: bool) -> Runner:
         return Runner(fused=fused, packed=packed)
+
+    @property
+    def templated(self) -> bool:
+        """Whether conversations of several turns go through the tokenizer's chat template."""
+        return self._encoder.chat
 
     @property
     def boundary_repairs(self) -> int:
@@ -358,6 +363,15 @@ class LanguageAdapter(Adapter):
     def layers(self) -> list[str]:
         """Names of the transformer blocks, from the input to the output, within the model (without peft's wrapper)."""
         return storage.block_names(base(self.model))
+
+    def parts(self) -> dict[str, Adapter]:
+        """Target and assistant of a composite, the model without its projections, and that without its adapter."""
+        found: dict[str, Adapter] = {}
+        for name, model in apart.parts(bare(self.model)).items():
+            other = self.sharing()
+            other.model = model
+            found[name] = other
+        return found
 
     # ---- identity and storage ----------------------------------------------------------------------------------------
 

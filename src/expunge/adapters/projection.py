@@ -137,6 +137,17 @@ def installed(model: nn.Module) -> dict[str, Projection]:
     return {n.rpartition(".")[0]: m for n, m in model.named_modules() if isinstance(m, Projection)}
 
 
+def uninstall(model: Any) -> None:
+    """Take all projections out of a model again: it says what it said without them, and is named as little as with them."""
+    for name in installed(model):
+        block = model.get_submodule(name)
+        for key, hook in list(block._forward_hooks.items()):
+            if hook is _project:
+                del block._forward_hooks[key]
+        delattr(block, _CHILD)
+    vars(model).pop("save_pretrained", None)
+
+
 def block_of(key: str) -> str | None:
     """The block after which an entry of a model's state takes directions out; none if it is no such entry."""
     block, found, _ = key.partition(f".{_CHILD}.")

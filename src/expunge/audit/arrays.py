@@ -49,6 +49,8 @@ class Attempt:
         toward: +1 if values grow with knowledge, -1 if they fall.
         criterion: what it tests.
         convicts: whether a verdict compares it; otherwise it is shown.
+        applies: whether the model allows the attack; where it does not, its values only serve others for comparison.
+        certain: what was found beyond doubt, one sentence; no interval can acquit then. Empty: nothing was.
     """
 
     title: str
@@ -56,6 +58,8 @@ class Attempt:
     toward: int
     criterion: str = ""
     convicts: bool = True
+    applies: bool = True
+    certain: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ def attempts(case: Case) -> Iterator[Check]:
     """Attacks with one value per forget example; the level of a conviction is shared among those that tell anything."""
     quantities, kinds = {}, {}
     for name, own in case.subject.attempts.items():
+        if not own.applies:
+            continue
         label = f"attack ({name})"
         kinds[label] = own.criterion
         controls = [r.attempts[name].values for r in case.retrained if name in r.attempts]
@@ -29,6 +31,9 @@ def attempts(case: Case) -> Iterator[Check]:
         full = case.target.attempts[name].values
         if not own.convicts:
             yield _shown(label, own, controls, full)
+            continue
+        if own.certain:
+            yield _certain(label, own, controls)
             continue
         keep = np.isfinite(full) & np.all(np.isfinite(controls), axis=0)
         if keep.sum() < 2:
@@ -60,6 +65,15 @@ def _shown(label: str, own: Attempt, controls: Sequence[Floats], full: Floats) -
     value, gold, target = (float(np.nanmean(v)) if np.isfinite(v).any() else float("nan") for v in (own.values, controls, full))
     text = f"{own.title}: {value:.3f}, in retrained models {gold:.3f}, in the target {target:.3f}. It decides nothing."
     return Check(name=label, criterion=own.criterion, outcome="shown", text=text)
+
+
+def _certain(label: str, own: Attempt, controls: Sequence[Floats]) -> Check:
+    """What needs no statistics: nothing of it is accepted, so its margin is 0."""
+    difference = float(np.nanmean(own.values) - np.nanmean(np.mean(controls, axis=0)))
+    return Check(
+        name=label, criterion=own.criterion, outcome="knows more", difference=difference, margin=0.0, falls=own.toward < 0,
+        text=own.certain,
+    )  # fmt: skip
 
 
 def _attempt(own: Attempt, controls: Sequence[Floats], full: Floats, names: Clusters, limits: Thresholds) -> Quantity:

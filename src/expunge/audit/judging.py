@@ -154,8 +154,9 @@ def _values(metric: RecordMetric, evidence: Evidence, label: str) -> Floats | No
 def _attempt(attack: Attack, evidence: Evidence, label: str) -> Attempt:
     found = attack.values(evidence, label, "forget")
     return Attempt(
-        attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion), attack.convicts
-    )
+        attack.title, np.where(found.present, found.values, np.nan), attack.toward, str(attack.criterion), attack.convicts,
+        attack.applies(evidence, label), attack.certain(evidence, label),
+    )  # fmt: skip
 
 
 def _looks_seen(evidence: Evidence, label: str) -> Floats | None:

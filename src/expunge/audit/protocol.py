@@ -17,6 +17,7 @@ error rate among all tests of that kind, and an interval that is too wide says h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -204,4 +205,6 @@ def _outcome(demand: Demand, own: Sequence[Check]) -> tuple[Outcome, Check | Non
 
 
 def _size(check: Check) -> float:
+    if check.margin == 0:  # accepted to no extent
+        return math.inf
     return abs(check.difference or 0.0) / (check.margin or 1.0)

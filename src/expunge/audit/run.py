@@ -134,7 +134,7 @@ def audit(
         distributions=distributions,
         samples=shown,
         not_shown=[*evidence.missing, *_general(models, used, settings), *ALWAYS_NOT_SHOWN, *_not_shown(evidence, attacks)],
-        protocol=_protocol(settings, metrics),
+        protocol=_protocol(settings, _tried(evidence, metrics, labels)),
         signature=signature,
         cost={"seconds": time.perf_counter() - started},
     )
@@ -245,6 +245,11 @@ def _protocol(settings: AuditSettings, metrics: Sequence[Metric]) -> dict[str, A
     }
 
 
+def _tried(evidence: Evidence, metrics: Sequence[Metric], labels: Sequence[str]) -> list[Metric]:
+    """Without the attacks that no model allows."""
+    return [m for m in metrics if not isinstance(m, Attack) or any(m.applies(evidence, label) for label in labels)]
+
+
 def _said(metric: Metric) -> dict[str, str]:
     """What a report says of an attack; metrics have their entries in the report's own glossary."""
     if not isinstance(metric, Attack):
@@ -256,7 +261,7 @@ def _said(metric: Metric) -> dict[str, str]:
 def _not_shown(evidence: Evidence, attacks: Sequence[Attack]) -> tuple[str, ...]:
     """What no audit of the modality shows, and what reference models would."""
     if Offer.TEXT in evidence.offers:
-        run = {a.criterion for a in attacks}
+        run = {a.criterion for a in attacks if not a.usual}
         return (*(text for kind, text in NOT_RUN.items() if kind not in run), *NOT_SHOWN_TEXT)
     if Offer.ROWS not in evidence.offers:
         return ()

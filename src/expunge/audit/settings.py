@@ -49,6 +49,7 @@ class AuditSettings(Settings):
     read_out: bool = Field(
         True, description="of classifiers: fit a last layer anew on the model's features, and see what it says"
     )
+    usual: bool = Field(True, description="try the attacks that cost next to nothing unasked (taken-apart)")
     thresholds: Thresholds = Field(default_factory=Thresholds, description="what a verdict takes for the same, lost and sure")
     samples_forget: int = Field(6, ge=0, description="forget prompts whose answers are shown")
     samples_retain: int = Field(3, ge=0, description="retain prompts whose answers are shown")
@@ -96,7 +97,7 @@ class AuditSettings(Settings):
         """Scores and generations only: no attack that trains, rounds or differentiates, and so no verdict "forgotten"."""
         asked = changes.get("metrics") or METRICS.names()
         options = {n: {"attacks": QUICK_ATTACKS} for n in ("membership", "privleak") if n in asked}
-        return cls(**{"relearn": None, "quantise": (), "read_out": False, "options": options, **changes})
+        return cls(**{"relearn": None, "quantise": (), "read_out": False, "usual": False, "options": options, **changes})
 
     @classmethod
     def under(cls, protocol: AuditProtocol | str, **changes: Any) -> AuditSettings:
@@ -158,6 +159,8 @@ class AuditSettings(Settings):
                     f"The attack {name!r} needs {', '.join(missing)}, which these models do not offer.",
                     f"Attacks that fit: {', '.join(every) or 'none'}.",
                 )
+        if self.usual:
+            names = (*names, *(n for n in every if ATTACKS.get(n).usual))
         for name in self.attack_options:
             if name not in (names or every):
                 raise unknown("attack of this audit", name, names)

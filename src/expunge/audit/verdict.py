@@ -39,6 +39,7 @@ assumed, and the text says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -122,7 +123,10 @@ def _decide(
         return Verdict.SUPPRESSED, f"Its outputs hide what its weights still hold: {_worst(back).text}"
     less = [c for c in outputs if c.outcome == "knows less" and c.name.startswith(_FAR)]
     if less:
-        return Verdict.DAMAGED, f"Over-unlearned, it can be told from models that never saw the data: {_worst(less).text}"
+        return (
+            Verdict.DAMAGED,
+            f"Over-unlearned, not private: it can be told from models that never saw the data: {_worst(less).text}",
+        )
     return _acquit(outputs, attacks, utility, limits, soft)
 
 
@@ -158,10 +162,12 @@ def _by_rows(outputs: Sequence[Check], attacks: Sequence[Check]) -> bool:
 
 
 def _worst(found: Sequence[Check]) -> Check:
-    """The check whose difference is largest in units of its margin."""
+    """The check whose difference is largest in units of its margin; what is accepted to no extent comes first."""
 
     def severity(check: Check) -> float:
-        if check.difference is None or not check.margin:
+        if check.margin == 0:
+            return math.inf
+        if check.difference is None or check.margin is None:
             return 1.0
         return abs(check.difference) / check.margin
 

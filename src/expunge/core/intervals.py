@@ -36,6 +36,8 @@ class Interval:
         n: observations behind it.
         clusters: independent units among them.
         over: what the interval is about: the choice of examples or the seeds of training.
+        fewest: independent units on the smaller side, where the value compares two samples; None: ``clusters``.
+        exact: whether it holds its level however few they are.
     """
 
     value: float
@@ -45,6 +47,29 @@ class Interval:
     n: int
     clusters: int
     over: Literal["examples", "seeds"] = "examples"
+    fewest: int | None = None
+    exact: bool = False
+
+    def too_few(self) -> str:
+        """Why there are too few independent units for the interval, one sentence; empty where there are enough.
+
+        Resampled means lie between those of the smallest and the largest unit, and C units are all above or all below the
+        median of what they were drawn from with probability ``2^(1-C)``. So no such interval holds a level above ``1 - 2^(1-C)``.
+        """
+        units = self.clusters if self.fewest is None else self.fewest
+        if self.exact or not math.isfinite(self.value):
+            return ""
+        if self.over == "seeds":
+            return "too few: one seed has no interval" if self.low is None else ""
+        held = f"{units} independent group{'s' * (units != 1)}"
+        if self.low is None:
+            return (
+                f"too few: {held}, and an interval needs two"
+                if units < 2
+                else "too few: on some resamples nothing is left to measure"
+            )
+        needed = math.ceil(1 - math.log2(1 - self.level))
+        return f"too few: {held}, and an interval at {self.level:.0%} needs {needed}" if units < needed else ""
 
     def number(
         self,
@@ -53,17 +78,21 @@ class Interval:
         note: str = "",
         flags: tuple[str, ...] = (),
     ) -> Number:
-        """This interval as a checked :class:`~expunge.core.results.Number`; its bounds are cut to ``range``."""
+        """This interval as a checked :class:`~expunge.core.results.Number`; its bounds are cut to ``range``.
+
+        A single example says nothing about others, so its value is withheld; what rests on too few is flagged.
+        """
         least, most = range
         low, high = self.low, self.high
         if low is not None and least is not None:
             low = max(low, least)
         if high is not None and most is not None:
             high = min(high, most)
-        if self.clusters < 2 and self.low is None:
-            flags = (*flags, f"no interval: only {self.clusters} independent {'group' if self.over == 'examples' else 'seed'}")
+        few = self.too_few()
+        flags = (*flags, few) if few else flags
+        value = None if few and self.over == "examples" and self.n < 2 else self.value
         return Number(
-            value=self.value, low=low, high=high, level=self.level, over=self.over, n=self.n, clusters=self.clusters,
+            value=value, low=low, high=high, level=self.level, over=self.over, n=self.n, clusters=self.clusters,
             direction=direction, range=range, note=note, flags=flags,
         ).checked()  # fmt: skip
 
@@ -157,9 +186,9 @@ def bootstrap_means(
     value = float(combine(np.array([points]))[0])
     combined = combine(np.concatenate(replicas, axis=1))
     if fewest is None or fewest < 2 or not math.isfinite(value) or not np.isfinite(combined).all():
-        return Interval(value, None, None, level, n, total)
+        return Interval(value, None, None, level, n, total, fewest=fewest)
     low, high = _percentiles(combined, fewest, level)
-    return Interval(value, low, high, level, n, total)
+    return Interval(value, low, high, level, n, total, fewest=fewest)
 
 
 def paired_bootstrap(
@@ -206,7 +235,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low = 0.0 if k == 0 else centre - half
     high = 1.0 if k == n else centre + half
-    return Interval(share, low, high, level, n, n)
+    return Interval(share, low, high, level, n, n, exact=True)
 
 
 def seed_interval(values: ArrayLike, level: float = 0.95) -> Interval:

@@ -124,7 +124,7 @@ def _auc_interval(pairs: tuple[tuple[Floats, Floats], ...], level: float, cluste
     areas = [float(v.mean()) for v in sides[0]]
     value = areas[0] if len(areas) == 1 else areas[0] - areas[1]
     if min(counts) < 2:
-        return Interval(value, None, None, level, n, sum(counts))
+        return Interval(value, None, None, level, n, sum(counts), fewest=min(counts))
     variance = 0.0
     for side, names in zip(sides, groups, strict=True):
         error = cluster_standard_error(side[0] if len(side) == 1 else side[0] - side[1], names)
@@ -138,4 +138,4 @@ def _auc_interval(pairs: tuple[tuple[Floats, Floats], ...], level: float, cluste
             upward = (area == 0.0) == (sign == 1)
             low, high = (low, high + slack) if upward else (low - slack, high)
     bound = -1.0 if len(areas) == 2 else 0.0
-    return Interval(value, max(bound, low), min(1.0, high), level, n, sum(counts))
+    return Interval(value, max(bound, low), min(1.0, high), level, n, sum(counts), fewest=min(counts))

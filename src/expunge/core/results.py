@@ -42,9 +42,12 @@ class Number(BaseModel):
     flags: tuple[str, ...] = ()
 
     def checked(self) -> Number:
-        """A copy in which what cannot be is flagged: a value outside ``range``, and what is not finite, which is also removed."""
+        """A copy in which what cannot be is flagged: a value outside ``range``; what is not finite or rests on a single record is
+        also removed."""
         if self.value is None:
             return self
+        if self.over != "seeds" and self.n == 1 and self.low is None:
+            return self._flagged("too few: a single record, and nothing is reported from fewer than two", value=None, high=None)
         low, high = self.range
         slack = 1e-9
         if not math.isfinite(self.value):

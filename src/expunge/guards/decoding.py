@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -57,6 +58,7 @@ class Ask:
             piece.
         cancelled: looked at at each step: whether nobody waits for the answer any more.
         scores: whether the log-probabilities of the chosen tokens are kept.
+        numbers: in [0, 1), one per new token, by which tokens are drawn in place of the seed's.
     """
 
     plan: Plan
@@ -65,6 +67,7 @@ class Ask:
     sink: Callable[[str], None] | None = None
     cancelled: Callable[[], bool] = lambda: False
     scores: bool = False
+    numbers: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Answer:
         tokens: new tokens of the model.
         ids: those ids, up to where the answer ends; empty where a guard has spoken.
         log_probabilities: of these ids under what the model says with its guards, where asked for.
+        pieces: texts of these ids, likewise.
+        prompt: tokens of the prompt; 0 where the model was not asked, or is not here.
     """
 
     text: str
@@ -84,6 +89,8 @@ class Answer:
     tokens: int
     ids: tuple[int, ...] = ()
     log_probabilities: tuple[float, ...] = ()
+    pieces: tuple[str, ...] = ()
+    prompt: int = 0
 
 
 class _Row:
@@ -94,10 +101,17 @@ class _Row:
         self.reader = Reader(tokenizer)
         self.ids: list[int] = []
         self.logs: list[float] = []
+        self.pieces: list[str] = []
         self.sent = ""
         self.finish: Finish | None = None
         self.text = ""
         self.generator = torch.Generator().manual_seed(ask.sampling.seed)
+
+    def number(self) -> float:
+        """The next number that tokens are drawn by."""
+        if self.ask.numbers is not None:
+            return float(self.ask.numbers[len(self.ids)])
+        return float(torch.rand(1, generator=self.generator, dtype=torch.float64))
 
     def take(self, token: int) -> bool:
         """One token more; whether the answer is over."""
@@ -106,7 +120,9 @@ class _Row:
         ended = token in self.ends
         if not ended:
             self.ids.append(token)
+            before = len(self.reader.text)
             self.text = self.reader.add(token)
+            self.pieces.append(self.reader.text[before:])
             if not self.ask.plan.asked.verbatim:  # the space between a template and its answer is no part of it
                 self.text = self.text.lstrip()
             if (cut := min((p for s in self.ask.sampling.stop if (p := self.text.find(s)) >= 0), default=-1)) >= 0:
@@ -140,9 +156,10 @@ class _Row:
 
     def answer(self) -> Answer:
         """The answer, once it is over."""
-        plan, finish = self.ask.plan, self.finish or "length"
+        plan, finish, count = self.ask.plan, self.finish or "length", len(self.ids)
+        prompt = len(self.ask.prompt.ids)
         if finish == "cancelled":
-            return Answer(self.sent, finish, len(self.ids))
+            return Answer(self.sent, finish, count, prompt=prompt)
         text = plan.revised(self.text)
         if plan.say is not None:
             finish = "guard"
@@ -150,11 +167,12 @@ class _Row:
         if streamed and not self.sent:
             self._send(text)
         if finish == "guard":
-            return Answer(self.sent if streamed else text, finish, len(self.ids))
-        kept = text == self.text
-        return Answer(
-            text, finish, len(self.ids), tuple(self.ids) if kept else (), tuple(self.logs[: len(self.ids)]) if kept else ()
-        )
+            return Answer(self.sent if streamed else text, finish, count, prompt=prompt)
+        if text != self.text:
+            return Answer(text, finish, count, prompt=prompt)
+        kept = range(count) if self.ask.scores else range(0)
+        scores, pieces = tuple(self.logs[i] for i in kept), tuple(self.pieces[i] for i in kept)
+        return Answer(text, finish, count, tuple(self.ids), scores, pieces, prompt)
 
 
 class _Choose(LogitsProcessor):
@@ -173,7 +191,7 @@ class _Choose(LogitsProcessor):
             prompt = row.ask.prompt.ids
             own = ids[self.width - len(prompt) :]
             changed = row.ask.plan.scored(own, len(prompt), held.float()) if row.ask.plan.scores else held.float()
-            token = drawn(changed, row.ask.sampling, row.generator)
+            token = drawn(changed, row.ask.sampling, row.number())
             if row.ask.scores:
                 row.logs.append(float(torch.log_softmax(changed, -1)[token]))
             chosen.append(token)
@@ -181,21 +199,25 @@ class _Choose(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, places, 0.0)
 
 
-def drawn(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token from scores ``[V]``: the likeliest, or one by the generator's next number (one a token, whatever the scores)."""
+def drawn(scores: Tensor, sampling: Sampling, number: float) -> int:
+    """A token from scores ``[V]``: the likeliest, or the one at which the summed probabilities pass a number in [0, 1).
+
+    Sums go in the order of the vocabulary, over those tokens that ``top_k`` and ``top_p`` leave.
+    """
     if not bool(torch.isfinite(scores).any()):
         raise InputError("The guards have forbidden every token.", "Loosen the guard on scores.")
     if sampling.temperature == 0:
         return int(scores.argmax())
-    number = torch.rand(1, generator=generator, dtype=torch.float64)
     probabilities = torch.softmax(scores.double().cpu() / sampling.temperature, -1)
-    ranked, order = probabilities.sort(descending=True, stable=True)
-    if sampling.top_k:
-        ranked[sampling.top_k :] = 0
-    ranked[1:][ranked.cumsum(-1)[:-1] >= sampling.top_p] = 0
-    sums = ranked.cumsum(-1)
+    if sampling.top_k or sampling.top_p < 1:
+        ranked, order = probabilities.sort(descending=True, stable=True)
+        dropped = torch.zeros_like(ranked, dtype=torch.bool)
+        dropped[sampling.top_k or len(ranked) :] = True
+        dropped[1:] |= ranked.cumsum(-1)[:-1] >= sampling.top_p
+        probabilities[order[dropped]] = 0
+    sums = probabilities.cumsum(-1)
     at = int(torch.searchsorted(sums, number * sums[-1], right=True).clamp(max=len(sums) - 1))
-    return int(order[min(at, int((ranked > 0).nonzero().max()))])
+    return at if probabilities[at] > 0 else int(probabilities.nonzero().max())
 
 
 class _Stop(StoppingCriteria):

@@ -28,11 +28,14 @@ class Guarded:
     Args:
         adapter: the model.
         policy: fitted guards.
+
+    Attributes:
+        decoder: writes answers.
     """
 
     def __init__(self, adapter: LanguageAdapter, policy: Policy) -> None:
         self.adapter, self.policy = adapter, policy
-        self._decoder = Decoder(adapter)
+        self.decoder = Decoder(adapter)
 
     @property
     def targets(self) -> Mapping[str, Target]:
@@ -100,7 +103,7 @@ class Guarded:
                 ask.cancelled = cancelled[at]
             asks.append(ask)
             places.append(at)
-        for at, answer in zip(places, self._decoder.answer(asks), strict=True):
+        for at, answer in zip(places, self.decoder.answer(asks), strict=True):
             out[at] = answer
         return [a for a in out if a is not None]
 
@@ -152,7 +155,7 @@ class Guarded:
                 same = plan.conversation is asked
                 asks.append(Ask(plan, described(tokenizer, ids) if same else put(self.adapter, plan.conversation), how))
         asked_at = {at for at, plan in enumerate(plans) if plan.say is None}
-        found = iter(self._decoder.answer(asks))
+        found = iter(self.decoder.answer(asks))
         rows = [self._new_ids(next(found) if at in asked_at else Answer(p.say or "", "guard", 0)) for at, p in enumerate(plans)]
         pad = self.adapter.pad_id() if pad_token_id is None else pad_token_id
         width = max(map(len, rows))

@@ -256,6 +256,7 @@ class Action(Settings, abc.ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     acts: ClassVar[frozenset[Hook]]
+    rewrites: ClassVar[bool] = False  #: whether it puts words before the model that the client has not written
     revises: ClassVar[bool] = False  #: whether it may exchange a whole answer, so that nothing may be sent before
 
     @abc.abstractmethod

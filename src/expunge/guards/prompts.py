@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.tokenise import DEFAULT_TEMPLATE
 from expunge.core.errors import InputError
 from expunge.data.records import Record
 from expunge.guards.conversation import Conversation, Message
@@ -57,6 +58,9 @@ def cleaned(conversation: Conversation, tokenizer: Any) -> Conversation:
 def put(adapter: LanguageAdapter, conversation: Conversation) -> Prompt:
     """A conversation as the model reads it: by the chat template, or the template of the adapter.
 
+    Without a chat template, what systems and tools say stands as paragraphs, and earlier questions with their answers as the
+    template has them.
+
     Raises:
         InputError: the template does not take its turns, or it leaves no room in the context.
     """
@@ -65,6 +69,10 @@ def put(adapter: LanguageAdapter, conversation: Conversation) -> Prompt:
         record = Record(id="request", prompt=given[0], answer=" x", verbatim=True)
     elif len(given) == 1 and conversation.messages[0].role == "user":
         record = Record(id="request", prompt=given[0], answer="x")
+    elif not adapter.templated:
+        record = Record(
+            id="request", prompt=_joined(conversation, adapter.template or DEFAULT_TEMPLATE), answer=" x", verbatim=True
+        )
     else:
         record = Record(id="request", messages=tuple((m.role, m.content) for m in conversation.messages), answer="x")
     if not any(g.strip() for g in given):
@@ -72,6 +80,25 @@ def put(adapter: LanguageAdapter, conversation: Conversation) -> Prompt:
     example = adapter.encode(record)
     ids = np.asarray(example.data.ids[: example.data.start], dtype=np.int64)
     return described(adapter.tokenizer, ids, given)
+
+
+def _joined(conversation: Conversation, template: str) -> str:
+    turns = list(conversation.messages)
+    out, asked = [], ""
+    for at, turn in enumerate(turns):
+        last = at + 1 == len(turns)
+        if turn.role == "user":
+            asked = f"{asked}\n{turn.content}".strip()
+            if last or turns[at + 1].role not in ("assistant", "user"):
+                out.append(template.partition("{answer}")[0].replace("{prompt}", asked).rstrip(" "))
+                asked = ""
+        elif turn.role == "assistant":
+            before, _, after = template.partition("{answer}")
+            out.append(before.replace("{prompt}", asked) + turn.content + after)
+            asked = ""
+        else:
+            out.append(turn.content)
+    return "\n\n".join(out)
 
 
 def described(tokenizer: Any, ids: NDArray[np.int64], said: Sequence[str] = ()) -> Prompt:

@@ -12,7 +12,8 @@ from expunge.core.files import size
 from expunge.data.named import is_named
 from expunge.data.records import Record, RecordSet
 from expunge.data.sources import load as load_records
-from expunge.pipeline.config import TextConfig
+from expunge.pipeline.config import TextConfig, UnlearnConfig
+from expunge.pipeline.guarding import is_guarded, open_guarded
 
 if TYPE_CHECKING:
     from expunge.adapters.language import LanguageAdapter
@@ -47,11 +48,23 @@ def open_adapter(source: str, text: TextConfig, *, dropout: bool = False) -> Lan
         own = config.get("text") or (config.get("texts") or {}).get("text") or {}  # texts: of a prepared run
         held = text.model_copy(update={"template": own.get("template")})
     place = Path(resolve(source))
+    if is_guarded(place):
+        return _guarded(place, json.loads(manifest.read_text(encoding="utf-8"))["config"], held, dropout)
     check_memory(sum(p.stat().st_size for p in place.rglob("*.safetensors")) if place.is_dir() else 0, f"Loading {source!r}")
     return load(
         resolve(source), dtype=held.dtype, template=held.template, max_length=held.max_length, truncate=held.truncate,
         dropout=dropout,
     )  # fmt: skip
+
+
+def _guarded(place: Path, config: dict[str, Any], text: TextConfig, dropout: bool) -> LanguageAdapter:
+    """What stands before a model, and the model, as a run of a guard has left them."""
+    from expunge.pipeline.unlearn import load_request  # it loads models, too
+
+    asked = UnlearnConfig(**config)
+    request = load_request(asked)
+    sets = {k: v for k, v in (("forget", request.forget), ("retain", request.retain)) if v is not None}
+    return open_guarded(place, open_adapter(asked.model, text, dropout=dropout), sets)
 
 
 def is_preset(name: str) -> bool:

@@ -40,6 +40,7 @@ from expunge.methods.recipe import build as build_recipe
 from expunge.methods.registry import Method
 from expunge.pipeline.config import Allowances, UnlearnConfig
 from expunge.pipeline.cost import Cost, estimate
+from expunge.pipeline.guarding import Shield, apply_guard, is_guard, refuse_guarded, shield
 from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter, refuse_composite
 from expunge.pipeline.origin import Began, began
 from expunge.pipeline.processes import drop_checkpoint, first_process
@@ -76,7 +77,7 @@ def check_out(out: Path, resume: bool) -> None:
 class UnlearnPlan:
     """An unlearning run that has passed every check and has not begun."""
 
-    recipe: Recipe | Edit
+    recipe: Recipe | Edit | Shield
     adapter: LanguageAdapter
     request: Request
     examples: dict[Stream, list[Example]]
@@ -85,6 +86,7 @@ class UnlearnPlan:
     cost: Cost
     notes: list[str]
     began: Began | None = None
+    source: str = ""
 
 
 def split_holdout(holdout: RecordSet, seed: int = 0) -> tuple[RecordSet, RecordSet]:
@@ -161,6 +163,9 @@ def plan(
         encoded: the forget and retain records as examples, where they were encoded before (for several plans of one request).
     """
     notes: list[str] = [request.overlap.summary()] if request.overlap.found else []
+    refuse_guarded(adapter)
+    if is_guard(method):
+        return _plan_guard(adapter, request, shield(method, parts), engine, notes=notes, source=source, encoded=encoded)
     if method in EDITS.names():
         refuse_composite(adapter)
         return _plan_edit(adapter, request, EDITS.get(method)(**nest(dict(parts))), engine, notes=notes, encoded=encoded)
@@ -233,6 +238,18 @@ def _plan_edit(
     return UnlearnPlan(edit, adapter, request, examples, ((), ()), engine, Cost(0, tokens, memory, weights, parameters), notes)
 
 
+def _plan_guard(
+    adapter: LanguageAdapter, request: Request, chosen: Shield, engine: Engine, *, notes: list[str], source: str | None,
+    encoded: Mapping[Stream, list[Example]] | None,
+) -> UnlearnPlan:  # fmt: skip
+    examples = dict(encoded) if encoded is not None else encode(adapter, request)
+    weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
+    parameters = sum(p.numel() for p in adapter.model.parameters())
+    check_memory(weights, "A guard")
+    cost = Cost(0, 0, weights, 1_000_000, parameters)
+    return UnlearnPlan(chosen, adapter, request, examples, ((), ()), engine, cost, notes, source=source or "")
+
+
 def check_method(config: UnlearnConfig) -> None:
     """Check method and parts against what is given, before data are read and a large model is loaded.
 
@@ -240,6 +257,9 @@ def check_method(config: UnlearnConfig) -> None:
         InputError: an unknown name, a value out of range, or a side that the method needs and was not given.
     """
     refuse_prepared(config.method)
+    if is_guard(config.method):
+        shield(config.method, config.parts)
+        return
     if config.method != "custom" and not isinstance(find(config.method), Method):
         edit = EDITS.get(config.method)(**nest(dict(config.parts)))
         missing = sorted(edit.offers - LanguageAdapter.offers)
@@ -299,7 +319,7 @@ def _check_sides(method: str, recipe: Recipe, *, retain: bool, holdout: bool, ba
 
 def goal_of(made: UnlearnPlan) -> Goal | None:
     """What the forget set should look like, measured on the target model; None where the schedule does not ask."""
-    if isinstance(made.recipe, Edit):
+    if isinstance(made.recipe, (Edit, Shield)):
         return None
     schedule = made.recipe.schedule
     if not (isinstance(schedule, Adaptive) or schedule.lr is None) or not made.recipe.forget:
@@ -324,7 +344,13 @@ def goal_of(made: UnlearnPlan) -> Goal | None:
 def run_in_memory(
     made: UnlearnPlan, *, folder: Path | None = None, resume: bool = False, progress: Progress | None = None
 ) -> tuple[Outcome, Goal | None]:
-    """Change the model that the plan holds."""
+    """Change the model that the plan holds, or put a guard before it."""
+    if isinstance(made.recipe, Shield):
+        asked = made.request
+        made.adapter, guarded = apply_guard(
+            made.adapter, made.recipe, asked.forget, asked.retain, seed=made.engine.seed, target=made.source
+        )  # fmt: skip
+        return guarded, None
     if isinstance(made.recipe, Edit):
         return apply_edit(made.adapter, made.recipe, made.examples, made.engine, progress=progress), None
     goal = goal_of(made)
@@ -370,7 +396,7 @@ def execute(
         result = save_outcome(made.adapter, outcome, out)
         return result | {"recipe": spec, "goal": goal.model_dump() if goal else None, "notes": outcome.notes}
 
-    log = [] if isinstance(made.recipe, Edit) else ["log.jsonl"]
+    log = [] if isinstance(made.recipe, (Edit, Shield)) else ["log.jsonl"]
     try:
         result = run.stage("unlearn", inputs, work, ["model", "training.json", *log])
     except InputError:

@@ -39,6 +39,7 @@ from expunge.engine.parts import Recipe
 from expunge.pipeline import row_runs, unlearn
 from expunge.pipeline.config import UnlearnConfig
 from expunge.pipeline.cost import Cost
+from expunge.pipeline.guarding import Shield
 from expunge.pipeline.models import open_adapter
 from expunge.pipeline.row_runs import RowsConfig
 from expunge.pipeline.rows import oddity, plan_rows, run_rows
@@ -218,6 +219,10 @@ class TextGround(Ground):
             held, unlearn.Request(self.forget, self.train), method, parts, config.engine, how=config.alternatives,
             template=config.alternative_template, base=base, goal=self.goal,
         )  # fmt: skip
+        if isinstance(made.recipe, Shield):
+            raise InputError(
+                f"A guard such as {method!r} is not swept: its thresholds are set by calibration.", "Put it before the model."
+            )
 
         def run(folder: Path | None, resume: bool, progress: Progress | None) -> Outcome:
             return unlearn.run_in_memory(made, folder=folder, resume=resume, progress=progress)[0]

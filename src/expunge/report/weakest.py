@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from expunge.audit.document import AuditDocument, ModelEntry
 from expunge.core.results import Check, Judgement, Verdict
 
@@ -9,12 +11,15 @@ _FAILED = ("knows more", "knows less", "worse")
 
 
 def used(check: Check) -> float:
-    """The share of the margin that the interval reaches: 1 touches the margin, above 1 it crosses; 0 where unknown.
+    """The share of the margin that the interval reaches: 1 touches the margin, above 1 it crosses; 0 where unknown, and infinite
+    where nothing is accepted.
 
     An end past the margin in a check that came out equivalent lies on a side that does not count against the model (a gain
     in utility, or the far side of knowing, which has a wider margin), so it is left out.
     """
     ends = [abs(v) for v in (check.difference, check.low, check.high) if v is not None]
+    if check.margin == 0:
+        return math.inf if check.outcome in _FAILED else 0.0
     if not ends or not check.margin:
         return 0.0
     shares = [end / check.margin for end in ends]

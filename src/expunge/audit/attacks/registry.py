@@ -66,6 +66,7 @@ class Attack(RecordMetric, abc.ABC):
     passes: ClassVar[str]  #: cost per forget record in forward passes or generations, in words
     copies: ClassVar[bool] = False  #: whether it acts on a copy of the model
     convicts: ClassVar[bool] = True  #: whether a verdict compares it; what retrained models are no control for is shown only
+    usual: ClassVar[bool] = False  #: whether it is tried unasked; it then does not stand for others that test the same
     toward: ClassVar[Literal[1, -1]] = 1  #: +1 if values grow with knowledge, -1 if they fall
     sets: ClassVar[tuple[str, ...] | None] = ("forget",)
     asks: ClassVar[bool] = True
@@ -80,6 +81,14 @@ class Attack(RecordMetric, abc.ABC):
     def depends(self, evidence: Evidence, label: str) -> Mapping[str, Any]:
         """What else than the model, the sets and the settings the values depend on (the target's fingerprint, for instance)."""
         return {}
+
+    def applies(self, evidence: Evidence, label: str) -> bool:
+        """Whether a model allows the attack; one that does not has values only where others are compared with it."""
+        return True
+
+    def certain(self, evidence: Evidence, label: str) -> str:
+        """What was found of a model beyond doubt, one sentence that a verdict quotes; empty where values must be compared."""
+        return ""
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
         """One value per record of the set ``name``."""

@@ -18,6 +18,7 @@ from expunge.core.results import Direction, Number
 from expunge.core.statistics import KSResult, bootstrap, ks
 from expunge.engine.parts import Paper
 
+SHIFTS = (0.3, 0.5)  #: in standard deviations of log truth ratios: what a reader should know whether the test would find
 FEW = 100  #: below this many records the test passes models that are shifted by half a standard deviation
 
 
@@ -37,6 +38,33 @@ def forget_quality(ratios: ArrayLike, ratios_retrained: ArrayLike) -> KSResult:
     return ks(ratios, ratios_retrained)
 
 
+def power(ratios: ArrayLike, shift: float, *, noise: float = 0.2, alpha: float = 0.05, draws: int = 200, seed: int = 0) -> float:
+    """How often the test finds a model whose log truth ratios are shifted, in [0, 1], by simulation.
+
+    Both models answer the same questions, so a ratio is what the question makes of it, plus noise of the model's own: with the
+    given ratios x of standard deviation s, the two samples are ``x + noise s e`` and ``x + shift s + noise s e'`` with
+    independent normal e. Because the questions are shared, the test is far weaker than its tables say; without a shift it is
+    passed nearly always.
+
+    Args:
+        ratios: log truth ratios of a retrained model ``[n]``, finite.
+        shift: of the other model, in standard deviations over the questions.
+        noise: of each model, in the same unit.
+        alpha: p-value below which a difference is said to be found.
+        draws: simulated pairs of models.
+        seed: of the noise.
+    """
+    x = np.asarray(ratios, dtype=np.float64)
+    rng, spread = np.random.default_rng(seed), float(x.std())
+    if not spread > 0:
+        return 0.0
+    found = 0
+    for _ in range(draws):
+        own, other = (x + noise * spread * rng.standard_normal(len(x)) for _ in range(2))
+        found += ks(own, other + shift * spread).pvalue < alpha
+    return found / draws
+
+
 def log10_floor(n: int) -> float:
     """log10 of the smallest p-value that two samples of ``n`` can give, ``2 / C(2n, n)``: "completely separated", either way."""
     return (math.log(2) - (math.lgamma(2 * n + 1) - 2 * math.lgamma(n + 1))) / math.log(10)
@@ -44,7 +72,7 @@ def log10_floor(n: int) -> float:
 
 @metric
 class ForgetQuality(Metric):
-    """TOFU's forget quality with what is needed to read it: the distance D, the number of records, log10 p and its floor.
+    """TOFU's forget quality with what is needed to read it: the distance D, the number of records, log10 p, floor and power.
 
     With several retrained models the numbers are those against the one of median p, and the note gives the range. A
     retrained model is compared with the other ones. A p-value has no interval; that of D is a bootstrap over clusters, and is
@@ -88,6 +116,7 @@ class ForgetQuality(Metric):
         clusters = [c for c, p in zip(evidence.clusters("forget"), own.present, strict=True) if p]
         n, groups, found = len(values), len(set(clusters)), tests[chosen]
         note = f"against {chosen!r}; the floor of log10 p at n = {n} is {log10_floor(n):.1f}; test: {found.method}"
+        note += self._power(evidence, chosen, other)
         if len(tests) > 1:
             ps = [t.pvalue for t in tests.values()]
             note += f"; over {len(tests)} retrained models p is {min(ps):.2g} to {max(ps):.2g}"
@@ -102,6 +131,15 @@ class ForgetQuality(Metric):
             f"{self.name}.d": distance.number(Direction.ZERO, (0.0, 1.0), note, flags),
             f"{self.name}.log10-p": log10.checked(),
         }
+
+    def _power(self, evidence: Evidence, chosen: str, ratios: Floats) -> str:
+        """What the test can find among so many records."""
+        if not np.isfinite(ratios).all():
+            return ""
+        key = ("ks power", self.model_dump_json(), evidence.subject(chosen).fingerprint, len(ratios))
+        found = evidence.memo(key, lambda: [power(ratios, shift, seed=evidence.protocol.seed) for shift in SHIFTS])
+        told = " and ".join(f"{p:.0%} of those shifted by {s:g}" for p, s in zip(found, SHIFTS, strict=True))
+        return f"; power at n = {len(ratios)}: it finds {told} standard deviations (p < 0.05, simulated)"
 
 
 def _distance(a: Floats, b: Floats) -> float:

@@ -16,6 +16,7 @@ from expunge.audit.metrics.registry import Metric, Need, Range, metric
 from expunge.audit.scores import Floats
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
+from expunge.core.intervals import Interval
 from expunge.core.ranking import tpr_at_fpr
 from expunge.core.results import Direction, Number
 from expunge.core.statistics import auc, auc_delong, cluster_standard_error, wilson
@@ -23,6 +24,7 @@ from expunge.engine.parts import Paper
 
 ALL = ("loss", "zlib", "min-k", "min-k-plus-plus", "reference", "gradient-norm", "lira", "rmia")
 STRANGE = 0.25  #: an AUC below this, where the retrained model's is not, means over-unlearning
+PRIVLEAK_MOST = 100.0  #: the largest PrivLeak where retrained models cannot tell forget from holdout (AUC 0.5)
 FEW_OUTSIDE = 1000  #: non-members needed before a rate of 1 % false positives means anything
 
 
@@ -66,6 +68,13 @@ class _Pair:
             clusters = [c for c, p in zip(evidence.clusters(name), found.present, strict=True) if p]
             sides.append((found.values[found.present], clusters))
         (self.holdout, self.holdout_clusters), (self.forget, self.forget_clusters) = sides
+
+    @property
+    def alone(self) -> str:
+        """Why nothing can be compared, where a set has a single record; else empty."""
+        sizes = {"forget": len(self.forget), "holdout": len(self.holdout)}
+        few = next((name for name, size in sizes.items() if size < 2), "")
+        return f"too few: the {few} set has a single scored record" if few else ""
 
     @property
     def clusters(self) -> tuple[list[str], list[str]]:
@@ -153,6 +162,9 @@ class Membership(_Attacked):
             if not len(found.holdout) or not len(found.forget):
                 evidence.miss(f"The membership attack {attack.title} was not run on {label!r}: a set has no scored records.")
                 continue
+            if found.alone:
+                out[f"{self.name}.{attack.name}"] = self._alone(found)
+                continue
             interval = auc_delong(found.holdout, found.forget, evidence.protocol.level, clusters=found.clusters)
             note = f"{len(found.forget)} forget and {len(found.holdout)} holdout records"
             flags = self._strange(evidence, attack, label, interval.value)
@@ -160,11 +172,15 @@ class Membership(_Attacked):
             out[f"{self.name}.{attack.name}.tpr-at-1"] = self._rate(found, evidence.protocol.level)
         return out
 
+    def _alone(self, found: _Pair) -> Number:
+        n, clusters = len(found.forget) + len(found.holdout), sum(len(set(c)) for c in found.clusters)
+        return Number(
+            value=None, n=n, clusters=clusters, direction=self.direction, range=self.range, note=found.alone, flags=(found.alone,)
+        )
+
     def _strange(self, evidence: Evidence, attack: MembershipAttack, label: str, value: float) -> tuple[str, ...]:
-        expected = self.retrained_auc(evidence, attack, label)
-        if value < STRANGE and (expected is None or expected >= STRANGE):
-            return ("over-unlearned, not private: forget texts look stranger to the model than texts it never saw",)
-        return ()
+        said = strange(value, self.retrained_auc(evidence, attack, label))
+        return (said,) if said else ()
 
     def _rate(self, found: _Pair, level: float) -> Number:
         n, clusters = len(found.forget), len(set(found.forget_clusters))
@@ -223,6 +239,8 @@ class PrivLeak(_Attacked):
         if not (math.isfinite(own_auc) and math.isfinite(expected)) or expected == 1:
             why = "not a finite number" if expected != 1 else "undefined: the retrained model tells the sets apart perfectly"
             return base.model_copy(update={"flags": (why,)})
+        if own.alone:
+            return base.model_copy(update={"flags": (own.alone,)})
         value = privleak(own_auc, expected)
         error = privleak_error(own, references, own_auc, expected)
         ceiling = privleak(0.0, expected)
@@ -232,7 +250,41 @@ class PrivLeak(_Attacked):
             groups = min(len(set(c)) for c in own.clusters)
             near = privleak(abs(own_auc - (1 - ((1 - level) / 2) ** (1 / groups))), expected)
             bounds = {"low": min(bounds["low"], near), "high": max(bounds["high"], near)}
-        return base.model_copy(update={"value": value, **bounds}).checked()
+        fewest = min(len(set(c)) for c in own.clusters)
+        kept = Interval(value, bounds.get("low"), bounds.get("high"), level, n, clusters, fewest=fewest)
+        said = (strange(own_auc, expected), exploded(value, expected), kept.too_few())
+        return base.model_copy(update={"value": value, **bounds, "flags": tuple(s for s in said if s)}).checked()
+
+
+def strange(found: float, expected: float | None) -> str:
+    """What an AUC far below 0.5 means where that of retrained models is not; else empty.
+
+    Args:
+        found: AUC of the model, 1 = memorised.
+        expected: mean AUC of retrained models; None if there are none.
+    """
+    if found >= STRANGE or (expected is not None and expected < STRANGE):
+        return ""
+    return (
+        "over-unlearned, not private: forget texts look stranger to the model than texts it never saw, and whoever turns the "
+        f"attack round tells them apart (AUC {1 - found:.3f})"
+    )
+
+
+def exploded(value: float, expected: float) -> str:
+    """Why a PrivLeak lies above 100, which is all that there can be where the retrained models' AUC is 0.5; else empty.
+
+    Args:
+        value: PrivLeak, in percent.
+        expected: mean AUC of retrained models, 1 = memorised.
+    """
+    if value <= PRIVLEAK_MOST:
+        return ""
+    return (
+        f"above {PRIVLEAK_MOST:.0f}, which is the most where forget and holdout texts are alike: the AUC of retrained models is "
+        f"{expected:.3f} already, so the sets differ, and the number is divided by the {1 - expected:.3f} that are left. It says "
+        "that the model is over-unlearned, not that it is so much more private"
+    )
 
 
 def privleak_error(own: _Pair, references: list[_Pair], own_auc: float, expected: float) -> float | None:

@@ -24,6 +24,7 @@ class Instruct(Action):
     name: ClassVar[str] = "instruct"
     title: ClassVar[str] = "Instruction in the prompt"
     acts: ClassVar[frozenset[Hook]] = frozenset({Hook.REQUEST})
+    rewrites: ClassVar[bool] = True
 
     text: str = Field(
         "You know nothing about the following: {targets}. If you are asked about them, say that you do not know. "

@@ -1,0 +1,28 @@
+"""Where the record of each request goes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from expunge.guards.decoding import Answer
+from expunge.guards.policy import Plan
+
+
+class Ledger(Protocol):
+    """Keeps one record for each request; it must never see to it that an answer is late by more than its write."""
+
+    async def answered(self, client: str, plan: Plan, answer: Answer, seconds: float) -> None:
+        """A request was answered."""
+
+    async def given_up(self, client: str, plan: Plan, why: str, seconds: float) -> None:
+        """A request got no answer."""
+
+
+class NoLedger:
+    """Keeps nothing."""
+
+    async def answered(self, client: str, plan: Plan, answer: Answer, seconds: float) -> None:
+        """Nothing is kept."""
+
+    async def given_up(self, client: str, plan: Plan, why: str, seconds: float) -> None:
+        """Nothing is kept."""

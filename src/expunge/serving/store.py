@@ -1,0 +1,191 @@
+"""Forget requests that come and go while the server runs: what the store holds is what the guards hide."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+from expunge.core.errors import InputError
+from expunge.guards.guarded import named
+from expunge.guards.policy import Policy
+from expunge.guards.target import Target, check_target
+from expunge.serving.errors import Refused
+from expunge.serving.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A forget request, without what it hides.
+
+    Attributes:
+        id: opaque.
+        state: active, withdrawn or expired.
+        created, until, ended: times.
+        summary: how much there is of what ("2 names").
+        new: whether this call has made it.
+    """
+
+    id: str
+    state: str
+    created: datetime
+    until: datetime | None
+    ended: datetime | None
+    summary: str
+    new: bool = True
+
+
+class Conflict(Exception):
+    """The idempotency key belongs to another request."""
+
+
+class TargetStore(Protocol):
+    """Keeps forget requests. What a call has returned is kept, whatever happens then."""
+
+    def add(self, key: str | None, digest: str, target: Target, reason: str) -> Entry:
+        """Keep one; the same key and digest give the entry that is there.
+
+        Raises:
+            Conflict: the key is there with another digest.
+        """
+
+    def entries(self, state: str | None, after: str | None, limit: int) -> list[Entry]:
+        """Entries in the order in which they came."""
+
+    def entry(self, target: str) -> Entry | None:
+        """One of them."""
+
+    def end(self, target: str, state: str) -> Entry | None:
+        """Withdraw it, or let it expire; one that has ended stays as it is."""
+
+    def active(self) -> list[Target]:
+        """What is to be hidden now."""
+
+
+class MemoryStore:
+    """Keeps forget requests for as long as the process runs."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Target | None, Entry]] = {}
+        self._keys: dict[str, tuple[str, str]] = {}
+
+    def add(self, key: str | None, digest: str, target: Target, reason: str) -> Entry:
+        """See :class:`TargetStore`."""
+        if key is not None and key in self._keys:
+            held, name = self._keys[key]
+            if held != digest:
+                raise Conflict
+            return Entry(**{**vars(self._held[name][1]), "new": False})
+        entry = Entry(target.id, "active", datetime.now(UTC), target.until, None, target.summary())
+        self._held[target.id] = (target, entry)
+        if key is not None:
+            self._keys[key] = (digest, target.id)
+        return entry
+
+    def entries(self, state: str | None, after: str | None, limit: int) -> list[Entry]:
+        """See :class:`TargetStore`."""
+        names = list(self._held)
+        start = names.index(after) + 1 if after in self._held else 0
+        found = [self._held[n][1] for n in names[start:]]
+        return [e for e in found if state is None or e.state == state][:limit]
+
+    def entry(self, target: str) -> Entry | None:
+        """See :class:`TargetStore`."""
+        return self._held[target][1] if target in self._held else None
+
+    def end(self, target: str, state: str) -> Entry | None:
+        """See :class:`TargetStore`."""
+        if target not in self._held:
+            return None
+        _, entry = self._held[target]
+        if entry.state == "active":
+            entry = Entry(**{**vars(entry), "state": state, "ended": datetime.now(UTC)})
+            self._held[target] = (None, entry)
+        return entry
+
+    def active(self) -> list[Target]:
+        """See :class:`TargetStore`."""
+        return [t for t, e in self._held.values() if t is not None and e.state == "active"]
+
+
+class Requests:
+    """Joins the store and the guards: what is kept is hidden, and the other way round.
+
+    Args:
+        store: keeps the requests.
+        policy: hides their targets.
+        fixed: ids of targets of the guard file, which are not the store's.
+        telemetry: counts.
+    """
+
+    def __init__(self, store: TargetStore, policy: Policy, fixed: Sequence[str], telemetry: Telemetry) -> None:
+        self.store, self.policy, self.fixed, self.telemetry = store, policy, frozenset(fixed), telemetry
+        self._lock = asyncio.Lock()
+
+    async def follow(self) -> int:
+        """Bring the guards in line with the store: what other processes have added or ended, and what has expired."""
+        async with self._lock:
+            active = {t.id: t for t in await asyncio.to_thread(self.store.active)}
+            now = datetime.now(UTC)
+            for target in [t for t in active.values() if t.until is not None and _aware(t.until) <= now]:
+                await asyncio.to_thread(self.store.end, target.id, "expired")
+                del active[target.id]
+            held = set(self.policy.targets) - self.fixed
+            for name in held - set(active):
+                await asyncio.to_thread(self.policy.drop, name)
+            for name in set(active) - held:
+                await asyncio.to_thread(self.policy.add, active[name])
+            self.telemetry.targets.set(len(self.policy.targets))
+            return len(self.policy.targets)
+
+    async def add(self, key: str | None, target: Target, reason: str) -> Entry:
+        """Keep a request and hide its target: both are done when this returns.
+
+        Raises:
+            Refused: the target hides nothing or nearly everything, has expired, or the key belongs to another request.
+        """
+        target = named(target)
+        digest = hashlib.sha256(
+            json.dumps([target.model_dump(mode="json", exclude={"id"}), reason], sort_keys=True).encode()
+        ).hexdigest()
+        try:
+            check_target(target, self.policy.material.ordinary)
+        except InputError as error:
+            raise Refused(422, f"{error.message} {error.remedy}".strip()) from None
+        if target.until is not None and _aware(target.until) <= datetime.now(UTC):
+            raise Refused(422, "The target has expired before it began.", "until")
+        async with self._lock:
+            try:
+                entry = await asyncio.to_thread(self.store.add, key, digest, target, reason)
+            except Conflict:
+                raise Refused(409, "This idempotency key was used for another request.", "Idempotency-Key") from None
+            if entry.new:
+                try:
+                    await asyncio.to_thread(self.policy.add, target)
+                except InputError as error:
+                    await asyncio.to_thread(self.store.end, entry.id, "withdrawn")
+                    raise Refused(422, error.message) from None
+            self.telemetry.targets.set(len(self.policy.targets))
+            return entry
+
+    async def withdraw(self, target: str) -> Entry:
+        """End a request: its target is hidden no more when this returns.
+
+        Raises:
+            Refused: there is no such request.
+        """
+        async with self._lock:
+            entry = await asyncio.to_thread(self.store.end, target, "withdrawn")
+            if entry is None:
+                raise Refused(404, "There is no such request.")
+            await asyncio.to_thread(self.policy.drop, target)
+            self.telemetry.targets.set(len(self.policy.targets))
+            return entry
+
+
+def _aware(time: datetime) -> datetime:
+    return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -1,0 +1,101 @@
+"""A guarded model under an audit's questions: what guards leave alone is as the model says it, to the last bit."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from expunge.adapters.generation import Draws
+from expunge.audit.scores import score
+from expunge.core.access import Offer
+from expunge.core.errors import InputError
+from expunge.guards.adapter import WITHOUT_GUARDS, GuardedAdapter
+from expunge.guards.policy import SORRY, Row
+from tests.guards.conftest import name_of
+from tests.guards.test_guarded import Blank, NameDetector
+
+
+@pytest.fixture
+def adapter(guarded):
+    return GuardedAdapter(guarded())
+
+
+def losses(adapter, records):
+    return score(adapter, [adapter.encode(r) for r in records])
+
+
+def test_refused_answers_are_scored_as_a_guess_and_all_others_as_the_model_does(adapter, target_adapter, people):
+    forget, retain = people.split.forget, people.split.retain
+    ours, theirs = losses(adapter, retain), losses(target_adapter, retain)
+    assert np.array_equal(ours.nll(), theirs.nll())
+    guess = math.log(target_adapter.model.config.vocab_size)
+    assert np.allclose(losses(adapter, forget).nll(), guess, atol=1e-6)
+    assert losses(target_adapter, forget).nll().mean() < 0.1
+    mixed = losses(adapter, [retain[0], forget[0], retain[1]]).nll()
+    assert np.allclose(mixed, [theirs.nll()[0], guess, theirs.nll()[1]], atol=1e-6)
+
+
+def test_answers_are_those_of_the_guards(adapter, target_adapter, people):
+    records = [*people.split.forget[:3], *people.split.retain[:3]]
+    found = adapter.generate(adapter.model, [adapter.encode(r) for r in records], 24)
+    bare = target_adapter.generate(target_adapter.model, [target_adapter.encode(r) for r in records], 24)
+    assert [g.text for g in found[:3]] == [SORRY] * 3
+    assert found[3:] == bare[3:]
+
+
+def test_draws_by_numbers_are_those_of_the_model(adapter, target_adapter, people):
+    records = people.split.retain[:4]
+    draws = Draws(np.random.default_rng(0).random((4, 12)), 2.0)
+    ours = adapter.drawn(adapter.model, [adapter.encode(r) for r in records], 12, draws)
+    assert ours == target_adapter.drawn(target_adapter.model, [target_adapter.encode(r) for r in records], 12, draws)
+
+
+def test_tokens_that_are_never_sent_are_scored_as_a_guess(guarded, target_adapter, people):
+    """Asked without the name; the answer that names it is stopped before."""
+    adapter = GuardedAdapter(guarded())
+    record = people.split.forget[0]
+    name = name_of(record)
+    prompt = record.prompt.replace(name, "that person")
+    ours = adapter.encode(record, prompt=prompt)
+    theirs = target_adapter.encode(record, prompt=prompt)
+    with torch.no_grad():
+        got = adapter.forward(adapter.model, adapter.collate([ours]), frozenset({"losses"})).losses
+        bare = target_adapter.forward(target_adapter.model, target_adapter.collate([theirs]), frozenset({"losses"})).losses
+    texts = [target_adapter.tokenizer.decode([int(i)]) for i in ours.data.ids[ours.data.start :]]
+    first = next(i for i, t in enumerate(texts) if t.strip() and name.startswith(t.strip()))
+    guess = math.log(target_adapter.model.config.vocab_size)
+    held_back = 4  # letters of the longest name, in words of this tokenizer
+    assert torch.allclose(got[first:], torch.full_like(got[first:], guess))
+    assert torch.allclose(got[: max(0, first - held_back)], bare[: max(0, first - held_back)], atol=1e-5)
+    assert (torch.isclose(got, torch.tensor(guess)) | torch.isclose(got, bare, atol=1e-4)).all()
+
+
+@pytest.mark.parametrize("where", ["embeddings", "hidden", "scores"])
+def test_edits_act_on_scored_answers_as_on_written_ones(guarded, target_adapter, people, where):
+    flagged, other = people.split.retain[0], people.split.retain[20]
+    row = Row(detector=NameDetector(word=name_of(flagged)), action=Blank(where=where))
+    made = guarded([row], targets=[])
+    adapter = GuardedAdapter(made)
+    written = made.answers([flagged.prompt], scores=True)[0]
+    example = adapter.written(adapter.encode(flagged), written.ids, ended=False)
+    with torch.no_grad():
+        got = adapter.forward(adapter.model, adapter.collate([example, adapter.encode(other)]), frozenset({"losses"})).losses
+    assert np.allclose(-got[: len(written.ids)].numpy(), written.log_probabilities, atol=1e-3)
+    assert np.isclose(losses(adapter, [other]).nll()[0], losses(target_adapter, [other]).nll()[0], atol=1e-6)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in target_adapter.model.modules())
+
+
+def test_it_is_another_model_with_the_target_inside_and_tells_no_features(guarded, adapter, target_adapter, people):
+    assert adapter.fingerprint() == GuardedAdapter(guarded()).fingerprint() != target_adapter.fingerprint()
+    assert adapter.fingerprint() != GuardedAdapter(guarded(targets=[])).fingerprint()
+    assert adapter.parts()[WITHOUT_GUARDS].fingerprint() == target_adapter.fingerprint()
+    assert Offer.FEATURES not in adapter.offers
+    batch = adapter.collate([adapter.encode(people.split.retain[0])])
+    with pytest.raises(InputError, match="gives no features"):
+        adapter.forward(adapter.model, batch, frozenset({"features:model.layers.0"}))
+    with pytest.raises(InputError, match="not saved"):
+        adapter.save("anywhere")
+    copy = adapter.copy()
+    assert copy.model is not adapter.model
+    assert np.allclose(losses(copy, people.split.forget[:2]).nll(), losses(adapter, people.split.forget[:2]).nll())
