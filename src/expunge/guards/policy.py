@@ -279,13 +279,20 @@ class Plan:
         return self._passed if self.say is None else start
 
     def revised(self, text: str) -> str:
-        """The whole answer as it is sent: revised where that was ordered, and what is said instead where a row has refused."""
+        """The whole answer as it is sent: revised where that was ordered, and what is said instead where a row has refused.
+
+        What a revision has made is looked at like an answer of the model.
+        """
+        before = text
         for fitted, revise in self.revisions:
             if self.say is not None:
                 break
             began = time.perf_counter()
             text = self._guarded(fitted, partial(revise, text), text)
             self._took(Hook.TEXT, began)
+        if text != before and self.say is None:
+            self._acted = {a for a in self._acted if a[1] != Hook.TEXT}
+            self._each(Hook.TEXT, lambda f: f.watcher.answer(self.asked, text, 0, True))
         return text if self.say is None else self.say
 
     @property
