@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -177,7 +178,7 @@ def _seed(key: bytes, conversation: Conversation) -> int:
     return int.from_bytes(found.digest(), "big")
 
 
-def uniforms(seed: int, number: int, first: int, tokens: int, units: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def uniforms(seed: int, number: int, first: int, tokens: int, units: int) -> NDArray[np.float64]:
     """Numbers in [0, 1) for places from ``first`` on, ``[tokens, units]``: the same for a place however it is reached.
 
     Args:
@@ -190,5 +191,4 @@ def uniforms(seed: int, number: int, first: int, tokens: int, units: int) -> np.
     blocks = -(-units // 4)  # Philox makes four numbers a step, and can be set to any step
     bits = np.random.Philox(key=np.array([seed, number], dtype=np.uint64)).advance(first * blocks)
     raw = np.asarray(bits.random_raw(tokens * blocks * 4), dtype=np.uint64).reshape(tokens, blocks * 4)[:, :units]
-    made: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = (raw >> np.uint64(11)) * 2.0**-53
-    return made
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
