@@ -12,6 +12,7 @@ from expunge.core.version import __version__
 
 _LAZY = {
     "unlearn": "expunge.api:unlearn",
+    "plan": "expunge.api:plan",
     "unlearn_rows": "expunge.api:unlearn_rows",
     "guard": "expunge.api:guard",
     "audit_model": "expunge.api:audit_model",
@@ -33,7 +34,7 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
-    from expunge.api import audit_model, audit_rows, guard, unlearn, unlearn_rows
+    from expunge.api import audit_model, audit_rows, guard, plan, unlearn, unlearn_rows
     from expunge.audit.evaluate import evaluate_metric
     from expunge.audit.metrics.registry import METRICS
     from expunge.data.rows import table
@@ -64,6 +65,7 @@ __all__ = [
     "loss_on",
     "loss_terms",
     "merge_models",
+    "plan",
     "read_table",
     "table",
     "unlearn",

@@ -1,6 +1,7 @@
 """The same from Python, on a model that you already hold.
 
 >>> import expunge
+>>> print(expunge.plan(model, tokenizer, forget=[{"question": q, "answer": a}], retain=rows, methods=["npo"]).cautions)
 >>> done = expunge.unlearn(model, tokenizer, forget=[{"question": q, "answer": a}], retain=rows, method="npo")
 >>> print(done.sentence)
 >>> document = expunge.audit_model(target, done.model, tokenizer, forget=..., retain=..., retrained=[twin_1, twin_2])
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from expunge.data.spans import Spans
     from expunge.engine.outcome import Outcome, Progress
     from expunge.guards.guarded import Guarded
+    from expunge.pipeline.outlook import Outlook
     from expunge.pipeline.supervised import Supervised
 
 
@@ -82,12 +84,10 @@ def unlearn(
     from expunge.engine.options import Engine
     from expunge.methods.tuned import beneath, chosen
     from expunge.pipeline import unlearn as stage
-    from expunge.pipeline.config import Allowances, UnlearnConfig
+    from expunge.pipeline.config import Allowances
 
     _check_tokenizer(tokenizer)
-    kinds = get_args(UnlearnConfig.model_fields["alternatives"].annotation)
-    if alternatives not in kinds:
-        raise unknown("kind of alternatives", str(alternatives), kinds)
+    _check_alternatives(alternatives)
     given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
     if settings is not None:
         given = beneath(chosen(settings, method).parts, given)
@@ -98,6 +98,94 @@ def unlearn(
     made = stage.plan(adapter, request, method, given, engine, how=alternatives, template=alternative_template)
     outcome, _ = stage.run_in_memory(made, progress=progress)
     return outcome
+
+
+def plan(
+    model: Any,
+    tokenizer: Any,
+    forget: Source,
+    retain: Source | None = None,
+    *,
+    methods: Sequence[str] = (),
+    holdout: Source | None = None,
+    base: Any = None,
+    circuits: bool = False,
+    anchors: Sequence[str | Path] = (),
+    time: bool = False,
+    seed: int = 0,
+    drop_overlap: bool = False,
+    columns: Mapping[str, str] | None = None,
+    template: str | None = None,
+    alternatives: str = "auto",
+    alternative_template: str | None = None,
+    parts: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    **more: Any,
+) -> Outlook:
+    """Say how hard a request is, which methods can do it and what each costs; the model stays as it is.
+
+    >>> found = expunge.plan(model, tokenizer, forget=rows, retain=others, holdout=unseen, methods=["npo", "ssd"], time=True)
+    >>> for method in found.methods:
+    ...     print(method.name, method.missing or method.time.text(), method.cautions)
+    >>> print(found.difficulty.unknown, found.cautions)
+
+    Args:
+        model, tokenizer, forget, retain, holdout, columns, template: as for :func:`unlearn`; the weights stay, dropout is
+            switched off.
+        methods: which to look at; none: all.
+        base: the untrained base, for methods that start from it.
+        circuits: compare the circuits of the forget records with those of records that were hard to erase.
+        anchors: folders of finished runs that began from this model; their records are the anchors. None: gradient ascent on two
+            copies of the model makes them. They imply ``circuits``.
+        time: time a few steps of each method that can run, on a copy of the model.
+        seed: of what is drawn.
+        drop_overlap: leave shared records out of retain and holdout.
+        alternatives, alternative_template: as for :func:`unlearn`.
+        parts: parameters and parts that differ from those of the one method that is looked at.
+        progress: called with (done, total, text) while circuits are found and methods are timed.
+        **more: the same as keywords, dots as double underscores; also ``engine__max_tokens=4096``, ``circuits__share=0.05``,
+            ``spans__patterns=["email"]``.
+
+    Returns:
+        The outlook: ``difficulty``, ``circuits``, ``methods`` with cost, time and cautions (one of them by ``method(NAME)``), and
+        ``cautions`` of the request as a whole; ``json()`` is what the command line writes.
+
+    Raises:
+        InputError: something does not fit.
+    """
+    from expunge.adapters.loading import wrap
+    from expunge.data.spans import Spans
+    from expunge.engine.options import Engine
+    from expunge.methods.catalogue import find
+    from expunge.pipeline import outlook
+    from expunge.pipeline import unlearn as stage
+    from expunge.pipeline.config import Allowances
+
+    _check_tokenizer(tokenizer)
+    _check_alternatives(alternatives)
+    if isinstance(methods, str):
+        raise InputError(f"methods must be a list of names; got {methods!r}.", f"Write methods=[{methods!r}].")
+    for name in methods:
+        find(name)
+    given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
+    engine = Engine(**{"seed": seed, **given.pop("engine", {})})
+    looks = outlook.looks_of(
+        circuits=circuits, anchors=[str(a) for a in anchors], timed=time, settings=given.pop("circuits", None)
+    )
+    marks = Spans(**given.pop("spans", {}))
+    if given and len(methods) != 1:
+        raise InputError("Parts belong to one method.", "Name it: methods=[NAME].")
+    allowed = Allowances(allow_overlap=True, drop_overlap=drop_overlap, allow_large_forget=True)
+    request = stage.check(_request(forget, retain, holdout, columns, marks), allowed)
+
+    def opened(held: Any) -> Any:
+        return wrap(held, tokenizer, template=template, dropout=engine.dropout)
+
+    untrained = None if base is None else opened(base)
+    return outlook.outlook(
+        opened(model), request, engine, names=methods, parts=given, how=alternatives, template=alternative_template,
+        base=untrained, looks=looks, progress=progress,
+    )  # fmt: skip
 
 
 def unlearn_rows(
@@ -308,6 +396,14 @@ def _check_tokenizer(tokenizer: Any) -> None:
             f"The tokenizer is of type {type(tokenizer).__name__}, and no transformers tokenizer.",
             "Give what AutoTokenizer.from_pretrained returns.",
         )
+
+
+def _check_alternatives(kind: str) -> None:
+    from expunge.pipeline.config import UnlearnConfig
+
+    kinds = get_args(UnlearnConfig.model_fields["alternatives"].annotation)
+    if kind not in kinds:
+        raise unknown("kind of alternatives", str(kind), kinds)
 
 
 def _request(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.world import World
 
 from expunge.adapters.language import LanguageAdapter
+from expunge.audit.arrays import Arrays, Attempt, Case, Thresholds
+from expunge.audit.attacks.registry import Attack
+from expunge.audit.attempts import attempts
 from expunge.audit.evidence import Evidence, Protocol, Subject
+from expunge.core.results import Check
 from expunge.engine.loop import train
 from expunge.engine.options import Engine
 from expunge.methods.recipe import build
@@ -24,6 +29,24 @@ def unlearned(world: World, name: str, **overrides) -> LanguageAdapter:
         adapter.model = adapter.model.merge_and_unload()
     adapter.model.eval()
     return adapter
+
+
+def judged(attack: Attack, evidence: Evidence, label: str) -> tuple[float, Check]:
+    """How far a model is on the way from retrained models to the target, and the check that a verdict makes."""
+
+    def arrays(name: str) -> Arrays:
+        held = attack.values(evidence, name, "forget")
+        values = np.where(held.present, held.values, np.nan)
+        ids = [r.id for r in evidence.records("forget")]
+        tried = {attack.name: Attempt(attack.title, values, attack.toward)}
+        return Arrays(name, ids, evidence.clusters("forget"), np.zeros(len(ids)), attempts=tried)
+
+    own, full = arrays(label), arrays("target")
+    others = [arrays(n) for n in evidence.labels("retrained", but=label)]
+    means = [float(np.nanmean(m.attempts[attack.name].values)) for m in (own, full, *others)]
+    start = np.mean(means[2:])
+    (check,) = attempts(Case(own, others, full, Thresholds()))
+    return float((means[0] - start) / (means[1] - start)), check
 
 
 @pytest.fixture(scope="session")

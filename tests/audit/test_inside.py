@@ -5,18 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from inside_models import judged
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.presets import build
-from expunge.audit.arrays import Arrays, Attempt, Case, Thresholds
-from expunge.audit.attacks.inside import LayerAttack
 from expunge.audit.attacks.lens import LogitLens, TunedLens, fit_lens
 from expunge.audit.attacks.patching import ActivationPatching, lost_by_patching, patched
 from expunge.audit.attacks.probing import LinearProbe, probe
 from expunge.audit.attacks.similarity import RepresentationSimilarity, row_agreement
 from expunge.audit.attacks.traces import ParametricTraces, attributions, jaccard, noised, strongest
-from expunge.audit.attempts import attempts
 from expunge.audit.evidence import Evidence, Protocol, Subject
 from expunge.audit.kernel.depth import converging_point, depth_score, jumping_point
 from expunge.audit.reader import Reader
@@ -34,7 +32,6 @@ from expunge.audit.statements import (
 )
 from expunge.audit.store import ScoreStore
 from expunge.core.errors import InputError
-from expunge.core.results import Check
 from expunge.data.records import Record, RecordSet
 from expunge.engine.objective import mean_losses
 
@@ -255,24 +252,6 @@ def test_too_few_facts_for_a_probe_are_said(inside_evidence):
 
 
 # ---- suppressed and removed
-
-
-def judged(attack: LayerAttack, evidence: Evidence, label: str) -> tuple[float, Check]:
-    """How far a model is on the way from retrained models to the target, and the check that a verdict makes."""
-
-    def arrays(name: str) -> Arrays:
-        held = attack.values(evidence, name, "forget")
-        values = np.where(held.present, held.values, np.nan)
-        ids = [r.id for r in evidence.records("forget")]
-        tried = {attack.name: Attempt(attack.title, values, attack.toward)}
-        return Arrays(name, ids, evidence.clusters("forget"), np.zeros(len(ids)), attempts=tried)
-
-    own, full = arrays(label), arrays("target")
-    others = [arrays(n) for n in evidence.labels("retrained", but=label)]
-    means = [float(np.nanmean(m.attempts[attack.name].values)) for m in (own, full, *others)]
-    start = np.mean(means[2:])
-    (check,) = attempts(Case(own, others, full, Thresholds()))
-    return float((means[0] - start) / (means[1] - start)), check
 
 
 def test_the_suppressed_models_look_forgotten(losses):

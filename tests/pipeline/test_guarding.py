@@ -103,3 +103,22 @@ def test_names_are_what_a_subject_is_called_and_what_is_kept_is_none():
     assert [t.entities for t in found] == [("Jaime Vasquez",), ("Zorp",)]
     assert [len(t.examples) for t in found] == [2, 1]
     assert all("a" not in t.id[:0] and len(t.id) == 16 for t in found)
+
+
+@pytest.mark.slow
+def test_a_run_of_a_guard_is_audited_and_reported_by_the_same_commands(run, expunge, place, people_world):
+    run()
+    for seed in (1, 2, 3):
+        if not (place / f"retrained-{seed}").exists():
+            people_world.retrained(seed).save(place / f"retrained-{seed}")
+    gold = [w for seed in (1, 2, 3) for w in ("--retrained", str(place / f"retrained-{seed}"))]
+    done = expunge("audit", str(place / "run"), *gold, "--json")
+    assert done.code == 0, done.err
+    document = json.loads((place / "run" / "audit.json").read_text())
+    judged = {m["label"]: m["judgement"] for m in document["models"]}
+    assert judged["filter"]["verdict"] == "suppressed"
+    assert document["models"][-1]["numbers"]["retain.refused"]["value"] == 0
+    names = {t for target in targets_of(people_world.split.forget) for t in target.entities}
+    assert expunge("report", str(place / "run")).code == 0
+    assert "suppressed" in (place / "run" / "report.html").read_text()
+    assert not any(n in (place / "run" / "manifest.json").read_text() for n in names)

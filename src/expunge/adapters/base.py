@@ -453,6 +453,10 @@ class Adapter(abc.ABC):
     def layers(self) -> list[str]:
         """Names of the blocks whose features can be asked for, from the input to the output."""
 
+    def refuses(self, examples: Sequence[Example]) -> list[bool]:
+        """Whether something that stands before the model answers each example's prompt in its place; most models have nothing."""
+        return [False] * len(examples)
+
     def parts(self) -> dict[str, Adapter]:
         """What lies inside a model that is more than the weights of one network, each part as a model of its own, by its name.
 

@@ -89,6 +89,7 @@ class Evidence:
         references: what many retrained models say about the rows; none for other modalities.
         offers: what the adapters of the models offer.
         ceiling: loss from which on nothing is known of an answer: that of a guess among the classes, for classifiers.
+        asked: whether the models are measured as somebody sees them who can only ask: no gradients, no features.
         missing: what could not be measured and why, one sentence each, in order.
     """
 
@@ -100,6 +101,7 @@ class Evidence:
     references: References | None = None
     offers: frozenset[Offer] = frozenset()
     ceiling: float = math.inf
+    asked: bool = False
     missing: dict[str, None] = field(default_factory=dict)
     _open: tuple[str, Adapter] | None = field(default=None, repr=False)
     _held: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)

@@ -18,7 +18,8 @@ from expunge.data.records import Record
 
 BLANK = "___"
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
-_COMMON = (
+#: words of pure grammar
+COMMON = (
     "a an and are as at be been but by did do does for from had has have he her hers him his how i in into is it its of on or "
     "she so such than that the their them then there these they this those to was were what when where which who whom whose "
     "why will with would you your"
@@ -56,7 +57,7 @@ def fact(record: Record) -> Fact:
     wrong = Counter(w for text in record.perturbed for w in set(spoken(text)))
     shared = {w for w, count in wrong.items() if 2 * count >= len(record.perturbed)}
     said = set(spoken(record.paraphrase)) if record.paraphrase else set(answer)
-    plain = set(spoken(_COMMON))
+    plain = set(spoken(COMMON))
     tries: list[Sequence[str]] = [
         [w for w in answer if w in said and w not in shared | asked | plain],
         [w for w in answer if w not in shared | asked | plain],

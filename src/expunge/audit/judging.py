@@ -108,7 +108,7 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
     records = evidence.records("forget")
     ratio = TruthRatio()
     membership = {}
-    if "holdout" in evidence.sets:
+    if "holdout" in evidence.sets and not evidence.asked:
         for attack in (MEMBERSHIP.get(name)() for name in COMPARED):
             if not attack.offers <= evidence.offers or attack.lacks(evidence, label):
                 continue

@@ -24,7 +24,7 @@ from expunge.audit.probes import Kind, take_clusters
 from expunge.audit.scores import Progress
 from expunge.audit.settings import AuditSettings
 from expunge.audit.store import ScoreStore, compute_signature
-from expunge.core.access import Offer
+from expunge.core.access import OF_WEIGHTS, Offer
 from expunge.core.errors import InputError
 from expunge.core.results import Number
 from expunge.data.records import RecordSet
@@ -44,6 +44,12 @@ NOT_RUN = {
 NOT_SHOWN_TEXT = ("Degenerate text is told by repetition and emptiness; word salad without repetition is not recognised.",)
 
 
+ASKED = (
+    "A model here can only be asked: something stands before weights that are those of another model. It was measured with the "
+    "access of somebody who gets answers and log-probabilities; nothing acted on weights. What is hidden so is not removed."
+)
+
+
 @dataclass(frozen=True)
 class AuditedModel:
     """A model to be audited.
@@ -58,6 +64,8 @@ class AuditedModel:
         cost: what making it cost: seconds, peak_bytes, steps, tokens.
         settings: recipe and options that made it.
         stopped: why training ended, in one sentence.
+        asked: whether it can only be asked, since its weights are those of another model and something stands before them: then
+            no attack acts on weights or looks inside, of no model.
     """
 
     label: str
@@ -69,6 +77,7 @@ class AuditedModel:
     cost: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     stopped: str = ""
+    asked: bool = False
 
 
 def audit(
@@ -102,6 +111,9 @@ def audit(
     started = time.perf_counter()
     settings = settings or AuditSettings()
     _check(models, sets)
+    served = any(m.asked for m in models)
+    if served:
+        settings = settings.as_asked()
     used = {name: limited(records, settings) for name, records in sets.items()}
     store = ScoreStore(cache) if cache is not None else None
     _check_references(references, used)
@@ -110,8 +122,11 @@ def audit(
     _register(evidence, ordered[0], settings)
     first = evidence.adapter(ordered[0].label)
     evidence.of_modality(first)
-    attacks = settings.chosen_attacks(first.offers)
-    modality, metrics = first.modality, [*settings.chosen(first.offers), *attacks]
+    if served:
+        evidence.offers, evidence.asked = evidence.offers - OF_WEIGHTS, True
+        evidence.miss(ASKED)
+    attacks = settings.chosen_attacks(evidence.offers)
+    modality, metrics = first.modality, [*settings.chosen(evidence.offers), *attacks]
     del first
     attacked = Attacked(tried=attacks)
     signature = _gather(evidence, ordered, metrics, settings, attacked)

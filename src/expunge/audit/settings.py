@@ -7,12 +7,12 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, field_validator
 
 from expunge.audit.arrays import Thresholds
-from expunge.audit.attacks.registry import ATTACKS, Attack, fitting
+from expunge.audit.attacks.registry import ATTACKS, Access, Attack, fitting
 from expunge.audit.attacks.relearn import RelearnSettings
 from expunge.audit.evidence import Protocol
 from expunge.audit.metrics.registry import METRICS, Metric
 from expunge.audit.protocol import AuditProtocol, load_protocol
-from expunge.core.access import Offer
+from expunge.core.access import OF_WEIGHTS, Offer
 from expunge.core.errors import InputError, unknown
 from expunge.core.settings import Settings
 
@@ -98,6 +98,18 @@ class AuditSettings(Settings):
         asked = changes.get("metrics") or METRICS.names()
         options = {n: {"attacks": QUICK_ATTACKS} for n in ("membership", "privleak") if n in asked}
         return cls(**{"relearn": None, "quantise": (), "read_out": False, "usual": False, "options": options, **changes})
+
+    def as_asked(self) -> AuditSettings:
+        """The same for models that can only be asked: without all that acts on weights or looks inside."""
+        usable = [
+            n for n, kind in ATTACKS.items() if kind.access in (Access.TEXT, Access.SCORES) and not kind.offers & OF_WEIGHTS
+        ]
+        named = ATTACKS.names() if "all" in self.attacks else self.attacks
+        attacks = tuple(n for n in named if n in usable)
+        kept = {k: v for k, v in self.attack_options.items() if k in attacks or not attacks}
+        return self.model_copy(
+            update={"relearn": None, "quantise": (), "read_out": False, "attacks": attacks, "attack_options": kept}
+        )  # fmt: skip
 
     @classmethod
     def under(cls, protocol: AuditProtocol | str, **changes: Any) -> AuditSettings:

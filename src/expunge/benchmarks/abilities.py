@@ -77,6 +77,10 @@ class WmdpBenchmark(Benchmark):
                     out[f"{area}_{side}"] = Source(reference, f"{side} corpus, {area}", hazardous=True, optional=area == "cyber")
         return out
 
+    def learnt(self) -> Sequence[str]:
+        """The questions once, by letters, and the corpora if they may be read."""
+        return tuple(n for n in self.sources() if not n.endswith("_texts"))
+
     def roles(self) -> Roles | None:
         """The biology corpora, if they may be read."""
         return Roles("bio_forget", "bio_retain") if self.hazardous else None
@@ -127,6 +131,10 @@ class MmluBenchmark(Benchmark):
             options = {"form": "" if form == "letters" else form, "shots": self.shots, "each": self.each, "subject": self.subject}
             out[form] = Source("mmlu:test" + where(self.data, **options), f"questions, {form}", rows)
         return out
+
+    def learnt(self) -> Sequence[str]:
+        """The questions once, by letters."""
+        return ("letters",)
 
     def axes(self) -> Sequence[Axis]:
         """By letters and by texts."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expunge.audit.document import Curve, Series
+from expunge.audit.metrics.registry import METRICS
 from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
-from expunge.benchmarks.document import BenchmarkDocument
-from expunge.benchmarks.registry import Benchmark, Course
+from expunge.benchmarks.document import BenchmarkDocument, Grid, GridRow
+from expunge.benchmarks.registry import Axis, Benchmark, Course
 from expunge.core.errors import InputError
 from expunge.core.files import write_text
 from expunge.core.results import Number
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from expunge.benchmarks.run import Plan
 
 Bars = Callable[[str], AbstractContextManager[Progress | None]]
+_NATS = ("loss", "loss-gap", "log-probability", "log-probability-gap")  #: metrics in nats per token
 
 
 def course_of(made: Plan, name: str) -> Course:
@@ -53,6 +56,8 @@ def follow(made: Plan, name: str, models: Sequence[AuditedModel], *, bars: Bars,
     from expunge.benchmarks.run import measured
 
     course = course_of(made, name)
+    if course.kind == "each":
+        return []
     run = _nested if course.kind == "nested" else _sequence
     chains = {m: run(made, course, m, bars, say) for m in made.config.methods}
     together = [m for chain in chains.values() for m in chain]
@@ -63,6 +68,30 @@ def follow(made: Plan, name: str, models: Sequence[AuditedModel], *, bars: Bars,
     steps = [len(made.sets[s]) for s in course.sets]
     at = steps if course.kind == "nested" else [sum(steps[: i + 1]) for i in range(len(steps))]
     return [_curve(made, document, course, axis, at=[0, *at], chains=chains) for axis in course.axes]
+
+
+def tables(made: Plan, name: str, models: Sequence[AuditedModel], *, bars: Bars, say: Callable[[str], None]) -> list[Grid]:
+    """A course whose forget sets have no order as one table for each method: a row for each set, a column for each axis."""
+    from expunge.benchmarks.run import measured
+
+    course = course_of(made, name)
+    if course.kind != "each":
+        return []
+    compared = [m for m in models if m.role in ("target", "retrained")]
+    labels, options = course.labels or course.sets, course.options or ({},) * len(course.sets)
+    out = []
+    for method in made.config.methods:
+        rows = []
+        for label, model, changed in zip(labels, _nested(made, course, method, bars, say), options, strict=True):
+            held = type(made.benchmark)(**{**made.benchmark.model_dump(), **changed})
+            with bars(f"{name}: measuring {label}") as bar:
+                document = measured(replace(made, benchmark=held), [*compared, model], bar, axes=course.axes)
+            found = document.entry(model.label).numbers
+            rows.append(GridRow(label=label, numbers={a: found[a] for a in course.axes if a in found}))
+        titles = [made.benchmark.axis(a).title for a in course.axes]
+        title = f"{name}: {method}, {course.text}"
+        out.append(Grid(name=f"{name}.{method}", title=title, columns=list(course.axes), titles=titles, rows=rows))
+    return out
 
 
 def _curve(
@@ -80,7 +109,13 @@ def _curve(
         found = [(x, document.entry(label).numbers.get(axis)) for x, label in zip(at, labels, strict=True)]
         lines.append(_line(method, found))
     title = f"{course.name}: {made.benchmark.axis(axis).title}"
-    return Curve(name=f"{course.name}.{axis}", title=title, x_label="records forgotten", y_label=axis, series=lines)
+    return Curve(
+        name=f"{course.name}.{axis}",
+        title=title,
+        x_label="records forgotten",
+        y_label=axis_label(made.benchmark.axis(axis)),
+        series=lines,
+    )
 
 
 def _line(label: str, found: Sequence[tuple[float, Number | None]]) -> Series:
@@ -95,6 +130,17 @@ def _line(label: str, found: Sequence[tuple[float, Number | None]]) -> Series:
     )  # fmt: skip
 
 
+def axis_label(axis: Axis) -> str:
+    """What an axis is called beside a figure, with its unit: ``Loss gap (nats per token)``."""
+    most = METRICS.get(axis.metric).range
+    most = (most[0], None if most[1] is None else most[1] * axis.scale)
+    if most in ((0.0, 1.0), (0.0, 100.0)):
+        unit = "%" if most[1] == 100 else "share, 0 to 1"
+    else:
+        unit = "nats per token" if axis.metric in _NATS else ""
+    return f"{axis.title} ({unit})" if unit else axis.title
+
+
 def profiles(benchmark: Benchmark, document: BenchmarkDocument) -> list[Curve]:
     """The curves that a benchmark declares over its axes, of the models that were measured."""
     out = []
@@ -105,9 +151,8 @@ def profiles(benchmark: Benchmark, document: BenchmarkDocument) -> list[Curve]:
         ]
         shown = [line for line in lines if line.x]
         if shown:
-            out.append(
-                Curve(name=profile.name, title=profile.title, x_label=profile.x_label, y_label=profile.title, series=shown)
-            )  # fmt: skip
+            y_label = axis_label(benchmark.axis(profile.axes[0]))
+            out.append(Curve(name=profile.name, title=profile.title, x_label=profile.x_label, y_label=y_label, series=shown))
     return out
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from expunge.audit.document import Curve, ModelEntry
 from expunge.core.errors import InputError
+from expunge.core.results import Number
 
 DOCUMENT = "benchmark.json"
 
@@ -31,6 +32,27 @@ class AxisEntry(BaseModel):
     note: str
 
 
+class GridRow(BaseModel):
+    """One model in a table: the number of each column that could be measured."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: str
+    numbers: dict[str, Number]
+
+
+class Grid(BaseModel):
+    """A table of axes over models that differ in what they were made to forget."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    title: str
+    columns: list[str]  #: names of axes
+    titles: list[str]
+    rows: list[GridRow]
+
+
 class BenchmarkDocument(BaseModel):
     """``benchmark.json``: one benchmark on some models. The numbers of a model are keyed by axis."""
 
@@ -49,6 +71,7 @@ class BenchmarkDocument(BaseModel):
     axes: list[AxisEntry]
     models: list[ModelEntry]
     curves: list[Curve] = Field(default_factory=list)  #: of the courses: an axis over several forget sets
+    grids: list[Grid] = Field(default_factory=list)  #: of the courses whose forget sets have no order
     not_measured: list[str] = Field(default_factory=list)
     caveats: list[str] = Field(default_factory=list)
     protocol: dict[str, Any] = Field(default_factory=dict)

@@ -77,13 +77,15 @@ class Roles:
     """Which sets a request is made of: what to forget, what is kept while it is, what no model was trained on.
 
     ``audit`` adds sets to the audit that gives the verdict, by role: ``forget`` and ``retain`` in another shape (questions for
-    passages), and further utility sets by any name.
+    passages), and further utility sets by any name. ``without`` names further sets that a retrained model must not have seen:
+    what is to be forgotten in other forms.
     """
 
     forget: str
     retain: str | None = None
     holdout: str | None = None
     audit: Mapping[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,17 +125,22 @@ class Course:
     Attributes:
         name: "scalability", "sustainability".
         kind: ``nested``: each forget set contains the one before, and each is unlearned from the target; ``sequence``: they are
-            disjoint requests, each unlearned from the model that the last one left.
+            disjoint requests, each unlearned from the model that the last one left; ``each``: they have no order, each is
+            unlearned from the target, and the axes are shown as a table with a row for each.
         sets: names of the forget sets, in order.
         axes: names of the axes to follow.
         text: what it shows.
+        labels: of the sets, for people (``each`` only); none: their names.
+        options: of the benchmark, under which the model of each set is measured (``each`` only); none: as they are.
     """
 
     name: str
-    kind: Literal["nested", "sequence"]
+    kind: Literal["nested", "sequence", "each"]
     sets: tuple[str, ...]
     axes: tuple[str, ...]
     text: str = ""
+    labels: tuple[str, ...] = ()
+    options: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,6 +228,10 @@ class Benchmark(Settings, abc.ABC):
     def trainings(self) -> Sequence[Training]:
         """How the target is made, step by step from the base; none where a pretrained model is the target."""
         return ()
+
+    def learnt(self) -> Sequence[str]:
+        """The sets that a model from random weights is trained on, where :meth:`trainings` declares none; all by default."""
+        return tuple(self.sources())
 
     def roles(self) -> Roles | None:
         """The request; none where nothing is unlearned here (a benchmark of general ability)."""

@@ -6,6 +6,11 @@ back, not only stop the wrong ones. Reported: accuracy on the true facts, the sh
 (*recovery*, ``(A_unl - A_corr) / (A_clean - A_corr)``, a normalisation of Expunge: the paper prints accuracies), and
 log-probabilities per token of right, asserted and random answers.
 
+Pure gradient ascent that goes on long enough drives what was asserted far below random answers. Before that, and where random
+answers are themselves asserted of others, both fall together. So random answers here are objects that are asserted of nobody (as
+far as the relation has enough), and the gap is read with the number of steps: on the generated facts a small model (rate 1e-3,
+``k=0``) is still above 0 after 60 steps and below -2 nats per token after 120.
+
 Two rows beside the methods are oracles: *rewind*, the clean weights put back (recovery 1 by definition), and *true-facts*, the
 target trained on the right answers, which repairs and does not unlearn.
 

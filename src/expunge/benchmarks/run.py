@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,11 @@ from expunge.benchmarks import courses
 from expunge.benchmarks.config import SMALL_TRAINING, BenchmarkConfig
 from expunge.benchmarks.document import DOCUMENT, BenchmarkDocument, read
 from expunge.benchmarks.measure import measure
-from expunge.benchmarks.registry import Benchmark, Training
+from expunge.benchmarks.registry import Benchmark, Roles, Training
 from expunge.core.errors import InputError
 from expunge.core.files import write_text
 from expunge.core.runs import Run, cache_folder
-from expunge.data.records import RecordSet
+from expunge.data.records import Record, RecordSet
 from expunge.engine.outcome import Progress
 from expunge.engine.parts import Recipe
 from expunge.engine.schedule import Adaptive
@@ -98,7 +99,7 @@ def plan(config: BenchmarkConfig, out: Path) -> Plan:
         check_source(source)
     roles = benchmark.roles()
     if benchmark.reference == "retrained" and roles is not None and config.retrain:
-        made.gold = _gold(made, roles.forget)
+        made.gold = _gold(made, roles)
     if roles is not None:
         made.unlearnings = {
             m: (unlearn_config(made, m, roles.forget, made.target), out / "methods" / m) for m in config.methods
@@ -135,7 +136,7 @@ def _trainings(
     sources = {n: s.reference for n, s in benchmark.sources().items() if n in sets}
     steps = benchmark.trainings()
     if not steps:  # from scratch: something must be learnt before anything can be measured
-        steps = (Training("target", tuple(sources)),)
+        steps = (Training("target", tuple(benchmark.learnt())),)
     out_of: dict[str, tuple[TrainConfig, Path]] = {}
     before = config.model
     for step in steps:
@@ -168,21 +169,28 @@ def _yardsticks(made: Plan) -> dict[str, tuple[TrainConfig, Path]]:
     return found
 
 
-def _gold(made: Plan, forget: str) -> dict[str, tuple[TrainConfig, Path]]:
-    """The retrained models that the run trains: as the target, without the forget set, and with other seeds."""
+def _gold(made: Plan, roles: Roles) -> dict[str, tuple[TrainConfig, Path]]:
+    """The retrained models that the run trains: as the target, without the forget set in any form, and with other seeds."""
     config = made.config
+    unseen = [made.sets[n] for n in dict.fromkeys((roles.forget, *roles.without)) if n in made.sets]
+    forget = unseen[0] if len(unseen) == 1 else RecordSet("forget", tuple(_named(unseen)))
     if not made.trainings:
         if config.retrained:
             return {}
         return {
-            f"retrained seed {s}": training.retraining_of(str(config.target), made.sets[forget], s, base=config.model)
+            f"retrained seed {s}": training.retraining_of(str(config.target), forget, s, base=config.model)
             for s in range(1, config.retrain + 1)
         }
     if len(made.trainings) > 1:
         raise InputError(f"{made.benchmark.name} trains its target in several steps: no retrained model follows from them.")
     recipe = next(iter(made.trainings.values()))[0]
     wanted = max(0, config.retrain - len(config.retrained))
-    return {f"retrained seed {s}": training.retraining(recipe, made.sets[forget], s) for s in range(1, wanted + 1)}
+    return {f"retrained seed {s}": training.retraining(recipe, forget, s) for s in range(1, wanted + 1)}
+
+
+def _named(sets: Sequence[RecordSet]) -> Iterator[Record]:
+    """All records of some sets under ids of their own."""
+    return (dataclasses.replace(r, id=f"{i}/{r.id}") for i, held in enumerate(sets) for r in held)
 
 
 def unlearn_config(made: Plan, method: str, forget: str, model: str, more: Mapping[str, Any] | None = None) -> UnlearnConfig:
@@ -275,17 +283,19 @@ def execute(made: Plan, *, resume: bool = False, bars: Bars, say: Callable[[str]
         label = f"{method} (oracle checkpoint: {chosen[method]})" if method in chosen else method
         models.append(auditing.unlearned_model(folder, label))
     curves = [c for name in config.courses for c in courses.follow(made, name, models, bars=bars, say=say)]
+    grids = [g for name in config.courses for g in courses.tables(made, name, models, bars=bars, say=say)]
     inputs = {
         "models": [[m.label, m.path, auditing.weights_of(m.path)] for m in models],
         "sets": {n: s.digest for n, s in made.sets.items()},
         "benchmark": made.benchmark.model_dump(mode="json"), "settings": config.audit.model_dump(mode="json"),
-        "curves": [c.model_dump(mode="json") for c in curves],
+        "curves": [c.model_dump(mode="json") for c in curves], "grids": [g.model_dump(mode="json") for g in grids],
     }  # fmt: skip
 
     def work() -> dict[str, Any]:
         with bars("measuring") as bar:
             document = measured(made, models, bar)
         document.curves = [*courses.profiles(made.benchmark, document), *curves]
+        document.grids = grids
         document.not_measured[:0] = made.notes
         write_text(made.out / DOCUMENT, document.model_dump_json(indent=2) + "\n")
         return {"axes": len(document.axes), "models": len(document.models)}

@@ -22,6 +22,10 @@ class Offer(enum.StrEnum):
     EACH = "each"  #: a loss of each record as a plain function of tensors: gradients of each record at once
 
 
+#: What only somebody who holds a model's weights gets of it.
+OF_WEIGHTS = frozenset({Offer.FEATURES, Offer.MAPS, Offer.ASSISTANT, Offer.ROWS, Offer.EACH})
+
+
 class Stream(enum.StrEnum):
     """Which examples a term reads."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from expunge.data.hub import hub_rows
 from expunge.data.named import data_folder
 from expunge.data.readers import READERS, rows_of
 
+_PART = re.compile(r"-\d+-of-(\d+)")  #: how the hub numbers the files of a split
 Kind = Literal["text", "texts", "number", "object", "objects"]
 _NAMES: dict[Kind, str] = {
     "text": "text", "texts": "a list of texts", "number": "a whole number", "object": "an object", "objects": "a list of objects",
@@ -138,6 +140,47 @@ def find(folder: str, homes: Sequence[str], names: Sequence[str]) -> Path | None
     return None
 
 
+def hub_files(folder: str, homes: Sequence[str], hub: tuple[str, str | None, str]) -> list[Path]:
+    """The files of a split as the hub lays them out: ``CONFIGURATION/SPLIT-00000-of-00002.parquet`` and on, in order.
+
+    Also ``CONFIGURATION/SPLIT.jsonl``, and the same under ``data/`` for a data set with one configuration. Empty if there are
+    none.
+
+    Raises:
+        InputError: a folder was named and is none, or some of the files are missing.
+    """
+    root = Path(folder).expanduser() if folder else data_folder()
+    if root is None:
+        return []
+    repository, configuration, split = hub
+    inner = [configuration, f"data/{configuration}"] if configuration else ["data", ""]
+    for place in (root, *(root / home for home in (*homes, repository.rpartition("/")[2]))):
+        for name in inner:
+            found = sorted(p for p in (place / name).glob(f"{split}*") if _shard(p, split))
+            if found:
+                _all_there(found)
+                return found
+    return []
+
+
+def _shard(path: Path, split: str) -> bool:
+    rest = path.stem.removeprefix(split)
+    return path.is_file() and path.suffix.lower() in READERS and (not rest or _PART.fullmatch(rest) is not None)
+
+
+def _all_there(found: Sequence[Path]) -> None:
+    """Check that no file of a split is missing.
+
+    Raises:
+        InputError: one is.
+    """
+    count = _PART.search(found[0].stem)
+    if count is not None and len(found) != int(count[1]):
+        raise InputError(
+            f"{found[0].parent.name} holds {len(found)} of {int(count[1])} files of {found[0].name}.", "Fetch the others, too."
+        )
+
+
 def published_rows(
     folder: str, homes: Sequence[str], names: Sequence[str], hub: tuple[str, str | None, str] | None, label: str
 ) -> tuple[str, Iterator[tuple[str, Mapping[str, Any]]]]:
@@ -156,6 +199,9 @@ def published_rows(
     path = find(folder, homes, names)
     if path is not None:
         return path.name, rows_of(path, texts=True)
+    shards = hub_files(folder, homes, hub) if hub is not None else []
+    if shards:
+        return shards[0].name, ((f"{p.name} {where}", row) for p in shards for where, row in rows_of(p, texts=True))
     if folder or hub is None:
         wanted = ", ".join(f"{n}.json" for n in names[:3])
         raise InputError(

@@ -29,7 +29,7 @@ from expunge.adapters.generation import Draws
 from expunge.adapters.head import base
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.passes import evaluating
-from expunge.core.access import Offer
+from expunge.core.access import OF_WEIGHTS, Offer
 from expunge.core.errors import InputError
 from expunge.data.records import Record
 from expunge.guards.conversation import Conversation
@@ -49,7 +49,7 @@ class GuardedAdapter(LanguageAdapter):
         guarded: the model and its guards.
     """
 
-    offers: ClassVar[frozenset[Offer]] = LanguageAdapter.offers - {Offer.FEATURES, Offer.ASSISTANT, Offer.EACH}
+    offers: ClassVar[frozenset[Offer]] = LanguageAdapter.offers - OF_WEIGHTS
 
     def __init__(self, guarded: Guarded) -> None:
         vars(self).update(vars(guarded.adapter))
@@ -169,6 +169,18 @@ class GuardedAdapter(LanguageAdapter):
     def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
         """See :meth:`LanguageAdapter.generate`; what a guard says in place of the model is the answer."""
         return self._answers(examples, [Sampling(max_tokens=max_new_tokens)] * len(examples), None)
+
+    def refuses(self, examples: Sequence[Example]) -> list[bool]:
+        """Whether a guard answers each prompt in place of the model, once it has read it and, if it looks there, its states."""
+        inside = any(Hook.HIDDEN in r.detector.sees for r in self.guarded.policy.rows)
+        out = []
+        for example in examples:
+            plan, prompt = self.plan(example.data.ids[: example.data.start])
+            if plan.say is None and inside:
+                with torch.no_grad():
+                    self._under(self.model, plan, prompt, np.asarray([self.pad_id()]))
+            out.append(plan.say is not None)
+        return out
 
     def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
         """See :meth:`LanguageAdapter.drawn`."""

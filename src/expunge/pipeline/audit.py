@@ -22,6 +22,7 @@ from expunge.data.records import RecordSet
 from expunge.engine.outcome import Progress
 from expunge.pipeline.audit_cost import AuditCost, audit_cost
 from expunge.pipeline.config import TextConfig, UnlearnConfig
+from expunge.pipeline.guarding import is_guarded
 from expunge.pipeline.models import check_source, load_set, open_adapter, resolve
 from expunge.pipeline.train import finished, retrained, retraining_of
 from expunge.pipeline.tuned import unseen
@@ -97,7 +98,7 @@ def entry_of(
     }
     return AuditedModel(
         label, role, lazily(str(folder), text), path=str(folder), method=method, seed=seed, cost=cost, settings=settings,
-        stopped=result["sentence"],
+        stopped=result["sentence"], asked=is_guarded(folder / "model"),
     )  # fmt: skip
 
 

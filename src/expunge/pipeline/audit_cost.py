@@ -12,6 +12,8 @@ from expunge.audit.run import limited
 from expunge.audit.settings import AuditSettings
 from expunge.core.files import size
 from expunge.data.records import RecordSet
+from expunge.pipeline.guarding import is_guarded, target_of
+from expunge.pipeline.models import resolve
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,24 @@ def audit_cost(
             texts += [f"{prompt} {answer}".strip() for answer in (r.answer, *right, *wrong)]
     asked = [r for name, records in used.items() if name != "holdout" for r in records if not r.is_text]
     relearn = settings.relearn
-    weights = sum(p.stat().st_size for p in (run / "model").glob("*.safetensors"))
+    model = text_model(run / "model")
+    weights = sum(p.stat().st_size for p in Path(model).glob("*.safetensors"))
     return AuditCost(
-        models, retrain, retrain_steps, len(texts), _tokens(run / "model", texts),
+        models, retrain, retrain_steps, len(texts), _tokens(model, texts),
         len(asked) if Need.GENERATION in needs else 0, settings.evidence_protocol().max_new_tokens,
         relearn.steps[-1] * len(relearn.rates or relearn.relative) if relearn else 0, len(settings.quantise),
         weights * (5 if relearn else 1),
     )  # fmt: skip
 
 
-def _tokens(model: Path, texts: Sequence[str]) -> int:
+def text_model(folder: Path) -> str:
+    """Where the tokenizer of a run's model is: of a guard's run that of the model behind it."""
+    return resolve(target_of(folder)) if is_guarded(folder) else str(folder)
+
+
+def _tokens(model: str, texts: Sequence[str]) -> int:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     at = range(0, len(texts), 1000)
     return sum(len(ids) for i in at for ids in tokenizer(list(texts[i : i + 1000]), verbose=False)["input_ids"])

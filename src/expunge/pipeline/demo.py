@@ -51,6 +51,15 @@ class Demo:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What the audit of a demo reads: the run, its models (target first, then retrained, then unlearned), and the sets."""
+
+    run: Run
+    models: list[AuditedModel]
+    sets: dict[str, RecordSet]
+
+
 def run(folder: Path, *, bars: Bars, say: Callable[[str], None], methods: Mapping[str, Mapping[str, Any]] = METHODS) -> Demo:
     """Train, retrain, unlearn, audit; what an earlier run in the same folder has done is used again.
 
@@ -61,6 +70,15 @@ def run(folder: Path, *, bars: Bars, say: Callable[[str], None], methods: Mappin
         methods: parts by method.
     """
     started = time.perf_counter()
+    made = prepare(folder, bars=bars, say=say, methods=methods)
+    document = _audit(made.run, made.models, made.sets, bars, say)
+    return Demo(document, folder, time.perf_counter() - started)
+
+
+def prepare(
+    folder: Path, *, bars: Bars, say: Callable[[str], None], methods: Mapping[str, Mapping[str, Any]] = METHODS
+) -> Prepared:
+    """Train, retrain and unlearn, without the audit; arguments as of :func:`run`."""
     settings = {"world": WORLD, "schedule": SCHEDULE, "seeds": list(SEEDS), "methods": {k: dict(v) for k, v in methods.items()}}
     held = Run.start(folder, "demo", settings, resume=(folder / "manifest.json").is_file())
     target = folder / "target"
@@ -82,8 +100,7 @@ def run(folder: Path, *, bars: Bars, say: Callable[[str], None], methods: Mappin
     for seed, (_, out) in zip(SEEDS, twins, strict=True):
         models.append(entry_of(f"retrained seed {seed}", "retrained", out, TextConfig(), seed=seed, stage="train"))
     models += [unlearned_model(out) for _, out in runs.values()]
-    document = _audit(held, models, sets_of(base, request, {}), bars, say)
-    return Demo(document, folder, time.perf_counter() - started)
+    return Prepared(held, models, sets_of(base, request, {}))
 
 
 def _unlearn_config(target: Path, method: str, parts: Mapping[str, Any]) -> UnlearnConfig:

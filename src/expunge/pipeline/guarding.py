@@ -163,6 +163,29 @@ def is_guarded(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
+def _read(folder: Path) -> tuple[Shield, Origin, bytes, int]:
+    try:
+        held = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        key = (folder / KEY).read_bytes()
+        made = Shield(method=held["name"], rows=tuple(Row(**r) for r in held["rows"]))
+        origin = Origin(held["target"]["source"], held["target"]["digest"], held["data"])
+        schema, seed = held["schema"], int(held["seed"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"The guard in {str(folder)!r} is damaged ({type(error).__name__}).", "Do the run again.") from None
+    if schema != _SCHEMA:
+        raise InputError(f"The guard in {str(folder)!r} was written by another version.", "Do the run again.")
+    return made, origin, key, seed
+
+
+def target_of(folder: Path) -> str:
+    """The model that a guard's run stands before, as the run was told.
+
+    Raises:
+        InputError: the folder is damaged.
+    """
+    return _read(folder)[1].target
+
+
 def open_guarded(folder: Path, target: LanguageAdapter, sets: Mapping[str, RecordSet]) -> SavedGuard:
     """A guarded model as it was made.
 
@@ -174,16 +197,7 @@ def open_guarded(folder: Path, target: LanguageAdapter, sets: Mapping[str, Recor
     Raises:
         InputError: the folder is damaged, or model or records are not what they were.
     """
-    try:
-        held = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        key = (folder / KEY).read_bytes()
-        made = Shield(method=held["name"], rows=tuple(Row(**r) for r in held["rows"]))
-        origin = Origin(held["target"]["source"], held["target"]["digest"], held["data"])
-        seed = int(held["seed"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"The guard in {str(folder)!r} is damaged ({type(error).__name__}).", "Do the run again.") from None
-    if held["schema"] != _SCHEMA:
-        raise InputError(f"The guard in {str(folder)!r} was written by another version.", "Do the run again.")
+    made, origin, key, seed = _read(folder)
     if target.fingerprint() != origin.digest:
         said = f"The model {origin.target!r} is not the one that the guard in {str(folder)!r} stands before."
         raise InputError(said, "Put it back, or do the run again.")

@@ -1,27 +1,33 @@
-"""Which methods can carry out a request, what each costs, and what the diagnostics warn of; nothing is changed."""
+"""Which methods can carry out a request, what each costs, and what the diagnostics warn of; the target stays as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from expunge.adapters.language import LanguageAdapter
+from expunge.audit.circuits import CircuitSettings
 from expunge.core.access import Stream
-from expunge.core.errors import InputError
+from expunge.core.errors import InputError, unknown
 from expunge.core.files import size
+from expunge.core.runs import Run
 from expunge.core.settings import nest
 from expunge.engine.options import Engine
+from expunge.engine.outcome import Progress
 from expunge.engine.parts import Join, Recipe
 from expunge.methods.catalogue import Known, find, known, serves
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.prepared.registry import PREPARED
 from expunge.methods.recipe import build as build_recipe
 from expunge.methods.registry import PLACEHOLDER_LAYERS, Method
+from expunge.pipeline.circuits import CircuitDifficulty, circuit_difficulty
 from expunge.pipeline.config import UnlearnConfig
 from expunge.pipeline.cost import Cost
-from expunge.pipeline.difficulty import Difficulty, diagnose
+from expunge.pipeline.difficulty import ALPHA, Difficulty, diagnose
 from expunge.pipeline.models import open_adapter
+from expunge.pipeline.timing import Seconds, time_of
 from expunge.pipeline.unlearn import Request, encode, load_request
 from expunge.pipeline.unlearn import plan as plan_run
 
@@ -38,6 +44,8 @@ class MethodOutlook:
         kind: recipe, edit or prepared.
         missing: why it cannot run on this request, and what would help; empty if it can.
         cost: an upper estimate; none if it cannot run.
+        time: on this machine, if it was asked for; none if it cannot run, or was not timed.
+        untimed: why it was not timed though it was asked for; empty otherwise.
         cautions: what the diagnostics, or its construction, warn of.
     """
 
@@ -47,6 +55,8 @@ class MethodOutlook:
     missing: str
     cost: Cost | None
     cautions: tuple[str, ...]
+    time: Seconds | None = None
+    untimed: str = ""
 
     @property
     def runs(self) -> bool:
@@ -58,32 +68,86 @@ class MethodOutlook:
         cost = self.cost.json() if self.cost is not None else None
         return {
             "name": self.name, "kind": self.kind, "title": self.title, "runs": self.runs, "missing": self.missing or None,
-            "cost": cost, "cautions": list(self.cautions),
+            "cost": cost, "time": self.time.json() if self.time is not None else None, "untimed": self.untimed or None,
+            "cautions": list(self.cautions),
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """A request before it is carried out: how hard it is, what can do it, and what to mind."""
+    """A request before it is carried out: how hard it is, what can do it, and what to mind.
+
+    Attributes:
+        difficulty: of the request.
+        methods: by kind and name.
+        cautions: what to mind whatever the method.
+        circuits: how hard it is by its circuits, if that was asked for.
+    """
 
     difficulty: Difficulty
     methods: tuple[MethodOutlook, ...]
     cautions: tuple[str, ...]
+    circuits: CircuitDifficulty | None = None
+
+    def method(self, name: str) -> MethodOutlook:
+        """What was found of one method.
+
+        Raises:
+            InputError: it was not looked at.
+        """
+        found = {m.name: m for m in self.methods}
+        if name not in found:
+            raise unknown("method of this plan", name, found)
+        return found[name]
 
     def json(self) -> dict[str, Any]:
         """A plain mapping, which is also what ``--out`` writes."""
         return {
-            "format": 1, "difficulty": self.difficulty.json(), "cautions": list(self.cautions),
-            "methods": [m.json() for m in self.methods],
+            "format": 1, "difficulty": self.difficulty.json(),
+            "circuits": self.circuits.json() if self.circuits is not None else None,
+            "cautions": list(self.cautions), "methods": [m.json() for m in self.methods],
         }  # fmt: skip
 
 
-def from_config(config: UnlearnConfig, names: Sequence[str] = ()) -> Outlook:
+@dataclass(frozen=True)
+class Looks:
+    """What is looked at beside the request itself, at a price.
+
+    Attributes:
+        circuits: how circuits are found, if they are to be compared (:mod:`expunge.pipeline.circuits`).
+        anchors: finished runs whose records are the anchors; none: gradient ascent on copies of the target makes them.
+        timed: time a few steps of each method that can run (:mod:`expunge.pipeline.timing`).
+    """
+
+    circuits: CircuitSettings | None = None
+    anchors: tuple[str, ...] = ()
+    timed: bool = False
+
+
+def looks_of(
+    *, circuits: bool = False, anchors: Sequence[str] = (), timed: bool = False, settings: Mapping[str, Any] | None = None
+) -> Looks:
+    """What is to be looked at, as a user says it; anchors, or settings of circuits, ask for circuits.
+
+    Raises:
+        InputError: an unknown setting of circuits, or an anchor that is no run.
+    """
+    for name in anchors:
+        Run.open(Path(name))
+    wanted = circuits or bool(anchors) or settings is not None
+    return Looks(CircuitSettings(**(settings or {})) if wanted else None, tuple(anchors), timed)
+
+
+def from_config(
+    config: UnlearnConfig, names: Sequence[str] = (), *, looks: Looks | None = None, progress: Progress | None = None
+) -> Outlook:
     """Load what a configuration names and look at it.
 
     Args:
         config: as for unlearning; its method is not read.
         names: methods to look at; none: all.
+        looks: what else is looked at.
+        progress: called while that is done.
 
     Raises:
         InputError: an unknown method, or data or a model that cannot be read.
@@ -97,7 +161,7 @@ def from_config(config: UnlearnConfig, names: Sequence[str] = ()) -> Outlook:
     base = open_adapter(config.base, config.text, dropout=config.engine.dropout) if config.base else None
     return outlook(
         adapter, request, config.engine, names=names, parts=config.parts, how=config.alternatives,
-        template=config.alternative_template, base=base,
+        template=config.alternative_template, base=base, looks=looks, progress=progress,
     )  # fmt: skip
 
 
@@ -111,6 +175,8 @@ def outlook(
     how: str = "auto",
     template: str | None = None,
     base: LanguageAdapter | None = None,
+    looks: Looks | None = None,
+    progress: Progress | None = None,
 ) -> Outlook:
     """Diagnose a request and look at each method; methods come by kind, then by name.
 
@@ -122,17 +188,24 @@ def outlook(
         parts: what differs from a method's own parts.
         how, template: see :func:`expunge.pipeline.unlearn.plan`.
         base: the untrained base, for methods that start from it.
+        looks: what else is looked at.
+        progress: called while that is done.
 
     Raises:
-        InputError: an unknown method, or a record cannot be encoded.
+        InputError: an unknown method, a record cannot be encoded, or the model has no circuits that could be compared.
     """
+    looks = looks or Looks()
     examples = encode(adapter, request)
     tokens = sum(e.size for e in examples.get(Stream.RETAIN, ()))
     found = diagnose(adapter, request, engine, examples=examples[Stream.FORGET], retain_tokens=tokens, how=how, template=template)
+    circuits = None
+    if looks.circuits is not None:
+        circuits = circuit_difficulty(adapter, request, engine, runs=looks.anchors, settings=looks.circuits, progress=progress)
     options: dict[str, Any] = {"how": how, "template": template, "base": base, "encoded": examples}
-    case = _Case(adapter, request, engine, found, options)
+    case = _Case(adapter, request, engine, found, options, looks.timed, progress)
     methods = [case.look(name, dict(parts or {})) for name in (sorted(set(names)) or known())]
-    return Outlook(found, tuple(sorted(methods, key=lambda m: (_KINDS.index(m.kind), m.name))), tuple(_cautions(found)))
+    methods.sort(key=lambda m: (_KINDS.index(m.kind), m.name))
+    return Outlook(found, tuple(methods), (*_cautions(found), *_circuits(circuits)), circuits)
 
 
 _KINDS = ("recipe", "edit", "prepared")
@@ -147,20 +220,31 @@ class _Case:
     engine: Engine
     found: Difficulty
     options: Mapping[str, Any]
+    timed: bool
+    progress: Progress | None
 
     def look(self, name: str, parts: Mapping[str, Any]) -> MethodOutlook:
         """Whether the method called ``name`` can run, at what cost, and what to mind."""
         held = find(name)
         kind = "edit" if name in EDITS.names() else "prepared" if name in PREPARED.names() else "recipe"
-        missing, cost = _unfit(held, kind, self.adapter), None
-        cautions: tuple[str, ...] = ()
-        if not missing:
-            try:
-                cost = plan_run(self.adapter, self.request, name, parts, self.engine, **self.options).cost
-                cautions = tuple(_method_cautions(_made(held, name, parts), self.found))
-            except InputError as error:
-                missing = f"{error.message} {error.remedy}".strip()
-        return MethodOutlook(name, kind, held.title, missing, cost, cautions)
+        missing = _unfit(held, kind, self.adapter) or self._unasked(held, name, parts)
+        if missing:
+            return MethodOutlook(name, kind, held.title, missing, None, ())
+        try:
+            plan = plan_run(self.adapter, self.request, name, parts, self.engine, **self.options)
+            cautions = tuple(_method_cautions(_made(held, name, parts), self.found))
+        except InputError as error:
+            return MethodOutlook(name, kind, held.title, f"{error.message} {error.remedy}".strip(), None, ())
+        time, untimed = time_of(plan, self.progress) if self.timed else (None, "")
+        return MethodOutlook(name, kind, held.title, "", plan.cost, cautions, time, untimed)
+
+    def _unasked(self, held: Known, name: str, parts: Mapping[str, Any]) -> str:
+        """Why a method is none for this request, though it may be one for the model; empty if it may be."""
+        if not isinstance(held, Method) or self.options["base"] is not None:
+            return ""
+        if build_recipe(name, parts).start != "initial":
+            return ""
+        return "It trains the untrained base anew instead of changing this model. Name the base to see its cost: --base MODEL."
 
 
 def _unfit(held: Known, kind: str, adapter: LanguageAdapter) -> str:
@@ -231,6 +315,26 @@ def _knowledge(found: Difficulty) -> list[str]:
         )
     if found.unknown:
         out.append(f"Nothing to forget in {len(found.unknown)} records, which look like unseen ones: {_names(found.unknown)}.")
+    return out
+
+
+def _circuits(found: CircuitDifficulty | None) -> list[str]:
+    """What to mind with circuit-guided difficulty."""
+    if found is None:
+        return []
+    check, out = found.foretold, []
+    if found.left_out:
+        out.append(f"{found.left_out} records have no prompt that could be asked of somebody else, and so no circuit.")
+    if not found.trusted:
+        out.append(
+            f"Circuit-guided difficulty foretells nothing here: over {check.records} records it goes along with what was hard to "
+            f"erase by {check.value:.2f} (Spearman), and {100 * check.p:.0f} % of random anchors do as well."
+        )
+    elif check.partial <= 0 or check.p_partial > ALPHA:
+        out.append(
+            f"Circuit-guided difficulty says no more than the loss: given it, {check.partial:.2f} is left of {check.value:.2f} "
+            "(Spearman)."
+        )
     return out
 
 

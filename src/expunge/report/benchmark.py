@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from expunge.audit.document import AuditDocument, Curve, ModelEntry
-from expunge.benchmarks.document import AxisEntry, BenchmarkDocument
+from expunge.benchmarks.document import AxisEntry, BenchmarkDocument, Grid
 from expunge.benchmarks.registry import BENCHMARKS
 from expunge.core.files import write_text
 from expunge.core.results import Number
+from expunge.pipeline.audit import read as read_audit
 from expunge.report.glossary import ARROWS
 from expunge.report.text import clean, digits, interval_text, value_text
 
@@ -65,6 +66,7 @@ def document_json(document: BenchmarkDocument) -> dict[str, Any]:
             {"label": m.label, "role": m.role, "numbers": {k: n.model_dump(mode="json") for k, n in m.numbers.items()}}
             for m in ordered(document)
         ],
+        "grids": [g.model_dump(mode="json") for g in document.grids],
         "not_measured": document.not_measured,
     }  # fmt: skip
 
@@ -81,9 +83,15 @@ def markdown(document: BenchmarkDocument) -> str:
         lines.append(f"| {axis.title} | " + " | ".join(cells) + " |")
     for curve in document.curves:
         lines += ["", *_curve_lines(curve)]
+    for grid in document.grids:
+        lines += ["", *_grid_lines(grid)]
     notes = [f"{a.title}: {a.note}" for a in document.axes if a.note]
+    unmeasured = [
+        f"{m.label}, {a.title}: not measured, {n.note}"
+        for m in models for a in document.axes if (n := m.numbers.get(a.name)) is not None and n.value is None and n.note
+    ]  # fmt: skip
     flagged = [f"{m.label}, {k}: {f}" for m in models for k, n in m.numbers.items() for f in n.flags]
-    lines += ["", *(f"- {n}" for n in (*notes, *flagged, *document.not_measured, *document.caveats)), ""]
+    lines += ["", *(f"- {n}" for n in (*notes, *flagged, *unmeasured, *document.not_measured, *document.caveats)), ""]
     return "\n".join(lines)
 
 
@@ -97,6 +105,14 @@ def _curve_lines(curve: Curve) -> list[str]:
     return head
 
 
+def _grid_lines(grid: Grid) -> list[str]:
+    head = [f"## {grid.title}", "", "| | " + " | ".join(grid.titles) + " |", "| --- |" + " ---: |" * len(grid.columns)]
+    for row in grid.rows:
+        cells = [_cell(row.numbers.get(c), 2).plain.replace("\n", " ") for c in grid.columns]
+        head.append(f"| {row.label} | " + " | ".join(cells) + " |")
+    return head
+
+
 def write_report(document: BenchmarkDocument, folder: Path) -> Path:
     """``benchmark.md`` and, where the run was audited, ``report.html`` with the axes beside the audit's own numbers.
 
@@ -105,22 +121,44 @@ def write_report(document: BenchmarkDocument, folder: Path) -> Path:
     """
     path = folder / "benchmark.md"
     write_text(path, markdown(document))
-    audit = folder / "audit.json"
-    if not audit.is_file():
+    if not (folder / "audit.json").is_file():
         return path
     from expunge.report.html import write
 
-    held = AuditDocument.model_validate_json(audit.read_text(encoding="utf-8"))
     page = folder / "report.html"
-    write([with_axes(held, document)], page)
+    write([page_document(folder, document)], page)
     return page
+
+
+def page_document(folder: Path, document: BenchmarkDocument) -> AuditDocument:
+    """What a page shows of a benchmark's folder: its axes and curves, beside the audit's numbers where it was audited.
+
+    Raises:
+        InputError: the audit cannot be read.
+    """
+    if (folder / "audit.json").is_file():
+        return with_axes(read_audit(folder), document)
+    bare = AuditDocument(
+        created=document.created, title=document.title, modality="language", signature=document.signature, cost={},
+        data={n: {"name": n, "of": d["records"], **d} for n, d in document.data.items()},
+        models=[m.model_copy(update={"numbers": {}}) for m in document.models], protocol=document.protocol,
+        not_shown=[*document.not_measured, "The models were not audited: there is no verdict."],
+    )  # fmt: skip
+    return with_axes(bare, document)
 
 
 def with_axes(audit: AuditDocument, document: BenchmarkDocument) -> AuditDocument:
     """The audit with the benchmark's axes among the numbers of its models, as ``<benchmark>.<axis>``, and its curves."""
     axes = {m.label: {f"{document.benchmark}.{k}": n for k, n in m.numbers.items()} for m in document.models}
     models = [m.model_copy(update={"numbers": {**m.numbers, **axes.get(m.label, {})}}) for m in audit.models]
-    return audit.model_copy(update={"models": models, "curves": [*audit.curves, *document.curves]})
+    told = {
+        f"{document.benchmark}.{a.name}": {
+            "title": ": ".join(t for t in (a.group, a.title) if t), "text": a.note, "formula": a.formula,
+        }
+        for a in document.axes
+    }  # fmt: skip
+    protocol = {**audit.protocol, "metrics": {**audit.protocol.get("metrics", {}), **told}}
+    return audit.model_copy(update={"models": models, "curves": [*audit.curves, *document.curves], "protocol": protocol})
 
 
 def description_json(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

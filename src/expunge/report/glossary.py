@@ -131,13 +131,16 @@ _PARTS: Mapping[str, str] = {
 def term(document: AuditDocument, key: str) -> Term:
     """The title and meaning of the number called ``key`` (``forget.probability``, ``privleak.min-k``).
 
-    What the document's protocol declares (``title``, ``text``, ``formula``) comes before :data:`METRICS`; a name that neither
-    knows is shown as it is.
+    What the document's protocol declares (``title``, ``text``, ``formula``), for the whole key or for the metric in it, comes
+    before :data:`METRICS`; a name that neither knows is shown as it is.
     """
     parts = key.split(".")
+    declared: Any = document.protocol.get("metrics")
+    whole = declared.get(key) if isinstance(declared, Mapping) else None
+    if isinstance(whole, Mapping) and whole.get("title"):
+        return Term(str(whole["title"]), str(whole.get("text", "")), str(whole.get("formula", "")))
     if parts[0] in document.data and len(parts) > 1:
         parts = parts[1:]
-    declared: Any = document.protocol.get("metrics")
     own = declared.get(parts[0]) if isinstance(declared, Mapping) else None
     said = own if isinstance(own, Mapping) else {}
     special = METRICS.get(f"{parts[0]}.{parts[-1]}")

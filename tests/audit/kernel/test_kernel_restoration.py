@@ -9,16 +9,9 @@ import torch
 from kernel_models import TRAIN, Ensemble, digits, train
 from torch import Tensor
 
-from expunge.audit.kernel.restoration import (
-    Restoration,
-    SparseAutoencoder,
-    expert_latents,
-    explained_variance,
-    fit_autoencoder,
-    restoration,
-    steer,
-)
+from expunge.audit.kernel.restoration import Restoration, expert_latents, restoration, steer
 from expunge.core.errors import InputError
+from expunge.engine.autoencoder import SparseAutoencoder, explained_variance, fit_autoencoder
 
 CLASS = 3
 

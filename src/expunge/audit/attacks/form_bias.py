@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from expunge.audit.asking import Ask
 from expunge.audit.attacks.prompting import PromptAttack
 from expunge.audit.attacks.registry import ATTACKS, Access, Attack, Criterion, attack
-from expunge.audit.evidence import Evidence, Values
+from expunge.audit.evidence import Evidence, Protocol, Values
 from expunge.audit.metrics.papers import ORT
 from expunge.audit.metrics.registry import Range
 from expunge.audit.scores import Floats
@@ -22,6 +22,7 @@ from expunge.core.statistics import bootstrap_means
 from expunge.data.records import Record
 from expunge.engine.parts import Paper
 
+Table = npt.NDArray[np.float64]
 TRAINED = "trained"  #: the form in which a record stands in the forget set: what a method was given
 FORMS = ("paraphrased-question", "cloze", "statement-completion", "multiple-choice", "reversed", "yes-no")
 
@@ -134,9 +135,7 @@ class FormBias(Attack):
             return out
         return self._numbers(evidence, name, tables)
 
-    def _tables(
-        self, evidence: Evidence, name: str, label: str, target: str, others: Sequence[str]
-    ) -> dict[str, npt.NDArray[np.float64]]:
+    def _tables(self, evidence: Evidence, name: str, label: str, target: str, others: Sequence[str]) -> dict[str, Table]:
         """By form that tells something: values of target, model and retrained models ``[3, n]``, NaN where a record has none."""
         out = {}
         for form, part in self.parts().items():
@@ -161,35 +160,52 @@ class FormBias(Attack):
         found = self.column(evidence, label, name, form)
         return np.where(found.present, found.values, np.nan)
 
-    def _numbers(self, evidence: Evidence, name: str, tables: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Number]:
+    def _numbers(self, evidence: Evidence, name: str, tables: Mapping[str, Table]) -> dict[str, Number]:
         known = np.all([np.isfinite(t).all(axis=0) for t in tables.values()], axis=0)
         if known.sum() < 2:
             evidence.miss(f"{self.title} was not measured: fewer than two records have all forms.")
             return {}
         clusters = [c for c, k in zip(evidence.clusters(name), known, strict=True) if k]
-        arrays = [row[known] for table in tables.values() for row in table]
-        at = evidence.protocol
+        return form_numbers(
+            {form: table[:, known] for form, table in tables.items()}, clusters, evidence.protocol, f"{name}.{self.name}"
+        )
 
-        def number(pick: Any, direction: Direction, note: str) -> Number:
-            def combine(means: Floats) -> Floats:
-                parts = means.reshape(*means.shape[:-1], len(tables), 3)
-                return np.asarray(pick(forgetting(parts[..., 0], parts[..., 1], parts[..., 2])), dtype=np.float64)
 
-            with np.errstate(divide="ignore", invalid="ignore"):
-                found = bootstrap_means([(arrays, clusters)], combine, draws=at.draws, level=at.level, seed=at.seed)
-            return found.number(direction, (None, None), note)
+def form_numbers(
+    tables: Mapping[str, Table], clusters: Sequence[str], at: Protocol, key: str, trained: str = TRAINED
+) -> dict[str, Number]:
+    """The bias, the form that is forgotten least, and the share of each form, with joint intervals over clusters.
 
-        share = "share of what could be forgotten that was: 0 none, 1 as in retrained models"
-        others = ", ".join(n for n in tables if n != TRAINED)
-        out = {
-            f"{name}.{self.name}": number(
-                lambda g: g[..., 0] - g[..., 1:].mean(axis=-1), Direction.ZERO,
-                f"0 = the same in all forms, 1 = only the trained form is forgotten; other forms: {others}",
-            ),
-            f"{name}.{self.name}.least": number(
-                lambda g: g.min(axis=-1), Direction.REFERENCE, f"the form that is forgotten least; {share}"
-            ),
-        }  # fmt: skip
-        for i, form in enumerate(tables):
-            out[f"{name}.{self.name}.{form}"] = number(lambda g, i=i: g[..., i], Direction.REFERENCE, share)
-        return out
+    Args:
+        tables: by form, the values of target, model and retrained models (or chance) ``[3, n]`` of the same n facts.
+        clusters: the unit of each fact.
+        at: draws, level and seed of the bootstrap.
+        key: of the bias; ``.least`` and the forms' names are put after it.
+        trained: the form that was unlearned; if it is not among the tables there is no bias.
+    """
+    arrays = [row for table in tables.values() for row in table]
+
+    def number(pick: Callable[[Floats], Floats], direction: Direction, note: str) -> Number:
+        def combine(means: Floats) -> Floats:
+            parts = means.reshape(*means.shape[:-1], len(tables), 3)
+            return np.asarray(pick(forgetting(parts[..., 0], parts[..., 1], parts[..., 2])), dtype=np.float64)
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = bootstrap_means([(arrays, clusters)], combine, draws=at.draws, level=at.level, seed=at.seed)
+        return found.number(direction, (None, None), note)
+
+    share = "share of what could be forgotten that was: 0 none, 1 as in retrained models"
+    others = [i for i, n in enumerate(tables) if n != trained]
+    out: dict[str, Number] = {}
+    if trained in tables and others:
+        first, said = list(tables).index(trained), ", ".join(n for n in tables if n != trained)
+        out[key] = number(
+            lambda g: g[..., first] - g[..., others].mean(axis=-1), Direction.ZERO,
+            f"0 = the same in all forms, 1 = only the trained form is forgotten; other forms: {said}",
+        )  # fmt: skip
+    out[f"{key}.least"] = number(
+        lambda g: g.min(axis=-1), Direction.REFERENCE, f"the form that is forgotten least; {share}"
+    )  # fmt: skip
+    for i, form in enumerate(tables):
+        out[f"{key}.{form}"] = number(lambda g, i=i: g[..., i], Direction.REFERENCE, share)  # type: ignore[misc]
+    return out

@@ -253,7 +253,7 @@ class GradientAttack(MembershipAttack):
     examples: int = Field(40, ge=2, description="records per set at most, whole clusters")
 
     def lacks(self, evidence: Evidence, label: str) -> str:
-        """Weights: a forest has none."""
+        """Weights: a forest has none, and who only asks a model does not get them."""
         weights = Offer.ROWS not in evidence.offers or any(p.numel() for p in evidence.adapter(label).model.parameters())
         return "" if weights else "the model has no weights"
 

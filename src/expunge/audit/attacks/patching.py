@@ -131,15 +131,19 @@ def lost_by_patching(target: Adapter, statements: Sequence[Statement], states: S
 
 
 @contextmanager
-def patched(adapter: Adapter, layer: str, batch: Batch, rows: Tensor, values: Tensor) -> Iterator[None]:
-    """While open, the residual stream after ``layer`` is ``values`` ``[R, D]`` at the real tokens ``rows`` of the batch."""
+def patched(adapter: Adapter, layer: str, batch: Batch, rows: Tensor, values: Tensor, *, added: bool = False) -> Iterator[None]:
+    """While open, the residual stream after ``layer`` is ``values`` ``[R, D]`` at the real tokens ``rows`` of the batch.
+
+    With ``added`` it is what it was and ``values`` more; where these are 0 it is left bit by bit.
+    """
     module: nn.Module = base(adapter.model).get_submodule(layer)
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         states: Tensor = output if isinstance(output, Tensor) else output[0]
         flat = states.reshape(-1, states.shape[-1]).clone()
         where = cells(batch, states)
-        flat[rows if where is None else where[rows]] = values.to(flat)
+        at = rows if where is None else where[rows]
+        flat[at] = flat[at] + values.to(flat) if added else values.to(flat)
         changed = flat.view(states.shape)
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 

@@ -223,9 +223,17 @@ def columns(adapter: Adapter, places: Places) -> Tensor:
         InputError: a block has no feed-forward layer of the usual kind, or too few units.
     """
     parts = _outputs(adapter)
-    if any(layer >= len(parts) or unit >= parts[layer].units for layer, unit in places):
-        raise InputError("The model has another shape than the target.")
+    _check(parts, places)
     return torch.stack([output_matrix(parts[layer])[:, unit].float().cpu() for layer, unit in places])
+
+
+def _check(parts: Sequence[FeedForward], places: Places) -> None:
+    for layer, unit in places:
+        if layer >= len(parts) or unit >= parts[layer].units:
+            raise InputError(
+                f"The model has no unit {unit} in block {layer}: it has another shape than the one whose vectors are named.",
+                "Compare models of one shape, or look for the vectors anew.",
+            )
 
 
 @torch.no_grad()
@@ -272,16 +280,25 @@ def _harm(
 
 
 @contextmanager
-def noised(adapter: Adapter, places: Places, noise: float, generator: torch.Generator) -> Iterator[None]:
-    """While open, some value vectors have Gaussian noise of ``noise`` times their root mean square; then they are as before."""
+def noised(
+    adapter: Adapter, places: Places, noise: float, generator: torch.Generator, *, relative: bool = True
+) -> Iterator[None]:
+    """While open, some value vectors have Gaussian noise of standard deviation ``noise``; then they are as before.
+
+    ``relative``: in units of the vector's root mean square.
+
+    Raises:
+        InputError: a block has no feed-forward layer of the usual kind, or there is no such vector.
+    """
     parts = _outputs(adapter)
+    _check(parts, places)
     held = []
     with torch.no_grad():
         for layer, unit in places:
             column = output_matrix(parts[layer])[:, unit]
             held.append((column, column.clone()))
             drawn = torch.randn(len(column), generator=generator).to(column)
-            column.add_(drawn, alpha=noise * float(column.float().pow(2).mean().sqrt()))
+            column.add_(drawn, alpha=noise * (float(column.float().pow(2).mean().sqrt()) if relative else 1.0))
     try:
         yield
     finally:

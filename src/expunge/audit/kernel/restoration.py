@@ -23,103 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
 from expunge.audit.kernel.arrays import Integers, codes
 from expunge.core.errors import InputError
-
-
-class SparseAutoencoder(nn.Module):
-    """``z = TopK(ReLU(W_enc (s - b_pre) + b_lat))``, ``s' = W_dec z + b_pre`` on standardised activations ``s``.
-
-    Args:
-        mean, deviation: of the activations it will read ``[d]``.
-        latents: number of latents.
-        k: latents that may be active for one activation.
-        seed: of the initial weights: decoder columns of unit norm, the encoder its transpose.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, mean: Tensor, deviation: Tensor, latents: int, k: int, seed: int = 0) -> None:
-        super().__init__()
-        if not 1 <= k <= latents:
-            raise InputError(f"The number of active latents must be in [1, {latents}]; got {k}.")
-        width = len(mean)
-        directions = torch.randn(width, latents, generator=torch.Generator().manual_seed(seed))
-        directions = directions / directions.norm(dim=0, keepdim=True)
-        self.register_buffer("mean", mean.detach().float().clone())
-        self.register_buffer("deviation", deviation.detach().float().clone())
-        self.decoder = nn.Parameter(directions)
-        self.encoder = nn.Parameter(directions.T.clone())
-        self.before = nn.Parameter(torch.zeros(width))
-        self.bias = nn.Parameter(torch.zeros(latents))
-        self.k = k
-
-    def encode(self, activations: Tensor) -> Tensor:
-        """Latents ``[..., latents]`` of activations ``[..., d]``; not negative, at most k are not 0."""
-        standard = (activations - self.mean) / self.deviation
-        z = torch.relu((standard - self.before) @ self.encoder.T + self.bias)
-        top = z.topk(self.k, dim=-1)
-        return torch.zeros_like(z).scatter(-1, top.indices, top.values)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Activations ``[..., d]`` of latents."""
-        return (latents @ self.decoder.T + self.before) * self.deviation + self.mean
-
-
-def fit_autoencoder(
-    activations: Tensor,
-    *,
-    latents: int | None = None,
-    k: int = 16,
-    steps: int = 2000,
-    batch: int = 256,
-    rate: float = 1e-3,
-    seed: int = 0,
-) -> SparseAutoencoder:
-    """Train an autoencoder on the original model's activations by mean squared error (Adam).
-
-    Args:
-        activations: ``[..., d]``, tokens of one layer; not on the forget set alone.
-        latents: number of latents; as many as the layer is wide if not given, as in the paper.
-        k: active at once (paper: 16 for CIFAR-10, 32 for Imagenette).
-        steps, batch, rate: of the optimiser.
-        seed: of initialisation and batches.
-
-    Raises:
-        InputError: there are fewer than two activations, or one is not finite.
-    """
-    rows = activations.detach().reshape(-1, activations.shape[-1]).float()
-    if len(rows) < 2 or not bool(torch.isfinite(rows).all()):
-        raise InputError("An autoencoder needs several activations, all finite.", "A destroyed model cannot be analysed.")
-    deviation = rows.std(dim=0)
-    # A unit that never changes carries nothing; dividing by its spread would only blow up rounding.
-    deviation = torch.where(deviation > 1e-6 * rows.abs().amax(dim=0).clamp(min=1e-30), deviation, torch.ones_like(deviation))
-    model = SparseAutoencoder(rows.mean(dim=0), deviation, latents or rows.shape[1], k, seed).to(rows.device)
-    optimiser = torch.optim.Adam(model.parameters(), lr=rate)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        x = rows[torch.randint(0, len(rows), (min(batch, len(rows)),), generator=generator).to(rows.device)]
-        optimiser.zero_grad()
-        (((model.decode(model.encode(x)) - x) / model.deviation) ** 2).mean().backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-    return model.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def explained_variance(model: SparseAutoencoder, activations: Tensor) -> float:
-    """Share of the variance of standardised activations that the autoencoder reconstructs; at most 1, higher is better.
-
-    Far below 1 its latents say little about the layer, and a failed restoration says nothing. NaN if the activations do not vary.
-    """
-    x = activations.reshape(-1, activations.shape[-1]).float()
-    if bool((x == x[:1]).all()):
-        return math.nan
-    lost = ((model.decode(model.encode(x)) - x) / model.deviation).square().sum()
-    total = ((x - x.mean(dim=0)) / model.deviation).square().sum()
-    return 1 - float(lost / total)
+from expunge.engine.autoencoder import SparseAutoencoder
 
 
 @torch.no_grad()
@@ -180,8 +88,7 @@ def steer(model: SparseAutoencoder, unlearned: Tensor, original: Tensor, latents
         raise InputError(f"Latents are numbered from 0 to {len(model.bias) - 1}.")
     chosen = torch.from_numpy(wanted).to(unlearned.device)
     change = (model.encode(original.float()) - model.encode(unlearned.float()))[..., chosen]
-    step = strength * (change @ model.decoder[:, chosen].T) * model.deviation
-    return unlearned + step.to(unlearned.dtype)
+    return unlearned + (strength * model.shift(change, chosen)).to(unlearned.dtype)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ class _Attacked(Metric):
 
     def chosen(self, evidence: Evidence) -> list[MembershipAttack]:
         """The attacks that fit the modality of the audit."""
+        if evidence.asked:  # who only asks gets log-probabilities of what the model says, not of texts of his own
+            return []
         return [a for a in _attacks(self.attacks, self.k, self.gradient_examples) if a.offers <= evidence.offers]
 
     def visit(self, evidence: Evidence, label: str) -> None:
@@ -113,6 +115,8 @@ class _Attacked(Metric):
         if "holdout" not in evidence.sets:
             evidence.miss(f"{self.title} was not measured: it needs a holdout set that the models were never trained on.")
             return []
+        if evidence.asked:
+            evidence.miss(f"{self.title} was not measured: who only asks gets no log-probabilities of texts of their own.")
         out = []
         for attack in self.chosen(evidence):
             lack = attack.lacks(evidence, label)

@@ -144,6 +144,12 @@ RESTORED = Paper(
     2026,
     "https://arxiv.org/abs/2602.18505",
 )
+INVERSION = Paper(
+    "Better Language Model Inversion by Compactly Representing Next-Token Distributions",
+    "Nazir, Finlayson, Morris, Ren and Swayamdipta",
+    2025,
+    "https://arxiv.org/abs/2506.17090",
+)
 LAF = Paper(
     "Label-Agnostic Forgetting: A Supervision-Free Unlearning in Deep Models", "Shen, Zhang, Zhao et al.", 2024,
     "https://arxiv.org/abs/2404.00506",
@@ -210,6 +216,14 @@ CONCEPT_VECTORS = Paper(
 RESTOR = Paper(
     "RESTOR: Knowledge Recovery in Machine Unlearning", "Rezaei, Chandu, Feizi, Choi, Brahman and Ravichander", 2024,
     "https://arxiv.org/abs/2411.00204",
+)  # fmt: skip
+PISTOL = Paper(
+    "PISTOL: Dataset Compilation Pipeline for Structural Unlearning of LLMs", "Qiu, Shen, Chen et al.", 2024,
+    "https://arxiv.org/abs/2406.16810",
+)  # fmt: skip
+KNOWUNDO = Paper(
+    "To Forget or Not? Towards Practical Knowledge Unlearning for Large Language Models", "Tian, Liang, Cheng et al.", 2024,
+    "https://arxiv.org/abs/2407.01920",
 )  # fmt: skip
 HUBBLE = Paper(
     "Hubble: a Model Suite to Advance the Study of LLM Memorization", "Wei, Godbole, Khan et al.", 2025,

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from expunge.adapters.base import Adapter
 from expunge.adapters.passes import evaluating
 from expunge.audit.evidence import Evidence
-from expunge.audit.kernel.restoration import SparseAutoencoder, expert_latents, fit_autoencoder, restoration
+from expunge.audit.kernel.restoration import expert_latents, restoration
 from expunge.audit.metrics.papers import RESTORED
 from expunge.audit.metrics.registry import Metric, Need, Range, metric
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
 from expunge.core.results import Direction, Number
+from expunge.engine.autoencoder import SparseAutoencoder, fit_autoencoder
 from expunge.engine.parts import Paper
 
 

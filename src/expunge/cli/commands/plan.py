@@ -24,16 +24,25 @@ _HELP = """Say how hard a request is, which methods can do it and what each cost
     the model (CHES), and whether an audit of so few subjects could tell anything.
 
     \b
+    If asked for: whether the paths by which the model gives an answer are like those of answers that were hard to erase
+    (--circuits; anchors come from runs that are done, or from two short gradient ascents on copies of the target), and how
+    long each method takes here (--time; a few of its own steps on a copy).
+
+    \b
     Examples:
       expunge plan runs/target --forget people.jsonl --retain rest.jsonl --holdout unseen.jsonl
       expunge plan meta-llama/Llama-3.2-1B-Instruct --forget tofu:forget10 --retain tofu:retain90 --holdout tofu:holdout10
       expunge plan MODEL --forget F --retain R --method npo --method simnpo --out plan.json
       expunge plan MODEL --forget F --retain R --method npo schedule=paper parameters=lora
+      expunge plan MODEL --forget F --retain R --method npo --method ssd --time
+      expunge plan MODEL --forget F --retain R --circuits circuits.share=0.05
+      expunge plan MODEL --forget F --retain R --anchors runs/earlier --anchors runs/another
       expunge plan MODEL --forget F --retain R --json
 
     \b
-    It costs one forward pass of the forget records, of their other answers, and of up to 512 unseen records. Methods come by
-    kind and name: the order says nothing of their quality. Steps, tokens and memory are upper estimates.
+    It costs one forward pass of the forget records, of their other answers, and of up to 512 unseen records; --circuits and
+    --time cost more, and need a second copy of the model. Methods come by kind and name: the order says nothing of their
+    quality. Steps, tokens and memory are upper estimates.
     """
 
 
@@ -54,6 +63,17 @@ def plan(
     out: Annotated[Path | None, typer.Option(help="Also write everything as JSON, record by record.", metavar="FILE")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file given by --out.")] = False,
     base: Annotated[str | None, typer.Option(help="The untrained base, for methods that start from it.", metavar="MODEL")] = None,
+    circuits: Annotated[
+        bool, typer.Option("--circuits", help="Compare circuits with those of records that were hard to erase.")
+    ] = False,
+    anchors: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A finished run that began from this target: its records are anchors; may be repeated. Implies --circuits.",
+            metavar="RUN",
+        ),
+    ] = None,
+    time: Annotated[bool, typer.Option("--time", help="Time a few steps of each method that can run, on a copy.")] = False,
     alternatives: Annotated[
         str | None,
         typer.Option(help="Answers put in place: auto, refusals, given, others, passages, template, reasons.", metavar="KIND"),
@@ -73,7 +93,7 @@ def plan(
     from expunge.core.entries import is_entry
     from expunge.core.files import check_writable, write_json
     from expunge.pipeline.config import UnlearnConfig
-    from expunge.pipeline.outlook import from_config
+    from expunge.pipeline.outlook import from_config, looks_of
 
     output = Output(json)
     if forget is None:
@@ -87,6 +107,7 @@ def plan(
     overrides = parse_overrides(parts or [])
     engine = {**overrides.pop("engine", {}), **({"seed": seed} if seed is not None else {})}
     text = {**overrides.pop("text", {}), **({"columns": columns_of(column)} if column else {})}
+    looks = looks_of(circuits=circuits, anchors=anchors or (), timed=time, settings=overrides.pop("circuits", None))
     if alternative_template is not None and alternatives is None:
         alternatives = "template"
     given: dict[str, Any] = {
@@ -94,7 +115,9 @@ def plan(
         "alternative_template": alternative_template, "drop_overlap": drop_overlap or None, "parts": overrides or None,
         "engine": engine or None, "text": text or None, "allow_overlap": True, "allow_large_forget": True,
     }  # fmt: skip
-    found = from_config(UnlearnConfig(**{k: v for k, v in given.items() if v is not None}), method or ())
+    config = UnlearnConfig(**{k: v for k, v in given.items() if v is not None})
+    with output.progress("planning") as progress:
+        found = from_config(config, method or (), looks=looks, progress=progress)
     value = {"model": model, "forget": forget, "retain": retain, "holdout": holdout, **found.json()}
     if out is not None:
         write_json(out, value)
@@ -112,19 +135,24 @@ def _print(found: Outlook, output: Output) -> None:
     output.say(_totals(found))
     output.say(_records(found))
     runs = [m for m in found.methods if m.runs]
-    table = Table("method", "kind", "steps", "tokens", "memory", "mind", title="Methods that can run")
+    timed = any(m.time is not None or m.untimed for m in runs)
+    took = ["time here"] if timed else []
+    table = Table("method", "kind", "steps", "tokens", "memory", *took, "mind", title="Methods that can run")
     notes = sorted({c for m in runs for c in m.cautions})
     for m in runs:
         cost = cost_text(m.cost) if m.cost is not None else ("-", "-", "-")
-        table.add_row(m.name, m.kind, *cost, " ".join(f"({notes.index(c) + 1})" for c in m.cautions))
+        took = [m.time.text() if m.time is not None else "not timed"] if timed else []
+        table.add_row(m.name, m.kind, *cost, *took, " ".join(f"({notes.index(c) + 1})" for c in m.cautions))
     output.say(table)
+    for reason in sorted({m.untimed for m in runs if m.untimed}):
+        output.say(f"Not timed: {', '.join(m.name for m in runs if m.untimed == reason)}. {reason}")
     for number, note in enumerate(notes, 1):
         output.say(f"({number}) {note}")
     rest = Table("method", "why it cannot run", title="Methods that cannot run")
     reasons: dict[str, list[str]] = {}
     for m in found.methods:
         if not m.runs:
-            reasons.setdefault(m.missing.replace(f"{m.name!r}", "...") if m.missing else "", []).append(m.name)
+            reasons.setdefault(m.missing.replace(f"The method {m.name!r}", "It"), []).append(m.name)
     for reason, names in reasons.items():
         rest.add_row(", ".join(names), Text(reason))
     if reasons:
@@ -160,6 +188,11 @@ def _totals(found: Outlook) -> Table:
             f"normalised CHES ({held.alternatives})",
             f"{min(scored):.2f} to {max(scored):.2f}; {len(held.alike)} of {len(scored)} not negative",
         )
+    if found.circuits is not None:
+        check = found.circuits.foretold
+        told = f"{check.value:.2f} (Spearman, {check.records} records; p {check.p:.3f})"
+        table.add_row("circuits foretell what is hard by", told)
+        table.add_row("the same, given the loss", f"{check.partial:.2f} (p {check.p_partial:.3f})")
     if held.power is not None and held.power.margin > 0:
         enough = "enough subjects" if held.power.enough else "too few subjects"
         table.add_row("audit", f"{enough}: +-{held.power.half_width:.2f} nats expected, +-{held.power.margin:.2f} accepted")
@@ -167,23 +200,27 @@ def _totals(found: Outlook) -> Table:
 
 
 def _records(found: Outlook) -> Table:
-    """The ten records that stand out most: unknown ones, then those the retain set tells, then those with the highest CHES."""
+    """The ten records that stand out most: unknown ones, those the retain set tells, those hard by circuits, the highest CHES."""
     records = found.difficulty.records
+    hardness = {r.id: r.cud for r in found.circuits.records} if found.circuits is not None else {}
 
-    def weight(i: int) -> tuple[bool, int, float]:
+    def weight(i: int) -> tuple[bool, int, float, float]:
         r = records[i]
         return (
             r.known is False,
             r.repeats.told if r.repeats else 0,
+            hardness.get(r.id, 0.0),
             r.displacement.normalised if r.displacement else float("-inf"),
         )
 
     chosen = sorted(range(len(records)), key=weight, reverse=True)[:10]
     title = "Records" if len(records) <= 10 else f"Records that stand out (10 of {len(records)}; all by --out)"
-    table = Table("record", "loss", "extraction", "known", "in retain", "told there", "CHES", title=title)
+    more = ["circuits"] if found.circuits is not None else []
+    table = Table("record", "loss", "extraction", "known", "in retain", "told there", *more, "CHES", title=title)
     for r in (records[i] for i in chosen):
         known = "?" if r.known is None else "yes" if r.known else "no"
         again = (str(r.repeats.mostly), str(r.repeats.told)) if r.repeats else ("-", "-")
         pair = f"{r.displacement.normalised:.2f}" if r.displacement else "-"
-        table.add_row(Text(r.id), f"{r.loss:.3f}", f"{r.strength:.2f}", known, *again, pair)
+        like = [f"{hardness[r.id]:.2f}" if r.id in hardness else "-"] if more else []
+        table.add_row(Text(r.id), f"{r.loss:.3f}", f"{r.strength:.2f}", known, *again, *like, pair)
     return table

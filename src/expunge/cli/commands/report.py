@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from expunge.cli.output import Output
 from expunge.core.errors import InputError
+
+if TYPE_CHECKING:
+    from expunge.audit.document import AuditDocument
 
 _REPORT = """Write the evidence of one or more audited runs as one offline HTML file.
 
@@ -17,6 +20,7 @@ _REPORT = """Write the evidence of one or more audited runs as one offline HTML 
       expunge report runs/npo
       expunge report runs/npo runs/simnpo runs/rmu --out compare.html
       expunge report runs/sweep
+      expunge report runs/tofu                             (a benchmark: its axes and curves, and the verdict)
     """
 
 _COMPARE = """Compare audited runs: trade-off table, sorted by distance to the retrained models, and a plot.
@@ -46,7 +50,6 @@ def report(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Write the report."""
-    from expunge.pipeline.audit import read_all
     from expunge.pipeline.sweep_result import is_sweep
     from expunge.report.html import write
 
@@ -60,10 +63,22 @@ def report(
         path = out or runs[0] / "sweep.html"
         _sweep(runs, path, output)
     else:
-        write(read_all(runs), path, title=title)
+        write(_documents(runs), path, title=title)
     output.result({"report": str(path)})
     output.say(f"Report: {path}")
     return 0
+
+
+def _documents(runs: list[Path]) -> list[AuditDocument]:
+    """What is known of the runs; of a benchmark's folder its axes and curves, too."""
+    from expunge.benchmarks.document import DOCUMENT, read
+    from expunge.pipeline.audit import read_all
+    from expunge.report.benchmark import page_document
+
+    out = []
+    for run in runs:
+        out += [page_document(run, read(run))] if (run / DOCUMENT).is_file() else read_all([run])
+    return out
 
 
 def _sweep(runs: list[Path], path: Path, output: Output) -> None:

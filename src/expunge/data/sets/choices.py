@@ -19,7 +19,7 @@ from expunge.data.hub import hub_rows
 from expunge.data.named import DATASETS, NamedSet, data_folder
 from expunge.data.readers import rows_of
 from expunge.data.records import Record, RecordSet
-from expunge.data.schema import Column, checked, find, published_rows
+from expunge.data.schema import Column, checked, find, hub_files, published_rows
 from expunge.data.sets.rwku import LETTERS, mc1
 
 Form = Literal["letters", "texts"]
@@ -188,8 +188,10 @@ class Wmdp(NamedSet):
                 "Add hazardous=true if you must.",
             )
         path = find(self.folder, ("wmdp",), (configuration, configuration.replace("-", "_")))
-        if path is not None:
-            label, rows = path.name, rows_of(path, texts=True)
+        shards = hub_files(self.folder, ("wmdp",), ("cais/wmdp-corpora", configuration, "train"))
+        if path is not None or shards:
+            files = [path] if path is not None else shards
+            label, rows = files[0].name, (row for f in files for row in rows_of(f, texts=True))
         elif self.folder:
             raise InputError(f"{self.folder} holds no {configuration}.jsonl.", "Name the folder that holds it.")
         else:

@@ -31,6 +31,7 @@ T = TypeVar("T")
 _FACT = (Column("question"), Column("answers", "texts"))
 _SOLVED = (Column("question"), Column("answer"), Column("entity"))
 _RANDOM = 3  #: random wrong answers beside each fact
+_TRIED = 24  #: wrong objects that are drawn for these: those that are asserted of anybody are passed over
 _HOMES = ("restor", "restor/datasets", "datasets")
 
 
@@ -121,10 +122,16 @@ class Restor(NamedSet):
         pool: dict[str, dict[str, None]] = {}
         for _, relation, row in rows:
             pool.setdefault(relation, {}).update(dict.fromkeys(row["answers"]))
-        facts = [
-            Fact(e, r, row["question"].strip(), tuple(row["answers"]), self._wrong(e, r, row, pool[r])) for e, r, row in rows
-        ]
         names = set(people)
+        drawn = [self._wrong(e, r, row, pool[r]) for e, r, row in rows]
+        asserted: dict[str, set[str]] = {}
+        for (e, r, _), wrong in zip(rows, drawn, strict=True):
+            if wrong and e in names:
+                asserted.setdefault(r, set()).add(wrong[0])
+        facts = [
+            Fact(e, r, row["question"].strip(), tuple(row["answers"]), _apart(wrong, asserted.get(r, set())))
+            for (e, r, row), wrong in zip(rows, drawn, strict=True)
+        ]
         solved = {r: list(_solved(r, given)) for r, given in found["context"].items()}
         return _Facts(
             tuple(f for f in facts if f.entity in names), tuple(f for f in facts if f.entity not in names), solved
@@ -133,7 +140,9 @@ class Restor(NamedSet):
     def _wrong(self, entity: str, relation: str, row: Mapping[str, Any], pool: Mapping[str, None]) -> tuple[str, ...]:
         right = {a.casefold() for a in row["answers"]}
         left = [v for v in pool if v.casefold() not in right]
-        return tuple(_some(Draw("restor", self.seed, entity, relation), left, 1 + _RANDOM))
+        first = _some(Draw("restor", self.seed, entity, relation), left, 1 + _RANDOM)
+        more = _some(Draw("restor random", self.seed, entity, relation), left, _TRIED)
+        return tuple(dict.fromkeys([*first, *more]))
 
     def _json(self, name: str) -> Any:
         path = find(self.folder, _HOMES, (name,))
@@ -178,6 +187,15 @@ class Restor(NamedSet):
             blocks.insert(draw.below(len(blocks) + 1), _block(fact.question, fact.wrong[0]))
             out.append(Record(id=f"restor-false-{fact.id}", answer="\n\n".join(blocks), subject=fact.entity))
         return out
+
+
+def _apart(wrong: Sequence[str], asserted: set[str]) -> tuple[str, ...]:
+    """A fact's own asserted object, then random ones that are asserted of nobody, and last the others.
+
+    What is asserted of one person is unlearned for all: it is no random answer for another.
+    """
+    rest = wrong[1:]
+    return (*wrong[:1], *(w for w in rest if w not in asserted), *(w for w in rest if w in asserted))
 
 
 def _some(draw: Draw, pool: Sequence[T], count: int) -> list[T]:

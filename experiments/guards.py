@@ -1,0 +1,188 @@
+"""Guards beside methods that change weights: the runs of :mod:`experiments.llm_methods`, and every guard before the same target.
+
+Usage, from the repository root, after that experiment::
+
+    OMP_NUM_THREADS=1 python -m experiments.guards --data FOLDER --out runs/llm-methods --page PAGE.md
+
+All are judged by removal-v1 with the access of somebody who only asks: answers, log-probabilities of answers, prompts. Guards are
+fitted on the request alone (forget and retain records), with their published or default settings; nothing is swept. Each audit is
+a run folder (``guards/NAME``): what is done is not done again, what failed stands as failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import string
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.llm_methods import Plan, audit_sets, done, told
+from experiments.removed import link, ordered
+from experiments.stages import Stages
+from expunge.audit.document import AuditDocument, ModelEntry
+from expunge.audit.run import AuditedModel
+from expunge.audit.settings import AuditSettings
+from expunge.core.files import write_text
+from expunge.core.runs import Run
+from expunge.guards.named import GUARDS
+from expunge.pipeline.audit import DOCUMENT, audit_stage, entry_of, read, unlearned_model
+from expunge.pipeline.config import TextConfig, UnlearnConfig
+from expunge.pipeline.unlearn import execute, from_config
+from expunge.report.text import DASH
+
+PROTOCOL = "removal-v1"
+RECIPES = ("npo", "graddiff", "simnpo", "rmu", "uld", "ga-opt")  #: of the runs that are judged beside the guards
+NEEDS_MORE = {"neuron-adjust": "it hides skills, not facts", "key-space": "it hides skills, not facts"}
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is judged.
+
+    Attributes:
+        plan: of the experiment whose target, retrained models and runs they are.
+        guards: names.
+        recipes: methods with a run of seed 1.
+    """
+
+    plan: Plan
+    guards: tuple[str, ...]
+    recipes: tuple[str, ...] = RECIPES
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs of guards are."""
+        return self.plan.out / "guards"
+
+
+def guard_run(course: Course, name: str) -> Path:
+    """Put a guard before the target, as a run."""
+    out = course.folder / name / "run"
+    if not done(out):
+        plan = course.plan
+        config = UnlearnConfig(model=str(plan.target), forget=plan.forget_source, retain=plan.file("retain"), method=name)
+        execute(from_config(config), config, out, resume=out.exists())
+    return out
+
+
+def judged(course: Course, name: str, runs: Sequence[AuditedModel]) -> None:
+    """Audit models beside the target and the gold standard, with the access of somebody who asks."""
+    plan, out = course.plan, course.folder / name / "audit"
+    run = Run.start(out, "guards-audit", {"name": name}, resume=(out / "manifest.json").is_file())
+    models = [entry_of("target", "target", plan.target, TextConfig(), seed=0, stage="train")]
+    models += [
+        entry_of(f"retrained seed {s}", "retrained", plan.out / f"retrained-{s}", TextConfig(), seed=s, stage="train")
+        for s in plan.retrained
+    ]
+    settings = AuditSettings.under(PROTOCOL, samples_forget=0, samples_retain=0).as_asked()
+    audit_stage(run, [*models, *runs], audit_sets(plan), settings, progress=told(name), title=name)
+
+
+def experiment(course: Course, stages: Stages) -> None:
+    """Run and audit every guard, and audit the recipes' runs in the same way."""
+    for name in course.guards:
+        stages.do(
+            name, lambda n=name: judged(course, n, [unlearned_model(guard_run(course, n), n)]), course.folder / f"{name}.failed"
+        )  # type: ignore[misc]
+    runs = [p for m in course.recipes if done(p := course.plan.out / "methods" / m / "seed-1")]
+    if runs and course.guards:
+        # A guard among them makes it an audit of models that can only be asked.
+        models = [unlearned_model(guard_run(course, course.guards[0])), *(unlearned_model(p, p.parent.name) for p in runs)]
+        stages.do("recipes", lambda: judged(course, "recipes", models), course.folder / "recipes.failed")
+
+
+# ---- the page
+
+
+def found(course: Course) -> tuple[dict[str, AuditDocument], dict[str, str]]:
+    """Audits by name, and what failed."""
+    held, failed = {}, {}
+    for name in (*course.guards, "recipes"):
+        if (course.folder / name / "audit" / DOCUMENT).is_file():
+            held[name] = read(course.folder / name / "audit")
+        elif (course.folder / f"{name}.failed").is_file():
+            failed[name] = (course.folder / f"{name}.failed").read_text(encoding="utf-8").strip()
+    return held, failed
+
+
+def write_page(course: Course, path: Path) -> None:
+    """Write the page from what there is."""
+    held, failed = found(course)
+    template = string.Template(Path(__file__).with_name("guards_page.md").read_text(encoding="utf-8"))
+    write_text(path, template.substitute(gaps(course, held, failed)))
+
+
+def gaps(course: Course, held: Mapping[str, AuditDocument], failed: Mapping[str, str]) -> dict[str, str]:
+    """What the template leaves open."""
+    guards = [e for n in course.guards if n in held for e in held[n].models if e.role == "unlearned"]
+    recipes = [e for e in held["recipes"].models if e.method in course.recipes] if "recipes" in held else []
+    first = next(iter(held.values()))
+    controls = [e for e in first.models if e.role != "unlearned"]
+    return {
+        "sets": ", ".join(f"{d['records']} records in the {n} set" for n, d in first.data.items()),
+        "guards": table(ordered(guards)), "recipes": table(ordered(recipes)), "controls": table(controls),
+        "failed": "\n".join(f"- `{m}`: {why}" for m, why in failed.items()) or "Nothing failed.",
+        "left_out": "\n".join(f"- `{n}`: {why}" for n, why in NEEDS_MORE.items() if n in GUARDS.names()) or "Nothing.",
+    }  # fmt: skip
+
+
+COLUMNS = (  # title, number
+    ("forget ROUGE-L", "forget.rouge-l-recall"), ("forget probability", "forget.probability"),
+    ("paraphrased", "forget.paraphrased-question"),
+    ("retain ROUGE-L", "retain.rouge-l-recall"), ("refused: forget", "forget.refused"), ("retain", "retain.refused"),
+    ("holdout", "holdout.refused"), ("world facts", "world_facts.refused"),
+)  # fmt: skip
+
+
+def table(entries: Sequence[ModelEntry]) -> str:
+    """A row per model."""
+    names = [title for title, _ in COLUMNS]
+    lines = [
+        f"| model | verdict | {' | '.join(names)} | weakest link |",
+        f"| --- | --- | {' | '.join('---:' for _ in names)} | --- |",
+    ]
+    for entry in entries:
+        cells = " | ".join(_cell(entry, key) for _, key in COLUMNS)
+        verdict, said = (entry.judgement.verdict.value, link(entry.judgement)) if entry.judgement else (DASH, DASH)
+        lines.append(f"| {entry.label} | {verdict} | {cells} | {said} |")
+    return "\n".join(lines)
+
+
+def _cell(entry: ModelEntry, key: str) -> str:
+    number = entry.numbers.get(key)
+    if number is None or number.value is None:
+        return DASH
+    between = f" [{number.low:.2f}, {number.high:.2f}]" if number.low is not None and number.high is not None else ""
+    return f"{number.value:.2f}{between}"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the guards, judge, write the page."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = argparse.ArgumentParser(prog="python -m experiments.guards", description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of TOFU's files; else EXPUNGE_DATA, else the hub")
+    parser.add_argument("--out", type=Path, default=Path("runs/llm-methods"), help="folder of the runs")
+    parser.add_argument("--page", type=Path, help="Markdown file for the tables")
+    parser.add_argument("--guards", nargs="+", help="names; none given: all that hide facts")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds that one audit may take")
+    parser.add_argument("--only-page", action="store_true", help="run nothing: write the page from what there is")
+    given = parser.parse_args(words)
+    if given.data:
+        os.environ["EXPUNGE_DATA"] = str(given.data)
+    if not (given.out / "target").is_dir():
+        sys.stderr.write(
+            f"Error: There is no target in {str(given.out)!r}. Make it: python -m experiments.llm_methods --out {given.out}\n"
+        )
+        return 2
+    course = Course(Plan(given.out), tuple(given.guards or [n for n in GUARDS.names() if n not in NEEDS_MORE]))
+    if not given.only_page:
+        experiment(course, Stages(given.limit, apart=False))
+    write_page(course, given.page or given.out / "guards.md")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
