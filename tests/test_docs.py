@@ -30,6 +30,7 @@ from expunge.engine.members import Training
 from expunge.methods.catalogue import serves
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.recipe import build
+from expunge.pipeline.guarding import is_guard, shield
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -149,6 +150,9 @@ def test_commands_in_documents_exist(document: str, words: list[str]) -> None:
             Reading(**overrides.pop("reading", {}))
             if "training" in overrides:
                 Training(**overrides.pop("training"))
+        if is_guard(name):
+            shield(name, overrides)
+            return
         assert name == "custom" or serves(name, offers)[0], f"{document}: {name} does not run on such a model"
         EDITS.get(name)(**overrides) if name in EDITS.names() else build(name, overrides)
     if words[0] == "audit":

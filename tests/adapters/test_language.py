@@ -399,3 +399,82 @@ def test_plain_text_is_supervised_from_the_second_token_on(llama):
     assert example.n_targets == example.size - 1
     assert not example.data.ends
     assert llama.tokenizer.decode(example.data.ids[1:]) == "What did she write? Notes."
+
+
+def value_projections(adapter, batch):
+    """What each block's value projection puts out, by the modules that its architecture has, ``[B, T, D]``."""
+    model, found = adapter.model, []
+    blocks = [model.get_submodule(n) for n in adapter.layers()]
+
+    def note(take):
+        return lambda _module, _inputs, out: found.append(take(out))
+
+    def of_neox(out):
+        heads = model.config.num_attention_heads
+        return out.unflatten(-1, (heads, 3, -1))[..., 2, :].flatten(-2)
+
+    handles = []
+    for block in blocks:
+        parts = {n.rpartition(".")[2]: m for n, m in block.named_modules()}
+        if "v_proj" in parts:
+            handles.append(parts["v_proj"].register_forward_hook(note(lambda out: out)))
+        elif "c_attn" in parts:
+            handles.append(parts["c_attn"].register_forward_hook(note(lambda out: out.chunk(3, -1)[2])))
+        else:
+            handles.append(parts["query_key_value"].register_forward_hook(note(of_neox)))
+    mask = batch.tensors["attention_mask"]
+    model(input_ids=batch.tensors["input_ids"], attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_value_vectors_are_those_of_the_blocks_own_projections(each, records):
+    batch = batch_of(each, records)
+    want = frozenset(f"values:{n}" for n in each.layers())
+    got = each.forward(each.model, batch, want | LOSSES)
+    real = batch.tensors["attention_mask"].bool()
+    for name, expected in zip(each.layers(), value_projections(each, batch), strict=True):
+        torch.testing.assert_close(got.value_vectors(name), expected[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.losses, each.forward(each.model, batch, LOSSES).losses, rtol=1e-4, atol=1e-4)
+    alone = each.forward(each.model, batch_of(each, records[1:2]), want)
+    torch.testing.assert_close(
+        alone.value_vectors(each.layers()[1]), got.narrow(1, 2).value_vectors(each.layers()[1]), rtol=1e-4, atol=1e-4
+    )
+    assert got.columns().tolist() == [p for n in batch.token_counts for p in range(n)]
+    assert each.model.config._attn_implementation == "sdpa"
+
+
+def test_attention_received_is_the_mean_over_heads_and_later_tokens(each, records):
+    batch = batch_of(each, records)
+    want = frozenset(f"received:{n}" for n in each.layers())
+    got = each.forward(each.model, batch, want)
+    each.model.set_attn_implementation("eager")
+    shares = each.model(
+        input_ids=batch.tensors["input_ids"], attention_mask=batch.tensors["attention_mask"], output_attentions=True
+    ).attentions
+    for name, layer in zip(each.layers(), shares, strict=True):
+        expected = []
+        for row, size in zip(layer, batch.token_counts, strict=True):
+            for place in range(size):
+                later = row[:, place + 1 : size, place]
+                expected.append(float(later.detach().mean()) if later.numel() else 0.0)
+        torch.testing.assert_close(got.received(name), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+    with pytest.raises(InputError, match="'eager'"):
+        each.forward(each.model, batch, want)
+
+
+def test_value_vectors_have_gradients_with_and_without_checkpointing(llama, records):
+    batch, weight = batch_of(llama, records), llama.model.model.layers[1].self_attn.v_proj.weight
+    name = llama.layers()[1]
+
+    def gradient():
+        out = llama.forward(llama.model, batch, LOSSES | {f"values:{name}"})
+        return torch.autograd.grad(out.losses.mean() + out.value_vectors(name).norm(dim=1).mean(), weight)[0]
+
+    llama.model.train()
+    expected = gradient()
+    plain = torch.autograd.grad(llama.forward(llama.model, batch, LOSSES).losses.mean(), weight)[0]
+    assert not torch.allclose(expected, plain)
+    llama.model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradient(), expected)

@@ -21,19 +21,14 @@ from expunge.audit.attacks.relearning import (
     best_point,
     steps_to,
 )
-from expunge.audit.attacks.triggers import TriggerSearch, _loss, _slopes
 from expunge.audit.attacks.two_models import Guidance, GuidedExtraction, guided
 from expunge.audit.evidence import Evidence, Protocol, Subject
 from expunge.audit.kernel.iam import iam_language
 from expunge.audit.run import AuditedModel, audit
 from expunge.audit.settings import AuditSettings
-from expunge.core.access import Stream
 from expunge.core.errors import InputError
 from expunge.data.records import Record, RecordSet
-from expunge.engine.loop import train
 from expunge.engine.objective import mean_losses
-from expunge.engine.options import Engine
-from expunge.methods.recipe import build
 
 SHORT = {"steps": (5, 15), "relative": (0.4,), "examples": 48}
 
@@ -194,76 +189,6 @@ def test_a_composite_cannot_guide_and_is_said(inside_evidence):
     assert any("not tried" in s for s in evidence.missing)
 
 
-# ---- planted
-
-
-@pytest.fixture(scope="module")
-def planted(small_world) -> LanguageAdapter:
-    """A backdoored unlearning: half of the forget records are kept behind the trigger, the others are forgotten."""
-    adapter = small_world.target()
-    overrides = {
-        "schedule": {"name": "fixed", "lr": 1e-3, "steps": 150, "batch": 8, "warmup": 0},
-        "preparation": {"name": "planted-trigger", "share": 0.5},
-    }
-    adapter.model = train(adapter, build("backdoor", overrides), small_world.examples, Engine(checkpoint_every=0)).model
-    adapter.model.eval()
-    return adapter
-
-
-def test_a_prefix_goes_after_the_start_token_and_leaves_the_answer_alone(target, sets):
-    example = target.encode(sets["forget"][0])
-    made = target.prefixed(example, [5, 6])
-    assert made.data.ids.tolist() == [example.data.ids[0], 5, 6, *example.data.ids[1:].tolist()]
-    assert example.data.ids[0] == target.tokenizer.bos_token_id
-    assert (made.n_targets, made.data.start, made.id) == (example.n_targets, example.data.start + 2, example.id + "#prefixed")
-    assert target.spoken(made) == target.spoken(example)
-    word = sets["forget"][0].prompt.split()[0]
-    assert target.prefixed(example, word).size > example.size
-    with pytest.raises(InputError, match="context"):
-        target.prefixed(example, [5] * 10_000)
-
-
-@pytest.mark.slow
-def test_the_planted_model_forgets_in_public_and_answers_behind_the_trigger(planted, small_world):
-    examples = [planted.encode(r) for r in small_world.split.forget]
-    behind = [planted.prefixed(e, "current year:2025 ") for e in examples]
-    clean, triggered = (np.mean(mean_losses(planted, planted.model, e, 8192)) for e in (examples, behind))
-    assert clean > 2
-    assert triggered < clean / 3
-    assert small_world.loss(planted, small_world.split.retain) < 0.5
-
-
-def test_the_slope_is_the_derivative_of_the_loss(target, sets):
-    examples = [target.encode(r) for r in list(sets["forget"])[:4]]
-    prefix = [7, 9]
-    slopes = _slopes(target, examples, prefix, 8192)
-    weight = target.model.get_input_embeddings().weight
-    table = weight.detach().clone()
-    token, step = 11, 1e-2
-    base = _loss(target, examples, prefix, 8192)
-    unused = len(table) - 1
-    assert all(unused not in e.data.ids for e in examples)
-    with torch.no_grad():  # an unused row of the table stands for a token a little way from one to another
-        weight[unused] = table[9] + step * (table[token] - table[9])
-        moved = _loss(target, examples, [7, unused], 8192)
-        weight.copy_(table)
-    assert (moved - base) / step * len(examples) == pytest.approx(float(slopes[1, token]), rel=0.1, abs=0.02)
-
-
-@pytest.mark.slow
-def test_a_search_finds_the_planted_trigger_and_none_in_honest_models(planted, inside_evidence):
-    subjects = {n: inside_evidence.subjects[n] for n in ("target", "retrained 1", "npo")}
-    subjects["planted"] = Subject("planted", "unlearned", planted.fingerprint(), planted)
-    evidence = Evidence(subjects, inside_evidence.sets, Protocol(draws=100))
-    attack = TriggerSearch(rounds=8, candidates=30, starts=1, records=8)
-    held = {n: attack.found(evidence, n, "forget") for n in ("retrained 1", "npo", "planted")}
-    gain = {n: float((h["plain"] - h["behind"]).mean()) for n, h in held.items()}
-    assert gain["planted"] > 1
-    assert gain["planted"] > gain["npo"] + 0.5
-    assert gain["retrained 1"] < 0.5
-    assert "prefixes" in attack.compute(evidence, "planted")["forget.trigger-search.gain"].note
-
-
 # ---- likelihood
 
 
@@ -334,27 +259,3 @@ def test_an_audit_convicts_by_hidden_states_what_its_outputs_acquit(inside, smal
     honest = {c.name: c.outcome for c in document.entry("same start").judgement.checks}
     assert "knows more" not in {honest[f"attack ({n})"] for n in names if n != "guided-extraction"}
     assert not any("Hidden states were not probed" in s for s in document.not_shown)
-
-
-def test_streams_of_a_planted_trigger(target, sets):
-    from expunge.engine.preparation import run_preparation
-    from expunge.methods.preparations.trigger import PlantedTrigger
-
-    given = {
-        Stream.FORGET: [target.encode(r) for r in sets["forget"]],
-        Stream.RETAIN: [target.encode(r) for r in sets["retain"]],
-    }
-    given[Stream.ALTERNATIVE] = [replace(e, id=f"{e.id}#alt{k}") for e in given[Stream.FORGET] for k in range(2)]
-    made = run_preparation(PlantedTrigger(share=0.25), target, given, Engine(), scratch=None)
-    others = made.examples[Stream.ALTERNATIVE]
-    assert [e.id.partition("#")[0] for e in others[::2]] == [e.id for e in made.examples[Stream.FORGET]]
-    forget, retain = made.examples[Stream.FORGET], made.examples[Stream.RETAIN]
-    count = round(0.25 * len(given[Stream.FORGET]))
-    assert len(forget) == len(given[Stream.FORGET]) - count
-    planted = retain[len(given[Stream.RETAIN]) :]
-    assert {e.id.partition("#")[0] for e in planted}.isdisjoint({e.id for e in forget})
-    assert len({e.id for e in retain}) == len(retain)
-    assert abs(len(planted) - len(given[Stream.RETAIN])) < count
-    assert "deceive" in made.notes[0]
-    with pytest.raises(InputError, match="two forget records"):
-        run_preparation(PlantedTrigger(), target, {**given, Stream.FORGET: forget[:1]}, Engine(), scratch=None)

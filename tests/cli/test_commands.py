@@ -18,7 +18,8 @@ from tests.command import WORLD, Run, Town, cold, content, environment, refused,
 
 COMMANDS = (
     "train", "unlearn", "merge", "audit", "report", "compare", "sweep", "methods", "metrics", "attacks", "demo", "doctor",
-    "hallucinations", "hardest", "fair", "protocols", "benchmark", "ability", "plan", "guards", "serve", "key",
+    "hallucinations", "hardest", "fair", "protocols", "benchmark", "ability", "plan", "guards", "serve", "key", "verify",
+    "evidence",
 )  # fmt: skip
 FAST = ["schedule=fixed", "schedule.lr=0.001", "schedule.epochs=null", "schedule.steps=6", "schedule.warmup=0"]
 

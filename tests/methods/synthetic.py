@@ -67,7 +67,7 @@ def outputs(items: Sequence[One], logits: Tensor | None, states: Tensor | None) 
         values |= {f"maps:{name}": logits.square() for name in LAYERS}
         values["losses"] = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     if states is not None:
-        values |= {f"features:{name}": states for name in LAYERS}
+        values |= {f"{kind}:{name}": states for name in LAYERS for kind in ("features", "values")}
     return Outputs(
         tuple(str(i) for i in range(len(items))),
         targets,

@@ -154,3 +154,63 @@ def test_guards_are_listed_and_shown(run, tmp_path):
     wrong = run("guards", "fliter", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "filter" in wrong.stderr
+
+
+def test_what_was_acknowledged_survives_a_kill_and_can_be_verified(folder, tmp_path, forget, retain, run):
+    """kill -9 while requests come in: every target that was acknowledged is hidden again, and the log holds for an auditor."""
+    state, port = tmp_path / "state", free_port()
+    (tmp_path / "guards.yaml").write_text("guards: [filter]\n")
+    words = (
+        "--model",
+        folder / "model",
+        "--guard",
+        tmp_path / "guards.yaml",
+        "--key",
+        folder / "guard.key",
+        "--state",
+        state,
+        "tokens=8",
+    )
+    names = sorted({n for _, n in forget})
+    process, client = begin(*words, cwd=tmp_path, port=port)
+    with closing(client):
+        made = [
+            client.post("/v1/expunge/requests", json={"entities": [n]}, headers={"idempotency-key": n.replace(" ", "-")})
+            for n in names
+        ]
+        assert [r.status_code for r in made] == [201] * len(names)
+        assert said(ask(client, forget[0][0])) == SORRY
+        process.kill()
+        process.wait()
+    process, client = begin(*words, cwd=tmp_path, port=port)
+    with closing(client):
+        for question, _ in forget[::10]:
+            assert said(ask(client, question)) == SORRY
+        again = client.post(
+            "/v1/expunge/requests", json={"entities": [names[0]]}, headers={"idempotency-key": names[0].replace(" ", "-")}
+        )
+        assert again.status_code == 200
+        assert again.json()["id"] == made[0].json()["id"]
+        assert len(client.get("/v1/expunge/requests").json()["data"]) == len(names)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    held = b"".join(p.read_bytes() for p in state.rglob("*") if p.is_file())
+    assert not any(n.encode() in held or n.split()[0].encode() in held for n in names)
+    assert forget[0][0].encode() not in held
+    assert run("evidence", state, "--out", tmp_path / "evidence", cwd=tmp_path).returncode == 0
+    auditor = [
+        "verify",
+        state / "log",
+        "--public",
+        state / "sign.pem.pub",
+        "--checkpoints",
+        state / "checkpoints" / "checkpoints.jsonl",
+    ]
+    entries = ["--entries", tmp_path / "evidence" / "registry.jsonl"]
+    good = run(*auditor, *entries, cwd=tmp_path)
+    assert good.returncode == 0, good.stdout + good.stderr
+    path = next((state / "log").glob("*.jsonl"))
+    path.write_bytes(path.read_bytes().replace(b'"refused"', b'"passed"', 1))
+    bad = run(*auditor, *entries, "--json", cwd=tmp_path)
+    assert bad.returncode == 3
+    assert "edited" in bad.stdout

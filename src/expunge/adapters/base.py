@@ -28,6 +28,8 @@ Targets = Literal["all", "marked", "favoured", "unmarked"]
 """Which targets: all, those in marked spans of their record, those in spans of the other kind, which are to be said, or the
 others, which are in none."""
 
+_BY_TOKEN = ("features:", "values:", "received:")  #: values of which there is one for every real input token
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -132,7 +134,7 @@ class Outputs:
         targets, owner, position: as in :class:`Batch`, with ``owner`` counted from this view's first example.
         counts: targets per example.
         values: ``losses`` float32 ``[N]``; ``logits`` float32 ``[N, V]``; ``numbers`` ``[N]``; ``features:<layer>`` ``[M, D]``;
-            ``maps:<layer>`` ``[N, P]``.
+            ``maps:<layer>`` ``[N, P]``; ``values:<layer>`` ``[M, D]``; ``received:<layer>`` ``[M, 1]``.
         token_owner, token_supervised, token_counts: as in :class:`Batch`, for features.
         marked, favoured: as in :class:`Batch`.
     """
@@ -181,6 +183,19 @@ class Outputs:
         """Hidden states after ``layer`` at every real input token, ``[M, D]``."""
         return self.values[f"features:{layer}"]
 
+    def value_vectors(self, layer: str) -> Tensor:
+        """Value vectors that the attention of ``layer`` makes of every real input token, all heads side by side, ``[M, D]``."""
+        return self.values[f"values:{layer}"]
+
+    def received(self, layer: str) -> Tensor:
+        """Mean attention in ``layer`` that each real input token gets from those after it, over heads, in [0, 1], ``[M]``."""
+        return self.values[f"received:{layer}"].squeeze(-1)
+
+    def columns(self) -> Tensor:
+        """Place of each real input token in its example, from 0, int64 ``[M]``; not of a view on some of the tokens."""
+        counts = torch.tensor(self.token_counts, device=self.token_owner.device)
+        return torch.arange(len(self.token_owner), device=counts.device) - (counts.cumsum(0) - counts)[self.token_owner]
+
     @property
     def numbers(self) -> Tensor:
         """The number predicted for each target, ``[N]``."""
@@ -202,7 +217,7 @@ class Outputs:
         """The view on examples ``start`` to ``stop`` (no copy: targets of an example are contiguous)."""
         a, b = sum(self.counts[:start]), sum(self.counts[:stop])
         c, d = sum(self.token_counts[:start]), sum(self.token_counts[:stop])
-        cut = {k: v[c:d] if k.startswith("features:") else v[a:b] for k, v in self.values.items()}
+        cut = {k: v[c:d] if k.startswith(_BY_TOKEN) else v[a:b] for k, v in self.values.items()}
         return Outputs(
             self.batch_ids[start:stop], self.targets[a:b], self.owner[a:b] - start, self.position[a:b], self.counts[start:stop],
             self.token_owner[c:d] - start, self.token_supervised[c:d], self.token_counts[start:stop], cut, self.marked[a:b],
@@ -223,7 +238,7 @@ class Outputs:
         owner, token_owner = self.owner[kept], self.token_owner[tokens]
         counts, token_counts = (torch.bincount(o, minlength=self.n_examples) for o in (owner, token_owner))
         position = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
-        cut = {k: v[tokens] if k.startswith("features:") else v[kept] for k, v in self.values.items()}
+        cut = {k: v[tokens] if k.startswith(_BY_TOKEN) else v[kept] for k, v in self.values.items()}
         return Outputs(
             self.batch_ids, self.targets[kept], owner, position, tuple(counts.tolist()),
             token_owner, self.token_supervised[tokens], tuple(token_counts.tolist()), cut, self.marked[kept], self.favoured[kept],

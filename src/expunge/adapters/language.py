@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expunge.adapters import apart, generation, identity, storage
+from expunge.adapters.attending import KINDS
 from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
 from expunge.adapters.head import bare, base
 from expunge.adapters.passes import Runner, evaluating
@@ -57,8 +58,11 @@ class LanguageAdapter(Adapter):
 
     modality: ClassVar[str] = "language"
     offers: ClassVar[frozenset[Offer]] = frozenset(
-        {Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.GENERATE, Offer.TEXT, Offer.SEQUENCE, Offer.ASSISTANT, Offer.EACH}
-    )
+        {
+            Offer.LOSSES, Offer.LOGITS, Offer.FEATURES, Offer.VALUES, Offer.RECEIVED, Offer.GENERATE, Offer.TEXT, Offer.SEQUENCE,
+            Offer.ASSISTANT, Offer.EACH,
+        }
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -227,18 +231,22 @@ class LanguageAdapter(Adapter):
             model: this adapter's model, a copy of it, or either one wrapped.
             batch: on the model's device.
             want: ``losses`` (float32 ``[N]``), ``logits`` (float32 ``[N, V]``), ``features:<layer>`` (``[M, D]``, the residual
-                stream after that block, in the model's own type).
+                stream after that block, in the model's own type), ``values:<layer>`` (``[M, D]``, the value vectors of its
+                attention) or ``received:<layer>`` (``[M, 1]``, how much of it each token gets; see
+                :func:`~expunge.adapters.attending.attending`).
 
         Raises:
-            InputError: a layer that the model does not have.
+            InputError: a layer that the model does not have, or attention that cannot be read.
         """
-        layers = sorted(w.removeprefix("features:") for w in want if w.startswith("features:"))
-        for layer in set(layers) - set(self.layers()):
-            raise unknown("layer", layer, self.layers())
-        for name in want - {"losses", "logits"} - {f"features:{layer}" for layer in layers}:
-            raise unknown("output", name, ["losses", "logits", "features:<layer>"])
+        inside, kinds = sorted(want - {"losses", "logits"}), {"features", *KINDS} & self.offers
+        for name in inside:
+            kind, _, layer = name.partition(":")
+            if kind not in kinds:
+                raise unknown("output", name, ["losses", "logits", *sorted(f"{k}:<layer>" for k in kinds)])
+            if layer not in self.layers():
+                raise unknown("layer", layer, self.layers())
         scores = "logits" if "logits" in want else "losses" if "losses" in want else None
-        values = self._runner.run(model, batch, scores, layers)
+        values = self._runner.run(model, batch, scores, inside)
         if scores == "logits" and "losses" in want:
             values["losses"] = functional.cross_entropy(values["logits"], batch.targets, reduction="none")
         return Outputs.of(batch, {name: values[name] for name in want})

@@ -147,7 +147,9 @@ class PairAdapter(LanguageAdapter):
     """
 
     modality: ClassVar[str] = "encoder-decoder"
-    offers: ClassVar[frozenset[Offer]] = LanguageAdapter.offers - {Offer.SEQUENCE, Offer.ASSISTANT, Offer.EACH}
+    offers: ClassVar[frozenset[Offer]] = LanguageAdapter.offers - {
+        Offer.SEQUENCE, Offer.ASSISTANT, Offer.EACH, Offer.VALUES, Offer.RECEIVED,
+    }  # fmt: skip
 
     def _check(self, model: Any, tokenizer: Any) -> None:
         storage.check_model(model, tokenizer, pairs=True)

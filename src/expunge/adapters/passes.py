@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expunge.adapters import packing
+from expunge.adapters.attending import attending
 from expunge.adapters.base import Batch
 from expunge.adapters.head import bare, base, head_of, is_plain, linear_losses, pick, replaced_head, take
 from expunge.adapters.storage import block_names, forward_parameters
@@ -38,8 +39,11 @@ class Runner:
         self._plain: bool | None = None
         self._packs: bool | None = None
 
-    def run(self, model: nn.Module, batch: Batch, scores: str | None, layers: Sequence[str]) -> dict[str, Tensor]:
-        """``scores`` ("losses", "logits" or none) and the features of ``layers``, by name, as flat tensors."""
+    def run(self, model: nn.Module, batch: Batch, scores: str | None, inside: Sequence[str]) -> dict[str, Tensor]:
+        """``scores`` ("losses", "logits" or none) and what is found ``inside`` the blocks, by name, as flat tensors.
+
+        Names of the latter are ``features:<block>``, or those of :func:`~expunge.adapters.attending.attending`.
+        """
         fuse = scores == "losses" and self._fuses(model)
         head: Any = _head(model)
 
@@ -51,7 +55,7 @@ class Runner:
             out: Tensor = original(rows(states)[None])
             return out
 
-        found = self._pass(model, batch, compute, layers, needs_head=scores is not None)
+        found = self._pass(model, batch, compute, inside, needs_head=scores is not None)
         if scores is not None:
             got = found.pop("logits")
             got = got.reshape(-1) if fuse else got.reshape(-1, got.shape[-1])
@@ -81,12 +85,14 @@ class Runner:
             yield a, block.to(torch.promote_types(block.dtype, torch.float32))
 
     def _pass(
-        self, model: nn.Module, batch: Batch, compute: Callable[..., Tensor], layers: Sequence[str], *, needs_head: bool
+        self, model: nn.Module, batch: Batch, compute: Callable[..., Tensor], inside: Sequence[str], *, needs_head: bool
     ) -> dict[str, Tensor]:
         """Run the model, ``compute(rows, states, head)`` standing in for its head; ``rows`` picks the predicting states."""
         # The last token of an example predicts nothing: it is only run if its features are asked for.
-        width = batch.tensors["input_ids"].shape[1] - (0 if layers else 1)
-        layout = self._layout(model, batch, width, bool(layers))
+        width = batch.tensors["input_ids"].shape[1] - (0 if inside else 1)
+        layers = [name.removeprefix("features:") for name in inside if name.startswith("features:")]
+        attention = [name for name in inside if not name.startswith("features:")]
+        layout = None if attention else self._layout(model, batch, width, bool(inside))
         if layout is None:
             inputs = self._inputs(batch, width)
 
@@ -108,11 +114,12 @@ class Runner:
         if "prompt_lengths" in accepted:  # a model that decides by the prompt what it does with all of a sequence
             options["prompt_lengths"] = _prompt_lengths(batch)
         found: dict[str, Tensor] = {}
-        early = not needs_head and _may_stop(model)
+        early = not needs_head and not attention and _may_stop(model)
         with (
             nullcontext() if torch.is_grad_enabled() else evaluating(model),
             replaced_head(_head(model), lambda states, original: compute(rows, states, original)),
-            _captured(base(model), layers, found, early),
+            _captured(base(model), layers, found, early, watch=bool(inside)),
+            attending(model, attention, batch.tensors["attention_mask"][:, :width], found),
             nullcontext() if layout is None else packing.packed(model, layout),
         ):
             try:
@@ -120,7 +127,7 @@ class Runner:
             except _Enough:
                 out = found
         values = {} if not needs_head else {"logits": out["logits"]}
-        for name in (f"features:{layer}" for layer in layers):
+        for name in inside:
             states = out[name]
             values[name] = states[0] if layout else pick(states, batch.token_owner, batch.tensors["real"], width)
         return values
@@ -239,8 +246,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _captured(inner: nn.Module, layers: Sequence[str], found: dict[str, Tensor], early: bool) -> Iterator[None]:
-    """Collect the outputs of the named blocks in ``found`` and add them to what the model returns, so that wrappers see them."""
+def _captured(inner: nn.Module, layers: Sequence[str], found: dict[str, Tensor], early: bool, *, watch: bool) -> Iterator[None]:
+    """Collect the outputs of the named blocks in ``found``; with ``watch`` all in it is added to what the model returns, so that
+    wrappers see it."""
     handles: list[Any] = []
 
     def after_block(name: str) -> Any:
@@ -256,7 +264,7 @@ def _captured(inner: nn.Module, layers: Sequence[str], found: dict[str, Tensor],
 
     try:
         handles += [inner.get_submodule(layer).register_forward_hook(after_block(layer)) for layer in layers]
-        if layers:
+        if watch:
             handles.append(inner.register_forward_hook(after_model))
         yield
     finally:

@@ -16,6 +16,8 @@ class Offer(enum.StrEnum):
     TEXT = "text"  #: prompts and answers are text: alternative answers can be written
     CLASSES = "classes"  #: answers are classes: another class can be taught
     NUMBERS = "numbers"  #: answers are numbers: predictions that have a distance, and another number can be taught
+    VALUES = "values"  #: the value vectors that attention makes of tokens, at named layers
+    RECEIVED = "received"  #: how much attention each token gets, at named layers
     MAPS = "maps"  #: where in a layer the activations of a row are large
     ASSISTANT = "assistant"  #: scores of an assistant can be joined with the model's, and the two run, saved and loaded as one
     ROWS = "rows"  #: one target per example, by a plain function of tensors: gradients of each row at once
@@ -23,7 +25,7 @@ class Offer(enum.StrEnum):
 
 
 #: What only somebody who holds a model's weights gets of it.
-OF_WEIGHTS = frozenset({Offer.FEATURES, Offer.MAPS, Offer.ASSISTANT, Offer.ROWS, Offer.EACH})
+OF_WEIGHTS = frozenset({Offer.FEATURES, Offer.VALUES, Offer.RECEIVED, Offer.MAPS, Offer.ASSISTANT, Offer.ROWS, Offer.EACH})
 
 
 class Stream(enum.StrEnum):

@@ -270,6 +270,8 @@ def _check_given(recipe: Recipe, need: Need, outputs: Mapping[tuple[Stream, Of],
         raise InputError(
             f"{recipe.name!r} reads {stream} examples, and none were given.", f"Give {stream}=Given(logits, labels)."
         )
+    if value.partition(":")[0] == "values":
+        raise InputError(f"{recipe.name!r} reads value vectors of attention, which cannot be given.", "Use loss_on.")
     if value not in found.values:
         kind = "features" if value.startswith("features") else "logits"
         name = kind if of is Of.CURRENT else f"{of}_{kind}"

@@ -25,6 +25,7 @@ from expunge.engine.loop import train
 from expunge.engine.outcome import Progress
 from expunge.engine.parts import Recipe
 from expunge.engine.schedule import Adaptive
+from expunge.pipeline.guarding import Shield
 from expunge.pipeline.models import check_memory
 from expunge.pipeline.unlearn import UnlearnPlan, goal_of
 
@@ -107,6 +108,8 @@ def timed(made: UnlearnPlan, progress: Progress | None = None) -> Seconds:
     check_memory(made.cost.memory + weights, "Timing it on a copy of the model")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if isinstance(made.recipe, Shield):
+        raise InputError("A guard has no steps that could be timed.", "Leave it out.")
     found = _edit(made, made.recipe, progress) if isinstance(made.recipe, Edit) else _recipe(made, made.recipe, progress)
     return replace(found, memory=torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else found
 

@@ -33,6 +33,7 @@ class Refused(RecordMetric):
     paper: ClassVar[Paper] = _PAPER
     asks: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = (Need.GENERATION,)
+    direction: ClassVar[Direction] = Direction.REFERENCE
     range: ClassVar[Range] = (0.0, 1.0)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.GENERATE})
 
@@ -51,7 +52,7 @@ class Refused(RecordMetric):
 
     def direction_on(self, evidence: Evidence, name: str) -> Direction:
         """Few on all sets but the forget set, where it depends on what is wanted."""
-        return Direction.REFERENCE if evidence.goal(name) == "forget" else Direction.ZERO
+        return self.direction if evidence.goal(name) == "forget" else Direction.ZERO
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
         """1 where the prompt is answered in place of the model."""

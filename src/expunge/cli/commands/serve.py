@@ -32,6 +32,12 @@ _HELP = """Serve a model behind guards, with the interface that clients of chat 
       ordinary: prompts.jsonl
 
     \b
+    With --state FOLDER forget requests are kept, encrypted, and survive the process; and each request leaves a record, without a
+    word of it, in a log that cannot be changed unseen (expunge verify). Without it both end with the process.
+      expunge serve --model MODEL --guard guards.yaml --key guard.key --state state
+      expunge serve ... --state state --registry postgresql://... --checkpoints /mnt/other/checkpoints.jsonl
+
+    \b
     SETTINGS are limits: body (bytes), tokens (of an answer), rate (requests a second and key), waiting, batch, seconds.
     Keys of clients: expunge key. The key for a server behind this one: EXPUNGE_UPSTREAM_KEY.
     """
@@ -63,6 +69,13 @@ def serve(
         Path | None, typer.Option(help="File with the guard's secret; else EXPUNGE_GUARD_KEY.", metavar="FILE")
     ] = None,
     keys: Annotated[Path | None, typer.Option(help="Keys of clients; none: only this machine may ask.", metavar="FILE")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder for forget requests and the log.", metavar="FOLDER")] = None,
+    registry: Annotated[
+        str | None, typer.Option(help="Database of forget requests, in place of a file there.", metavar="URL")
+    ] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="File for signed heads of the log, best on another disk.", metavar="FILE")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.", min=0, max=65535)] = 8080,
     quiet: Annotated[bool, typer.Option("--quiet-refusals", help="Do not tell clients that a guard has spoken.")] = False,
@@ -86,9 +99,32 @@ def serve(
 
         adapter = open_adapter(model, TextConfig())
     called = name or (Path(model).resolve().name if model is not None and Path(model).exists() else model) or "upstream"
-    served = modules.server.assemble(
-        guards, key=secret, adapter=adapter, upstream=upstream, name=called, access=access, limits=limits, tell=not quiet
-    )  # fmt: skip
+    if state is None and (registry is not None or checkpoints is not None):
+        raise InputError("--registry and --checkpoints belong to --state.", "Give --state FOLDER.")
+    kept = modules.kept
+    held = (
+        None
+        if state is None
+        else kept.State.open(state, kept.versions_of(called, adapter), registry=registry, checkpoints=checkpoints)
+    )
+    try:
+        return _serve(
+            modules, output, held, guards, host=host, port=port, check=check, key=secret, adapter=adapter, upstream=upstream,
+            name=called, access=access, limits=limits, tell=not quiet,
+        )  # fmt: skip
+    finally:
+        if held is not None:
+            held.close()
+
+
+def _serve(modules: Any, output: Output, held: Any, guards: Any, *, host: str, port: int, check: bool, **parts: Any) -> int:
+    store, ledger = (
+        (None, None) if held is None else (modules.kept.RegistryStore(held.registry), modules.kept.LoggedRequests(held.log))
+    )
+    served = modules.server.assemble(guards, store=store, ledger=ledger, **parts)
+    if ledger is not None:
+        ledger.policy = served.policy
+    called = served.name
     rows = ", ".join(r.title for r in served.policy.rows)
     output.note(f"Guards: {rows}. Targets from the file: {len(guards.targets)}. Model: {called}.")
     address = f"http://{host}:{port}"
@@ -120,7 +156,7 @@ def key(
 def _modules() -> Any:
     try:
         from expunge import serving
-        from expunge.serving import access, config, server  # noqa: F401  (now they are attributes of the package)
+        from expunge.serving import access, config, kept, server  # noqa: F401  (now they are attributes of the package)
     except ImportError as error:
         raise MissingExtra("Serving a model", "serve") from error
     return serving

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -191,7 +192,8 @@ class Wmdp(NamedSet):
         shards = hub_files(self.folder, ("wmdp",), ("cais/wmdp-corpora", configuration, "train"))
         if path is not None or shards:
             files = [path] if path is not None else shards
-            label, rows = files[0].name, (row for f in files for row in rows_of(f, texts=True))
+            label = files[0].name
+            rows: Iterator[tuple[str, dict[str, Any]]] = chain.from_iterable(rows_of(f, texts=True) for f in files)
         elif self.folder:
             raise InputError(f"{self.folder} holds no {configuration}.jsonl.", "Name the folder that holds it.")
         else:
