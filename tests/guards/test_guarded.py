@@ -244,11 +244,12 @@ def test_watchers_see_the_states_of_each_prompt(guarded, target_adapter, people,
     records = people.split.retain[:3]
     made.answers([r.prompt for r in records], SHORT)
     seen = list(watcher.held)
+    apart = target_adapter.copy()  # transformers leaves hooks of its own on a model whose states it was asked for
     for record, state in zip(records, seen, strict=True):
         tokens = target_adapter.encode(record).data
         ids = torch.from_numpy(tokens.ids[: tokens.start].astype("int64"))[None]
         with torch.no_grad():
-            states = target_adapter.model(input_ids=ids, output_hidden_states=True).hidden_states[1][0]
+            states = apart.model(input_ids=ids, output_hidden_states=True).hidden_states[1][0]
         expected = states[-1] if pool == "last" else states.mean(0)
         assert torch.allclose(state, expected, atol=1e-5)
 
@@ -329,5 +330,7 @@ def test_guards_by_name_and_their_settings():
         rows_of({"guard": "filter", "detector.encodingz": False})
     with pytest.raises(InputError, match="filter"):
         rows_of("fliter")
+    with pytest.raises(InputError, match="too late"):
+        Row(detector="key-space", action="neuron-adjust")
     with pytest.raises(InputError, match="detector"):
         rows_of({"detector": "termz", "action": "refuse"})

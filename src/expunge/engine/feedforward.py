@@ -22,11 +22,24 @@ class FeedForward:
         inner: modules whose outputs are the units (two with gates; one that holds both, of twice as many outputs).
         output: the module that reads the units.
         units: how many there are.
+        names: dotted names of ``inner`` within the block.
+        output_name: that of ``output``.
     """
 
     inner: tuple[nn.Module, ...]
     output: nn.Module
     units: int
+    names: tuple[str, ...] = ()
+    output_name: str = ""
+
+    @property
+    def gate_name(self) -> str:
+        """Name within the block of the module whose first :attr:`units` outputs go through the activation.
+
+        It is the gate, or the only inner module that there is.
+        """
+        # Named after gates nearly everywhere; elsewhere it is the first to be declared (w1 of w1, w3, w2).
+        return next((n for n in self.names if "gate" in n.rpartition(".")[2]), self.names[0])
 
     @classmethod
     def of(cls, block: nn.Module, name: str) -> FeedForward:
@@ -40,16 +53,16 @@ class FeedForward:
         if len(outputs) != 1:
             raise InputError(
                 f"The block {name!r} has {len(outputs)} modules that look like the output of a feed-forward layer.",
-                f"It has {', '.join(linear) or 'no matrices'}; units can be reset in dense transformer blocks only.",
+                f"It has {', '.join(linear) or 'no matrices'}; only dense transformer blocks are understood.",
             )
         parent = outputs[0].rpartition(".")[0]
         output = linear[outputs[0]]
         units = _matrix(output).shape[1]
-        beside = [m for n, m in linear.items() if n.rpartition(".")[0] == parent and n != outputs[0]]
-        inner = tuple(m for m in beside if _matrix(m).shape[0] in (units, 2 * units))
-        if not inner:
+        beside = [n for n in linear if n.rpartition(".")[0] == parent and n != outputs[0]]
+        names = tuple(n for n in beside if _matrix(linear[n]).shape[0] in (units, 2 * units))
+        if not names:
             raise InputError(f"Nothing in the block {name!r} feeds {outputs[0]!r}.", "Choose other layers.")
-        return cls(inner, output, units)
+        return cls(tuple(linear[n] for n in names), output, units, names, outputs[0])
 
     @torch.no_grad()
     def reset(self, chosen: Tensor, std: float, generator: torch.Generator) -> None:

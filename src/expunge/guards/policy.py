@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from expunge.core.errors import InputError
@@ -41,6 +41,9 @@ from expunge.guards.target import Target, check_target, unique_ids
 _ORDER = list(Hook)  # in time
 SORRY = "I'm sorry, but I can't help with that."
 
+#: Where something can still be done about what is noticed at a hook: states are read when the prompt has been.
+_REACH = {Hook.REQUEST: frozenset(Hook), Hook.HIDDEN: frozenset({Hook.SCORES, Hook.TEXT}), Hook.TEXT: frozenset({Hook.TEXT})}
+
 
 class Row(Settings):
     """One guard: what notices, and what is done."""
@@ -63,6 +66,15 @@ class Row(Settings):
     @classmethod
     def _action(cls, value: object) -> object:
         return part(ACTIONS, value)
+
+    @model_validator(mode="after")
+    def _in_time(self) -> Self:
+        if not any(self.action.acts & _REACH[h] for h in self.detector.sees):
+            raise ValueError(
+                f"the detector {self.detector.name!r} notices on {', '.join(sorted(self.detector.sees))}, too late for the "
+                f"action {self.action.name!r}, which acts on {', '.join(sorted(self.action.acts))}"
+            )
+        return self
 
     @property
     def title(self) -> str:
@@ -291,13 +303,20 @@ class Plan:
         return self._passed if self.say is None else start
 
     def revised(self, text: str) -> str:
-        """The whole answer as it is sent: revised where that was ordered, and what is said instead where a row has refused."""
+        """The whole answer as it is sent: revised where that was ordered, and what is said instead where a row has refused.
+
+        What a revision has made is looked at like an answer of the model.
+        """
+        before = text
         for fitted, revise in self.revisions:
             if self.say is not None:
                 break
             began = time.perf_counter()
             text = self._guarded(fitted, partial(revise, text), text)
             self._took(Hook.TEXT, began)
+        if text != before and self.say is None:
+            self._acted = {a for a in self._acted if a[1] != Hook.TEXT}
+            self._each(Hook.TEXT, lambda f: f.watcher.answer(self.asked, text, 0, True))
         return text if self.say is None else self.say
 
     @property
