@@ -38,7 +38,6 @@ from expunge.guards.parts import (
 )  # fmt: skip
 from expunge.guards.target import Target, check_target, unique_ids
 
-_ORDER = list(Hook)  # in time
 SORRY = "I'm sorry, but I can't help with that."
 
 #: Where something can still be done about what is noticed at a hook: states are read when the prompt has been.
@@ -140,13 +139,6 @@ class Policy:
         unique_ids(material.targets)
         for target in material.targets:
             check_target(target, material.ordinary)
-        for row in rows:
-            if min(map(_ORDER.index, row.detector.sees)) > max(map(_ORDER.index, row.action.acts)):
-                raise InputError(
-                    f"The guard {row.title!r} would notice too late: {row.detector.name!r} sees "
-                    f"{', '.join(sorted(row.detector.sees))}, {row.action.name!r} acts on {', '.join(sorted(row.action.acts))}.",
-                    "Choose a detector of requests.",
-                )
         if material.adapter is None:
             for row in rows:
                 if extra := sorted(row.hooks - TEXT_LEVEL):

@@ -162,7 +162,7 @@ class Corruption(EmbeddingEdit):
 
     def _drawing(self, place: int) -> np.random.Generator:
         """Numbers of one token; of the whole prompt for negative places."""
-        return np.random.Generator(np.random.Philox(key=self._seed, counter=np.array([0, 0, 0, 0 % 2**64], dtype=np.uint64)))
+        return np.random.Generator(np.random.Philox(key=self._seed, counter=np.array([0, 0, 0, place % 2**64], dtype=np.uint64)))
 
 
 def _width(model: torch.nn.Module) -> int:
