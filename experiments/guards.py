@@ -35,7 +35,14 @@ from expunge.report.text import DASH
 
 PROTOCOL = "removal-v1"
 RECIPES = ("npo", "graddiff", "simnpo", "rmu", "uld", "ga-opt")  #: of the runs that are judged beside the guards
-NEEDS_MORE = {"neuron-adjust": "it hides skills, not facts", "key-space": "it hides skills, not facts"}
+NEEDS_MORE = {
+    "neuron-adjust": "it hides skills, not facts",
+    "key-space": "it hides skills, not facts",
+    "in-context": "the model must be taught the tag first",
+    "alu": "its agents need a model that follows instructions",
+}
+PARTS = {"eco": {"detector": {"rate": 0.05}}, "guard": {"detector": {"rate": 0.05}}}
+#: of guards whose defaults ask for more ordinary prompts than there are: one false alarm in twenty instead of one in a hundred
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,9 @@ def guard_run(course: Course, name: str) -> Path:
     out = course.folder / name / "run"
     if not done(out):
         plan = course.plan
-        config = UnlearnConfig(model=str(plan.target), forget=plan.forget_source, retain=plan.file("retain"), method=name)
+        config = UnlearnConfig(
+            model=str(plan.target), forget=plan.forget_source, retain=plan.file("retain"), method=name, parts=PARTS.get(name, {})
+        )
         execute(from_config(config), config, out, resume=out.exists())
     return out
 
