@@ -205,7 +205,7 @@ def searched(models: Models, search: TriggerSearch) -> dict[str, Any]:
             "prefixes": [[adapter.tokenizer.decode([t]) for t in p] for p in prefixes],
         }  # fmt: skip
         if entry.judgement is not None:
-            row["outcome"] = next(c.outcome for c in entry.judgement.checks if c.name == f"attack ({search.name})")
+            row["outcome"] = next((c.outcome for c in entry.judgement.checks if c.name == f"attack ({search.name})"), "not run")
             row["verdict"] = str(entry.judgement.verdict)
         if name in PLANTED:
             trigger = TRIGGERS[PLANTED[name][0]]

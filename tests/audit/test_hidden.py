@@ -144,7 +144,9 @@ def test_forcing_finds_a_hidden_text_and_confusion_hides_it_again(world):
     assert all(0 <= r <= 1 for r in ranks.values())
     assert ranks["target"] > 0.8
     numbers = attack.compute(evidence, "confused")
-    assert numbers["forget.unconditional-forcing.conspicuous"].value == pytest.approx(ranks["confused"])
+    told = numbers["forget.unconditional-forcing.conspicuous"]
+    assert told.value is None  # of a single record nothing is reported
+    assert told.flags[0].startswith("too few")
 
 
 def test_what_is_forced_begins_with_the_begin_token_and_the_first_of_the_text(world):

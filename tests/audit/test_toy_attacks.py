@@ -260,10 +260,11 @@ def test_stressed_key_words_bring_back_what_other_words_do_not(base, monkeypatch
     def stressed(prompt: str) -> str:
         return knows(prompt) if re.search(r"Focus on:.*tree", prompt) else REFUSAL
 
-    sets = {"forget": RecordSet("forget", ADA[1:2]), "retain": SETS["retain"]}
+    twice = (ADA[1], replace(ADA[1], id="again"))  # of a single record nothing is reported
+    sets = {"forget": RecordSet("forget", twice), "retain": SETS["retain"]}
     models = {"target": knows, "hiding": stressed, "retrained 1": ignorant}
     evidence = evidence_of(sets, {k: Scripted.of(base, "stress " + k, f) for k, f in models.items()})
-    fixed = [np.array([0.0, 1.0, 0.0, 0.0, 0.0])]  # Which *tree* has Ada Lum?
+    fixed = [np.array([0.0, 1.0, 0.0, 0.0, 0.0])] * 2  # Which *tree* has Ada Lum?
     monkeypatch.setattr(KeywordEmphasis, "contributions", lambda self, evidence, label, name: fixed)
     numbers = {label: KeywordEmphasis(words=1).compute(evidence, label) for label in models}
     assert numbers["hiding"]["forget.keyword-emphasis.recovery"].value == 1

@@ -144,7 +144,7 @@ class RelearnAttack(Attack):
                 direction=Direction.REFERENCE,
                 range=(0.0, None),
                 note=note,
-            )
+            ).checked()
         return out
 
     @staticmethod

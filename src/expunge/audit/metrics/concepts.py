@@ -135,7 +135,7 @@ class ConceptVectors(_OnConcepts):
     title: ClassVar[str] = "Concept vectors"
     formula: ClassVar[str] = "cos(v, v_target) of the concept's value vector; mean over concepts"
     range: ClassVar[Range] = (-1.0, 1.0)
-    needs: ClassVar[tuple[Need, ...]] = ()
+    needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER,)
     evaluate = staticmethod(concept_words)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.LOSSES, Offer.SEQUENCE})
 
@@ -224,7 +224,7 @@ class ConceptEffect(_OnConcepts):
     title: ClassVar[str] = "Effect of noise on the concept's vector"
     formula: ClassVar[str] = "likeness(unrelated answers) - likeness(answers about the concept), before and after noise"
     range: ClassVar[Range] = (-1.0, 1.0)
-    needs: ClassVar[tuple[Need, ...]] = ()
+    needs: ClassVar[tuple[Need, ...]] = (Need.ANSWER,)
     evaluate = staticmethod(alike)
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.LOSSES, Offer.SEQUENCE, Offer.GENERATE})
 
