@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from expunge.adapters.language import LanguageAdapter
 from expunge.data.sets.drawn import drawn_shapes
 from tests.digits import Digits, accuracy
 from tests.drawings import Drawings
@@ -41,6 +42,18 @@ def people_world(trained_models: Path) -> World:
     unseen = held.loss(held.retrained(), held.split.forget)
     assert unseen > 1.0, f"the retrained model knows the forget set: loss {unseen:.3f}"
     return held
+
+
+@pytest.fixture(scope="session")
+def people(people_world: World) -> World:
+    """The people that guards hide."""
+    return people_world
+
+
+@pytest.fixture(scope="session")
+def target_adapter(people: World) -> LanguageAdapter:
+    """The target, shared by tests that leave it as it is."""
+    return people.target()
 
 
 @pytest.fixture(autouse=True)

@@ -20,16 +20,6 @@ KEY = b"test key of the guards, 32 bytes"
 
 
 @pytest.fixture(scope="session")
-def people(people_world):
-    return people_world
-
-
-@pytest.fixture(scope="session")
-def target_adapter(people):
-    return people.target()
-
-
-@pytest.fixture(scope="session")
 def names(people):
     """Names of the people to forget."""
     return sorted({name_of(r) for r in people.split.forget})

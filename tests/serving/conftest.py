@@ -40,16 +40,6 @@ def running(app):
 
 
 @pytest.fixture(scope="session")
-def people(people_world):
-    return people_world
-
-
-@pytest.fixture(scope="session")
-def target_adapter(people):
-    return people.target()
-
-
-@pytest.fixture(scope="session")
 def forget(people):
     """Questions to forget, each with the name in it."""
     return [(r.prompt, name_of(r)) for r in people.split.forget]

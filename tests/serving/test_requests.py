@@ -8,9 +8,11 @@ import pytest
 
 from expunge.core.errors import InputError
 from expunge.guards.policy import SORRY
+from expunge.guards.target import Target
 from expunge.serving.access import Access, Rates
 from expunge.serving.config import Guards, Limits, guard_key, read_guards
 from expunge.serving.server import check_open, check_url
+from expunge.serving.store import MemoryStore
 from tests.serving.test_answers import ask, said
 
 FORGET = "/v1/expunge/requests"
@@ -167,3 +169,19 @@ def test_nobody_is_let_in_from_outside_without_keys(keys):
     for url in ("ftp://x", "localhost:80", "http://", "http://u:p@host/v1"):
         with pytest.raises(InputError):
             check_url(url)
+
+
+def test_a_kept_target_that_no_guard_can_take_in_keeps_no_other_out_and_is_told(serve, forget):
+    store = MemoryStore()
+    for target in (Target(id="x1", topics=("gardening",)), Target(id="x2", entities=(forget[0][1],))):
+        store.add(None, target.id, target, "")
+    with serve(store=store) as client:
+        assert said(ask(client, forget[0][0])) == SORRY
+        ready = client.get("/ready")
+        assert (ready.status_code, ready.json()["open"]) == (503, 1)
+        assert "expunge_targets_open 1.0" in client.get("/metrics").text
+        client.delete(f"{FORGET}/x1")
+        deadline = time.monotonic() + 10
+        while client.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

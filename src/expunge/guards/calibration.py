@@ -14,12 +14,14 @@ learnt from. Prompts of one group are alike, so the promise is then an approxima
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,7 +29,10 @@ from pydantic import Field
 
 from expunge.core.errors import InputError
 from expunge.guards.folding import words
-from expunge.guards.parts import Detector, Material
+from expunge.guards.parts import Detector, Material, Watcher
+from expunge.guards.target import Target
+
+M = TypeVar("M")
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,65 @@ def apart(calibrating: Sequence[str], judged: Sequence[str], what: str = "to be 
             f"{both} of {len(judged)} prompts {what} are among the ordinary prompts that guards are fitted on.",
             "Keep both apart: a threshold says nothing about prompts that it was set on.",
         )
+
+
+class Bounded(Watcher, abc.ABC):
+    """A watcher of questions and topics with a threshold."""
+
+    @property
+    @abc.abstractmethod
+    def bound(self) -> Threshold | None:
+        """The threshold as it is now; none without targets."""
+
+    @property
+    def promise(self) -> str:
+        """What the threshold promises."""
+        return self.bound.summary() if self.bound else ""
+
+    def covers(self, target: Target) -> bool:
+        """Whether it has questions or topics."""
+        return bool(target.questions)
+
+
+class Refitted(Bounded, Generic[M]):
+    """One that learns anew when a target comes or goes; what it learnt and its threshold are exchanged together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: tuple[M, Threshold] | None = None
+
+    @property
+    def bound(self) -> Threshold | None:
+        """The threshold as it is now; none without targets."""
+        return self._held[1] if self._held else None
+
+    def add(self, target: Target) -> None:
+        """Learn its questions, too."""
+        self.take([target])
+
+    def take(self, targets: Sequence[Target]) -> None:
+        """Learn the questions of targets, in place of what is held of them."""
+        with self._lock:
+            self._hold(targets)
+            self._held = self._fitted()
+
+    def drop(self, target: str) -> None:
+        """Learn anew, without its questions."""
+        with self._lock:
+            self._forget(target)
+            self._held = self._fitted()
+
+    @abc.abstractmethod
+    def _hold(self, targets: Sequence[Target]) -> None:
+        """Take questions in."""
+
+    @abc.abstractmethod
+    def _forget(self, target: str) -> None:
+        """Give questions up."""
+
+    @abc.abstractmethod
+    def _fitted(self) -> tuple[M, Threshold] | None:
+        """A new fit; none without questions."""
 
 
 class Scoring(Detector):

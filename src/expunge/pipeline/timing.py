@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -132,12 +133,10 @@ def _recipe(made: UnlearnPlan, recipe: Recipe, progress: Progress | None) -> Sec
         if len(marks) < 3 and time.perf_counter() - begun > LIMIT:
             raise _Enough
 
-    try:
+    with suppress(_Enough):  # raised above, once enough was seen
         goal = goal_of(held)
         origin = held.began.origin if held.began else None
         train(held.adapter, still, held.examples, held.engine, goal=goal, origin=origin, observe=observe, progress=tell)
-    except _Enough:
-        pass
     spent = time.perf_counter() - begun
     if len(marks) < 3:
         return Seconds(spent, None, None, "unfinished" if spent > LIMIT else "whole", spent, 0.0, 0, bool(at_most))

@@ -18,7 +18,6 @@ from expunge.serving import route_answers, route_requests
 from expunge.serving.errors import Refused
 from expunge.serving.limits import BodyLimit
 from expunge.serving.parts import Parts, parts_of
-from expunge.serving.store import Requests
 
 FOLLOW = 0.4  #: seconds between two looks at the store
 
@@ -40,7 +39,7 @@ def make_app(parts: Parts) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await parts.requests.follow()
-        follower = asyncio.create_task(_follow(parts.requests))
+        follower = asyncio.create_task(parts.requests.keep_up(FOLLOW))
         try:
             yield
         finally:
@@ -67,13 +66,6 @@ def make_app(parts: Parts) -> FastAPI:
     return app
 
 
-async def _follow(requests: Requests) -> None:
-    while True:
-        await asyncio.sleep(FOLLOW)
-        with suppress(Exception):  # the store may be away for a while; what is hidden stays hidden
-            await requests.follow()
-
-
 def _state(app: FastAPI) -> None:
     @app.get("/health", tags=["state"])
     async def health() -> dict[str, str]:
@@ -82,10 +74,11 @@ def _state(app: FastAPI) -> None:
 
     @app.get("/ready", tags=["state"], response_model=None)
     async def ready(request: Request) -> Response:
-        """Whether requests would be answered now."""
+        """Whether requests would be answered now, with all hidden that is to be."""
         parts = parts_of(request)
-        up = await parts.backend.ready()
-        return JSONResponse({"status": "ready" if up else "not ready", "targets": len(parts.policy.targets)}, 200 if up else 503)
+        up = await parts.backend.ready() and not parts.requests.open and not parts.requests.behind
+        said = {"targets": len(parts.policy.targets), "open": len(parts.requests.open), "behind": parts.requests.behind}
+        return JSONResponse({"status": "ready" if up else "not ready", **said}, 200 if up else 503)
 
     @app.get("/metrics", tags=["state"], response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:

@@ -120,10 +120,16 @@ class Requests:
         policy: hides their targets.
         fixed: ids of targets of the guard file, which are not the store's.
         telemetry: counts.
+
+    Attributes:
+        open: ids of targets that are to be hidden and that no guard can take in.
+        behind: kind of the error that kept the guards from following the store at the last look; empty: none did.
     """
 
     def __init__(self, store: TargetStore, policy: Policy, fixed: Sequence[str], telemetry: Telemetry) -> None:
         self.store, self.policy, self.fixed, self.telemetry = store, policy, frozenset(fixed), telemetry
+        self.open: frozenset[str] = frozenset()
+        self.behind = ""
         self._lock = asyncio.Lock()
 
     async def follow(self) -> int:
@@ -137,10 +143,30 @@ class Requests:
             held = set(self.policy.targets) - self.fixed
             for name in held - set(active):
                 await asyncio.to_thread(self.policy.drop, name)
+            failed = set()
             for name in set(active) - held:
-                await asyncio.to_thread(self.policy.add, active[name])
-            self.telemetry.targets.set(len(self.policy.targets))
+                try:
+                    await asyncio.to_thread(self.policy.add, active[name])
+                except Exception:  # one that a guard cannot take in must not keep the others out; it is told by /ready
+                    failed.add(name)
+            self.open = frozenset(failed)
+            self._count()
             return len(self.policy.targets)
+
+    async def keep_up(self, seconds: float) -> None:
+        """Follow the store until cancelled. What is hidden stays hidden where the store does not answer."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await self.follow()
+            except Exception as error:  # whatever a database raises, the next look may go well
+                self.behind = type(error).__name__
+            else:
+                self.behind = ""
+
+    def _count(self) -> None:
+        self.telemetry.targets.set(len(self.policy.targets))
+        self.telemetry.unhidden.set(len(self.open))
 
     async def add(self, key: str | None, target: Target, reason: str) -> Entry:
         """Keep a request and hide its target: both are done when this returns.
@@ -166,10 +192,12 @@ class Requests:
             if entry.new:
                 try:
                     await asyncio.to_thread(self.policy.add, target)
-                except InputError as error:
+                except Exception as error:  # kept and not hidden it must not be
                     await asyncio.to_thread(self.store.end, entry.id, "withdrawn")
-                    raise Refused(422, error.message) from None
-            self.telemetry.targets.set(len(self.policy.targets))
+                    if isinstance(error, InputError):
+                        raise Refused(422, error.message) from None
+                    raise
+            self._count()
             return entry
 
     async def withdraw(self, target: str) -> Entry:
@@ -183,7 +211,7 @@ class Requests:
             if entry is None:
                 raise Refused(404, "There is no such request.")
             await asyncio.to_thread(self.policy.drop, target)
-            self.telemetry.targets.set(len(self.policy.targets))
+            self._count()
             return entry
 
 

@@ -30,6 +30,7 @@ class Telemetry:
             "expunge_batch_size", "Requests answered together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
         )
         self.targets = Gauge("expunge_targets", "Targets that are hidden", registry=self.registry)
+        self.unhidden = Gauge("expunge_targets_open", "Targets that no guard can take in", registry=self.registry)
         self.running = Gauge("expunge_running", "Requests that are being answered", registry=self.registry)
 
     def answered(self, route: str, plan: Plan, answer: Answer, seconds: float) -> None:

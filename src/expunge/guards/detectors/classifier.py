@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import threading
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from expunge.core.errors import InputError
-from expunge.guards.calibration import Scoring, Threshold
+from expunge.guards.calibration import Refitted, Scoring, Threshold
 from expunge.guards.conversation import Conversation
 from expunge.guards.detectors.tuned import Tuning, loaded, tuned
 from expunge.guards.encoders import NGrams
@@ -161,7 +160,7 @@ class FineTuned(Learner):
         return tuned(self.settings.model, asked, self.learning, self.settings.tuning, seed=self.seed, device=self.device)
 
 
-class ClassifierWatcher(Watcher):
+class ClassifierWatcher(Refitted[Model]):
     """Classifies conversations; what it learnt and its threshold are exchanged together.
 
     Args:
@@ -172,37 +171,16 @@ class ClassifierWatcher(Watcher):
     """
 
     def __init__(self, settings: Classifier, learner: Learner, targets: Sequence[Target], calibrating: Sequence[str]) -> None:
+        super().__init__()
         self.settings, self.learner = settings, learner
         self._calibrating = [pieces(Conversation.of(t), sentences=settings.sentences) for t in calibrating]
-        self._lock = threading.Lock()
-        learner.hold(targets)
-        self._held = self._fitted()
+        self.take(targets)
 
-    @property
-    def promise(self) -> str:
-        """What the threshold promises."""
-        return self.bound.summary() if self.bound else ""
+    def _hold(self, targets: Sequence[Target]) -> None:
+        self.learner.hold(targets)
 
-    def covers(self, target: Target) -> bool:
-        """Whether it has questions or topics."""
-        return bool(target.questions)
-
-    @property
-    def bound(self) -> Threshold | None:
-        """The threshold as it is now; none without targets."""
-        return self._held[1] if self._held else None
-
-    def add(self, target: Target) -> None:
-        """Learn its questions, too."""
-        with self._lock:
-            self.learner.hold([target])
-            self._held = self._fitted()
-
-    def drop(self, target: str) -> None:
-        """Learn anew, without its questions."""
-        with self._lock:
-            self.learner.forget(target)
-            self._held = self._fitted()
+    def _forget(self, target: str) -> None:
+        self.learner.forget(target)
 
     def _fitted(self) -> tuple[Model, Threshold] | None:
         model = self.learner.fitted()

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from pydantic import Field
 
-from expunge.guards.calibration import Scoring, Threshold
+from expunge.guards.calibration import Bounded, Scoring, Threshold
 from expunge.guards.conversation import Conversation
 from expunge.guards.encoders import Columns, Encoder, encoder_of
 from expunge.guards.parts import Hit, Hook, Material, Watcher, detector
@@ -62,7 +62,7 @@ class _Held:
     bound: Threshold | None
 
 
-class SimilarWatcher(Watcher):
+class SimilarWatcher(Bounded):
     """Looks up the nearest question. A request sees all of a change of targets, or nothing of it.
 
     Args:
@@ -81,15 +81,6 @@ class SimilarWatcher(Watcher):
         self._scores: dict[str, NDArray[np.float64]] = {}
         self._lock = threading.Lock()
         self._held = self._built()
-
-    @property
-    def promise(self) -> str:
-        """What the threshold promises."""
-        return self.bound.summary() if self.bound else ""
-
-    def covers(self, target: Target) -> bool:
-        """Whether it has questions or topics."""
-        return bool(target.questions)
 
     @property
     def bound(self) -> Threshold | None:

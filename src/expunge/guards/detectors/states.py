@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from expunge.adapters.language import LanguageAdapter
 from expunge.core.errors import unknown
-from expunge.guards.calibration import Scoring, Threshold
+from expunge.guards.calibration import Refitted, Scoring, Threshold
 from expunge.guards.conversation import Conversation
 from expunge.guards.parts import Hit, Hook, Material, Reading, Watcher, detector
 from expunge.guards.prompts import put
@@ -64,7 +63,32 @@ class States(Scoring):
         return StatesWatcher(self, adapter, reading, material.targets, ordinary=(learning, calibrating), seed=material.seed)
 
 
-class StatesWatcher(Watcher):
+class Perceptron(nn.Module):
+    """``sigmoid(w2 relu(W1 z + b1) + b2)`` of standardised states ``z``.
+
+    Args:
+        mean, deviation: of the states, ``[D]``.
+        width: units of the hidden layer.
+    """
+
+    def __init__(self, mean: Tensor, deviation: Tensor, width: int) -> None:
+        super().__init__()
+        self.mean, self.deviation = mean, deviation
+        self.layers = nn.Sequential(nn.Linear(len(mean), width), nn.ReLU(), nn.Linear(width, 1))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Log-odds of a target, ``[n]``, of states ``[n, D]``."""
+        found: Tensor = self.layers((states - self.mean) / self.deviation)[:, 0]
+        return found
+
+    @torch.no_grad()
+    def scores(self, states: Tensor) -> NDArray[np.float64]:
+        """Probability of a target, ``[n]``."""
+        found: NDArray[np.float64] = self(states.float().cpu()).double().sigmoid().numpy()
+        return found
+
+
+class StatesWatcher(Refitted[Perceptron]):
     """Classifies states; network and threshold are exchanged together.
 
     Args:
@@ -80,39 +104,15 @@ class StatesWatcher(Watcher):
         self, settings: States, adapter: LanguageAdapter, reading: Reading, targets: Sequence[Target], *,
         ordinary: tuple[Sequence[str], Sequence[str]], seed: int,
     ) -> None:  # fmt: skip
+        super().__init__()
         self.settings, self.adapter, self.seed = settings, adapter, seed
         self.readings = (reading,)
         self._learning, self._calibrating = (self._read(texts) for texts in ordinary)
         self._rows: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
-        self._hold(targets)
-        self._held = self._fitted()
+        self.take(targets)
 
-    @property
-    def promise(self) -> str:
-        """What the threshold promises."""
-        return self.bound.summary() if self.bound else ""
-
-    def covers(self, target: Target) -> bool:
-        """Whether it has questions or topics."""
-        return bool(target.questions)
-
-    @property
-    def bound(self) -> Threshold | None:
-        """The threshold as it is now; none without targets."""
-        return self._held[1] if self._held else None
-
-    def add(self, target: Target) -> None:
-        """Read its questions and learn them, too."""
-        with self._lock:
-            self._hold([target])
-            self._held = self._fitted()
-
-    def drop(self, target: str) -> None:
-        """Learn anew, without its questions."""
-        with self._lock:
-            self._rows.pop(target, None)
-            self._held = self._fitted()
+    def _forget(self, target: str) -> None:
+        self._rows.pop(target, None)
 
     def _read(self, texts: Sequence[str]) -> Tensor:
         prompts = [put(self.adapter, Conversation.of(t)) for t in texts]
@@ -139,31 +139,6 @@ class StatesWatcher(Watcher):
             return []
         score = float(held[0].scores(states[self.readings[0]][None])[0])
         return [Hit("", score)] if held[1].passed(score) else []
-
-
-class Perceptron(nn.Module):
-    """``sigmoid(w2 relu(W1 z + b1) + b2)`` of standardised states ``z``.
-
-    Args:
-        mean, deviation: of the states, ``[D]``.
-        width: units of the hidden layer.
-    """
-
-    def __init__(self, mean: Tensor, deviation: Tensor, width: int) -> None:
-        super().__init__()
-        self.mean, self.deviation = mean, deviation
-        self.layers = nn.Sequential(nn.Linear(len(mean), width), nn.ReLU(), nn.Linear(width, 1))
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Log-odds of a target, ``[n]``, of states ``[n, D]``."""
-        found: Tensor = self.layers((states - self.mean) / self.deviation)[:, 0]
-        return found
-
-    @torch.no_grad()
-    def scores(self, states: Tensor) -> NDArray[np.float64]:
-        """Probability of a target, ``[n]``."""
-        found: NDArray[np.float64] = self(states.float().cpu()).double().sigmoid().numpy()
-        return found
 
 
 def learnt(asked: Tensor, ordinary: Tensor, settings: States, seed: int) -> Perceptron:
