@@ -17,6 +17,7 @@ from torch import Tensor
 
 from expunge.core.errors import InputError
 from expunge.core.settings import Settings
+from expunge.guards.calibration import Threshold
 from expunge.guards.conversation import Conversation
 from expunge.guards.parts import (
     ACTIONS,
@@ -119,6 +120,11 @@ class _Fitted:
     doer: Doer
 
 
+def _bounds(rows: Sequence[_Fitted]) -> dict[str, Threshold]:
+    found = {f.row.title: getattr(f.watcher, "bound", None) for f in rows}
+    return {title: bound for title, bound in found.items() if isinstance(bound, Threshold)}
+
+
 class Policy:
     """Fitted rows, in order. One object serves all requests; targets come and go while it does.
 
@@ -157,6 +163,11 @@ class Policy:
     def promises(self) -> dict[str, str]:
         """What guards promise about ordinary prompts now, by title; guards that promise nothing are left out."""
         return {f.row.title: f.watcher.promise for f in self._rows if f.watcher.promise}
+
+    @property
+    def bounds(self) -> dict[str, Threshold]:
+        """Thresholds of guards that score, as they are now, by title."""
+        return _bounds(self._rows)
 
     @property
     def rows(self) -> list[Row]:
@@ -315,6 +326,11 @@ class Plan:
     def readings(self) -> frozenset[Reading]:
         """States that watchers want to see."""
         return frozenset(r for f in self._rows for r in f.watcher.readings)
+
+    @property
+    def bounds(self) -> dict[str, Threshold]:
+        """Thresholds of guards that score, as they are now, by title."""
+        return _bounds(self._rows)
 
     @property
     def buffered(self) -> bool:

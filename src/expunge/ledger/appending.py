@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from expunge.ledger.errors import LedgerFailed
+from expunge.ledger.errors import LedgerFailed, no_room
 from expunge.ledger.keys import sync_folder
 
 
@@ -82,4 +82,5 @@ class Lines:
         os.close(self._handle)
 
     def _failed(self, error: OSError) -> LedgerFailed:
-        return LedgerFailed(f"{str(self.path)!r} could not be written: {error.strerror}.", "Free some room; nothing is lost.")
+        said = f"{str(self.path)!r} could not be written: {error.strerror}."
+        return LedgerFailed(said, "Free some room; nothing is lost.", full=no_room(error))

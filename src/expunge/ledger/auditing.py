@@ -14,7 +14,7 @@ from expunge.ledger.canaries import History, history
 from expunge.ledger.canonical import stamp
 from expunge.ledger.keys import Public
 from expunge.ledger.protection import Entries, Protection, protection, read_entries_of
-from expunge.ledger.verify import Found, Report, Service, find, served, verify
+from expunge.ledger.verify import Found, Report, Service, activated, find, served, verify
 
 _AROUND = timedelta(minutes=5)
 
@@ -30,6 +30,7 @@ class Audited:
         protection: whether the target was to be hidden then; none: it was not asked.
         service: requests of the five minutes before and after.
         canaries: how the guard held when it was tried.
+        thresholds: that guards have had, in order; see :func:`expunge.ledger.verify.activated`.
     """
 
     report: Report
@@ -38,6 +39,7 @@ class Audited:
     protection: Protection | None
     service: Service | None
     canaries: History
+    thresholds: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -64,7 +66,9 @@ class Audited:
             s = self.service
             done = f"{s.guarded} were decided with it hidden; in {s.fired} a guard acted for it"
             said.append(f"  of {s.requests} requests around then, {done}")
-        return said + (self.canaries.lines() if self.canaries.rounds or self.canaries.refused.n else [])
+        said += [_threshold(t) for t in {t["row"]: t for t in self.thresholds}.values()]
+        tried = self.canaries.every is not None or self.canaries.rounds or self.canaries.refused.n
+        return said + (self.canaries.lines() if tried else [])
 
     def described(self) -> dict[str, Any]:
         """As JSON."""
@@ -74,6 +78,14 @@ class Audited:
 
 def _plain(value: object) -> object:
     return stamp(value) if isinstance(value, datetime) else str(value)
+
+
+def _threshold(said: Mapping[str, Any]) -> str:
+    begun = f"row {said['row']} ({said['detector']}) notices what scores above {said['threshold']:g}, since {said['at']}"
+    if said["promised"] is None:
+        return f"{begun}: as given, nothing is promised of ordinary prompts"
+    promise = f"at most {said['promised']:.3%} of further ones on average, and with 95 % confidence {said['upper']:.3%}"
+    return f"{begun}: set by {said['ordinary']} ordinary prompts; {promise}"
 
 
 def _found(found: Found) -> str:
@@ -124,4 +136,4 @@ def audit(
         told = protection(entries, target, at)
         service = served(folder, target, at - _AROUND, at + _AROUND)
     found = tuple(find(folder, text, held)) if text is not None else None
-    return Audited(report, entries, found, told, service, history(folder))
+    return Audited(report, entries, found, told, service, history(folder), tuple(activated(folder)))

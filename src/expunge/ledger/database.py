@@ -171,4 +171,5 @@ def _explained(what: str) -> Iterator[None]:
         raise LedgerFailed(
             f"The registry could not be {what}: {why}.",
             "Nothing of this was acknowledged, all that was before is kept; ask again with the same idempotency key.",
+            full=full,
         ) from None

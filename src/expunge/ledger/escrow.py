@@ -14,15 +14,17 @@ import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from pydantic import Field
 
 from expunge.core.errors import InputError
+from expunge.core.settings import Settings
 from expunge.ledger.canonical import canonical, now
-from expunge.ledger.errors import LedgerFailed
+from expunge.ledger.errors import LedgerFailed, no_room
 from expunge.ledger.keys import create_private, opened, read_private, sealed
 
 if TYPE_CHECKING:
@@ -47,6 +49,16 @@ def make_auditor_key(path: Path) -> Path:
     beside = path.with_name(path.name + ".pub")
     beside.write_bytes(key.public_key().public_bytes(pem, public.SubjectPublicKeyInfo))
     return beside
+
+
+class EscrowSettings(Settings):
+    """Which requests are kept in full for an auditor."""
+
+    name: ClassVar[str] = "escrow"
+
+    auditor: str = Field(description="file with the auditor's public key")
+    share: float = Field(0.001, gt=0, le=1, description="of all requests, drawn at random")
+    keep_days: float = Field(7, gt=0, description="days after which a box is removed")
 
 
 class Escrow:
@@ -96,8 +108,14 @@ class Escrow:
         try:
             create_private(self.folder / f"{self._clock().astimezone(UTC).strftime(_TIME)}-{record}.box", box)
         except OSError as error:
-            raise LedgerFailed(f"A box could not be kept in {str(self.folder)!r}: {error.strerror}.", "Free some room.") from None
+            said = f"A box could not be kept in {str(self.folder)!r}: {error.strerror}."
+            raise LedgerFailed(said, "Free some room.", full=no_room(error)) from None
         return hashlib.sha256(box).hexdigest()
+
+    def take_back(self, record: str) -> None:
+        """Remove the box of a request whose record could not be written: nothing in the log would name it."""
+        for path in self.folder.glob(f"*-{record}.box"):
+            path.unlink(missing_ok=True)
 
     def destroy_old(self) -> int:
         """Remove the boxes that have been kept for long enough; how many."""

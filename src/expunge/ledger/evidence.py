@@ -9,42 +9,33 @@ from pathlib import Path
 
 from expunge.core.errors import InputError
 from expunge.core.files import atomic_path
-from expunge.ledger.keys import VARIABLE, KeyStore, MasterKey
+from expunge.ledger.canaries import history
+from expunge.ledger.keys import KeyStore
 from expunge.ledger.log import log_files
 from expunge.ledger.periods import end_of
+from expunge.ledger.places import Places
 from expunge.ledger.registry import Registry
 from expunge.ledger.verify import records
 
-ENTRIES, KEYS = "registry.jsonl", "keys.json"
+ENTRIES, KEYS, CANARIES = "registry.jsonl", "keys.json", "canaries.json"
 
 
-def key_store(state: Path) -> KeyStore:
-    """Keys of a state folder that is there already.
-
-    Raises:
-        InputError: the folder is no state, or the master key is missing.
-    """
-    if not (state / "keys").is_dir():
-        raise InputError(f"{str(state)!r} is no state of a server.", "Name the folder of expunge serve --state.")
-    given = VARIABLE in os.environ
-    if not given and not (state / "master.key").is_file():
-        raise InputError(f"The master key of {str(state)!r} is missing.", f"Put it back, or set {VARIABLE}.")
-    return KeyStore(state / "keys", MasterKey.from_environment() if given else MasterKey.from_file(state / "master.key"))
-
-
-def export(state: Path, out: Path, periods: Sequence[str] = (), *, registry: str | None = None) -> list[Path]:
-    """Write entries of the registry and keys of periods for an auditor.
+def export(
+    state: Path, out: Path, periods: Sequence[str] = (), *, registry: str | None = None, places: Places | None = None
+) -> list[Path]:
+    """Write entries of the registry, what the canaries have found, and keys of periods for an auditor.
 
     Args:
         state: folder of the server.
         out: folder for the files.
         periods: whose keys are handed over.
         registry: of a database; none: the file in the folder.
+        places: where keys stand, if not in the folder.
 
     Raises:
         InputError: the folder is no state, or a period is none or has no key.
     """
-    keys = key_store(state)
+    keys = (places or Places(state)).existing()
     for period in periods:
         end_of(period)
     found = _period_keys(state, keys, periods)
@@ -55,6 +46,10 @@ def export(state: Path, out: Path, periods: Sequence[str] = (), *, registry: str
     finally:
         held.close()
     made = [out / ENTRIES]
+    if log_files(state / "log"):
+        with atomic_path(out / CANARIES) as temporary:
+            temporary.write_text(json.dumps(history(state / "log").described(), indent=2) + "\n", encoding="utf-8")
+        made.append(out / CANARIES)
     if found:
         with atomic_path(out / KEYS) as temporary:
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from expunge.core.errors import InputError, MissingExtra
-from expunge.ledger.errors import LedgerFailed, Shredded
+from expunge.ledger.errors import LedgerFailed, Shredded, no_room
 
 try:
     from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -192,7 +192,7 @@ class KeyStore:
             made = create_private(self._path(name), self._master.wrap(key, name))
         except OSError as error:
             raise LedgerFailed(
-                f"A key could not be written in {str(self.folder)!r}: {error.strerror}.", "Free some room."
+                f"A key could not be written in {str(self.folder)!r}: {error.strerror}.", "Free some room.", full=no_room(error)
             ) from None
         return key if made else self.get(name)
 

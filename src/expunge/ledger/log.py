@@ -231,13 +231,24 @@ class AuditLog:
             said["answer"] = answer.text
         if request.seed is not None:
             said["seed"] = str(request.seed)
-        if self._escrow is not None and plan is not None and self._escrow.drawn():
-            fields["escrow"] = self._escrow.put(made, plan.asked, answer.text if answer is not None else None)
-        self._add({
+        record = {
             "kind": "request", "id": made, "at": coarse(self._clock()), "policy": policy, "period": period, **fields,
             **self.versions.described(), "commitments": {kind: commitment(key, made, kind, text) for kind, text in said.items()},
-        })  # fmt: skip
+        }  # fmt: skip
+        if self._escrow is not None and plan is not None and not request.canary and self._escrow.drawn():
+            self._boxed(self._escrow, record, plan, answer)
+        else:
+            self._add(record)
         return made
+
+    def _boxed(self, escrow: Escrow, record: dict[str, Any], plan: Plan, answer: Answer | None) -> None:
+        """Keep a request in full, too: both are there, or neither."""
+        try:
+            digest = escrow.put(record["id"], plan.asked, answer.text if answer is not None else None)
+            self._add({**record, "escrow": digest})
+        except LedgerFailed:
+            escrow.take_back(record["id"])
+            raise
 
     def event(self, kind: str, **fields: Any) -> None:
         """Write a record that is about no request. Nothing that anybody said or wrote may stand in it.
@@ -247,8 +258,13 @@ class AuditLog:
         """
         self._add({"kind": kind, "at": stamp(self._clock()), **fields})
 
-    def policy(self, digest: str, targets: Iterable[str]) -> None:
+    def policy(self, digest: str, targets: Iterable[str], thresholds: Sequence[Mapping[str, Any]] = ()) -> None:
         """Note which targets are hidden from here on: what has changed since the last note; nothing if nothing has.
+
+        Args:
+            digest: of the policy.
+            targets: ids.
+            thresholds: of its detectors now, from :func:`expunge.ledger.records.thresholds`.
 
         Raises:
             LedgerFailed: it could not be written.
@@ -263,7 +279,8 @@ class AuditLog:
                 if first
                 else {"added": sorted(hidden - self._hidden), "dropped": sorted(self._hidden - hidden)}
             )
-            at = self._add_locked({"kind": "policy", "at": stamp(self._clock()), "policy": digest, **more})
+            said = {"thresholds": [dict(t) for t in thresholds]} if thresholds else {}
+            at = self._add_locked({"kind": "policy", "at": stamp(self._clock()), "policy": digest, **more, **said})
             self._policy, self._hidden = digest, hidden
         self._durable(at)
 

@@ -18,7 +18,7 @@ from expunge.core.version import __version__
 
 if TYPE_CHECKING:
     from expunge.guards.decoding import Answer
-    from expunge.guards.policy import Plan, Row
+    from expunge.guards.policy import Plan, Policy, Row
 
 _DIGEST = re.compile(r"[0-9a-f]{16,128}")
 _COUNT = re.compile(r"[a-z][a-z_]{0,39}")
@@ -70,6 +70,7 @@ class Request:
         counts: numbers that guards have counted, by name: ``positions_corrupted``, ``candidates_penalised``, ``hard_bans``,
             ``regenerations``, ``held_back``...
         error: class name of the error that ended it.
+        canary: whether the server has asked itself; such a record counts for nobody, and is never kept in full.
     """
 
     tenant: str = ""
@@ -77,6 +78,7 @@ class Request:
     seed: int | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     error: str = ""
+    canary: bool = False
 
 
 def coarse(at: datetime) -> str:
@@ -103,12 +105,32 @@ def decisions(plan: Plan, rows: Sequence[Row], pseudonym: Callable[[str], str]) 
             "decision": "failed" if errors else "acted" if fired else "passed",
             "hits": [{"target": named(f.target, pseudonym), "score": rounded(f.score), "hook": f.hook.value} for f in fired],
         }  # fmt: skip
-        threshold = getattr(row.detector, "threshold", None)
+        fitted = plan.bounds.get(row.title)
+        threshold = fitted.value if fitted is not None else getattr(row.detector, "threshold", None)
         if isinstance(threshold, (int, float)) and not isinstance(threshold, bool):
             made["threshold"] = rounded(float(threshold), 6)
         if errors:
             made |= {"error": _kind(errors[0]), "fail_mode": row.on_error}
         out.append(made)
+    return out
+
+
+def thresholds(policy: Policy) -> list[dict[str, Any]]:
+    """From which score on each row that scores notices something, and what that promises of ordinary prompts.
+
+    ``rate`` is what was asked for, ``promised`` what the number of ordinary prompts allows to promise on average, ``upper`` the
+    bound at 95 % for this very threshold; none of them where the threshold was given. Of the prompts only their number stands
+    there.
+    """
+    rows = {row.title: (at, row) for at, row in enumerate(policy.rows)}
+    out = []
+    for title, bound in policy.bounds.items():
+        at, row = rows[title]
+        promise = {"rate": bound.rate, "promised": bound.promised, "upper": bound.upper()}
+        out.append({
+            "row": at, "detector": row.detector.name, "threshold": rounded(bound.value, 6), "ordinary": len(bound.scores),
+            **{k: rounded(v, 6) for k, v in promise.items()},
+        })  # fmt: skip
     return out
 
 
@@ -135,6 +157,7 @@ def request_fields(
             raise InputError("A count in the log must be a whole number under a lower-case name.", "Text is never logged.")
     counts = dict(request.counts)
     made: dict[str, Any] = {"outcome": outcome(plan, request), "tenant": pseudonym(request.tenant) if request.tenant else ""}
+    made |= {"canary": True} if request.canary else {}
     if request.error:
         made["error"] = _kind(request.error)
     if plan is not None:

@@ -138,6 +138,14 @@ class Registry:
         """Key for digests and noise of guards: the same in all processes that share this registry, and after a restart."""
         return mac(self._own, "guards")
 
+    def probe_key(self, target: str) -> bytes:
+        """Key for the canaries of a target: it follows from the target's data key, and is destroyed with it.
+
+        Raises:
+            Shredded: the target has ended, or was never there.
+        """
+        return mac(self._keys.get(self._name(target)), "probes")
+
     def request(
         self, idempotency_key: str, target: Target, reason: str = "", until: datetime | None = None, *, basis: Basis = "other"
     ) -> Stored:

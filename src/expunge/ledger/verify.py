@@ -357,8 +357,22 @@ def served(folder: Path, target: str, begin: datetime, end: datetime) -> Service
             hidden = set()
         elif record.get("kind") == "policy":
             hidden = set(record["all"]) if "all" in record else (hidden | set(record["added"])) - set(record["dropped"])
-        elif record.get("kind") == "request" and begin <= moment(str(record["at"])) < end:
+        elif record.get("kind") == "request" and not record.get("canary") and begin <= moment(str(record["at"])) < end:
             total += 1
             guarded += target in hidden
             fired += any(h["target"] == target for row in record.get("rows", ()) for h in row["hits"])
     return Service(target, total, guarded, fired)
+
+
+def activated(folder: Path) -> list[dict[str, Any]]:
+    """Thresholds that were set when the guards were fitted, or fitted anew because a target came or went: each as
+    :func:`expunge.ledger.records.thresholds` has it, with the moment ``at`` from which it held; the same one is named once."""
+    found: list[dict[str, Any]] = []
+    last: dict[int, dict[str, Any]] = {}
+    for _, record in records(folder):
+        if record.get("kind") == "policy":
+            for said in record.get("thresholds", ()):
+                if last.get(said["row"]) != said:
+                    found.append({"at": record["at"], **said})
+                last[said["row"]] = said
+    return found
