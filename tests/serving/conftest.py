@@ -55,10 +55,10 @@ def serve(target_adapter):
     """A function that runs a server with guards; as a context it gives a client of its address."""
 
     @contextmanager
-    def make(guards="filter", targets=(), limits=None, access=None, **options):
+    def make(guards="filter", targets=(), limits=None, access=None, file=None, **options):
         if "upstream" not in options:
             options["adapter"] = target_adapter
-        held = Guards(guards=guards, targets=[{"entities": [t]} if isinstance(t, str) else t for t in targets])
+        held = Guards(guards=guards, targets=[{"entities": [t]} if isinstance(t, str) else t for t in targets], **(file or {}))
         served = assemble(held, key=KEY, name="tiny", limits=limits or Limits(tokens=24), access=access, **options)
         with running(served.app) as url, httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             client.served = served

@@ -61,6 +61,10 @@ class Output:
         if not self.machine:
             self.aside.print(Text(text), soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """A line on standard error, for machines too: what would be dangerous to overlook."""
+        self.aside.print(Text.assemble(("Warning: ", "bold yellow"), text), soft_wrap=True)
+
     def result(self, value: Mapping[str, Any]) -> None:
         """The result for machines."""
         if self.machine:

@@ -50,6 +50,10 @@ class Client:
     roles: frozenset[Role]
 
 
+PROBING = Client("expunge canaries", frozenset({Role.ASK}))
+"""The server itself, as it asks its own canaries; no key file can name a client so."""
+
+
 class Access:
     """Keys of clients.
 

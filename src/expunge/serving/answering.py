@@ -17,8 +17,8 @@ from expunge.core.errors import ExpungeError
 from expunge.guards.conversation import Conversation
 from expunge.guards.decoding import Answer, Sampling
 from expunge.guards.policy import Plan, Policy
-from expunge.serving.access import Client
-from expunge.serving.backends import Backend
+from expunge.serving.access import PROBING, Client
+from expunge.serving.backends import Backend, Preempted
 from expunge.serving.errors import Refused
 from expunge.serving.ledger import Ledger
 from expunge.serving.telemetry import Telemetry
@@ -42,6 +42,11 @@ class Asked:
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
         self.began = time.perf_counter()
+
+    @property
+    def low(self) -> float | None:
+        """Since when it waits for a moment in which no user does; none: it is a user's."""
+        return self.began if self.client is PROBING else None
 
 
 class Answering:
@@ -112,7 +117,27 @@ class Answering:
             if not task.done():
                 await asyncio.wait([task], timeout=self.seconds)
 
-    async def _answer(self, asked: Asked, request: Request, sink: Any, gone: Any = lambda: False) -> tuple[Plan, Answer]:
+    async def probed(self, asked: Asked, *, stream: bool) -> tuple[Plan, str]:
+        """The answer to a question of the server's own, as a client would have got it, and what the guards decided.
+
+        It takes the way of any request: the same guards, the same decoding, a record in the log. Users go before it.
+
+        Args:
+            asked: by :data:`~expunge.serving.access.PROBING`.
+            stream: piece by piece.
+
+        Raises:
+            Refused: there is none.
+        """
+        while True:
+            pieces: list[str] = []
+            try:
+                plan, answer = await self._answer(asked, None, pieces.append if stream else None)
+            except Preempted:
+                continue
+            return plan, "".join(pieces) if stream else answer.text
+
+    async def _answer(self, asked: Asked, request: Request | None, sink: Any, gone: Any = lambda: False) -> tuple[Plan, Answer]:
         plan = await run_in_threadpool(self.policy.open, self.backend.cleaned(asked.conversation))
         if plan.say is None:
             answer = await self._written(asked, plan, request, sink, gone)
@@ -121,19 +146,22 @@ class Answering:
             if sink is not None:
                 sink(plan.say)
         seconds = time.perf_counter() - asked.began
-        self.telemetry.answered(asked.route, plan, answer, seconds)
+        if asked.low is None:  # what the server asks itself is no use that is made of it
+            self.telemetry.answered(asked.route, plan, answer, seconds)
         try:
             await self.ledger.answered(asked.client.name, plan, answer, seconds)
         except ExpungeError:  # an answer without a record must not be given
             raise Refused(503, "The log of this server cannot be written.") from None
         return plan, answer
 
-    async def _written(self, asked: Asked, plan: Plan, request: Request, sink: Any, gone: Any) -> Answer:
+    async def _written(self, asked: Asked, plan: Plan, request: Request | None, sink: Any, gone: Any) -> Answer:
         over = False
         self.telemetry.running.inc()
-        work = asyncio.create_task(self.backend.answer(plan, asked.sampling, sink, lambda: over or gone(), scores=asked.scores))
+        work = asyncio.create_task(
+            self.backend.answer(plan, asked.sampling, sink, lambda: over or gone(), scores=asked.scores, low=asked.low)
+        )
         # Of a stream the server notices by itself that the client went away; else it has to be asked.
-        left = asyncio.create_task(_disconnected(request)) if sink is None else None
+        left = asyncio.create_task(_disconnected(request)) if sink is None and request else None
         try:
             done, _ = await asyncio.wait(
                 {work, left} if left else {work}, timeout=self.seconds, return_when=asyncio.FIRST_COMPLETED

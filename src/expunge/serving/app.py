@@ -29,7 +29,7 @@ class ErrorBody(BaseModel):
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    s: {"model": ErrorBody} for s in (400, 401, 403, 404, 405, 409, 413, 422, 429, 500, 502, 503, 504)
+    s: {"model": ErrorBody} for s in (400, 401, 403, 404, 405, 409, 413, 422, 429, 500, 502, 503, 504, 507)
 }  # fmt: skip
 
 
@@ -40,9 +40,13 @@ def make_app(parts: Parts) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await parts.requests.follow()
         follower = asyncio.create_task(parts.requests.keep_up(FOLLOW))
+        if parts.canaries is not None:
+            parts.canaries.start()
         try:
             yield
         finally:
+            if parts.canaries is not None:
+                await parts.canaries.stop()
             follower.cancel()
             with suppress(asyncio.CancelledError):
                 await follower
@@ -77,7 +81,11 @@ def _state(app: FastAPI) -> None:
         """Whether requests would be answered now, with all hidden that is to be."""
         parts = parts_of(request)
         up = await parts.backend.ready() and not parts.requests.open and not parts.requests.behind
-        said = {"targets": len(parts.policy.targets), "open": len(parts.requests.open), "behind": parts.requests.behind}
+        said: dict[str, Any] = {
+            "targets": len(parts.policy.targets), "open": len(parts.requests.open), "behind": parts.requests.behind,
+        }  # fmt: skip
+        if parts.canaries is not None:  # told, and no reason to take a server away: the others have the same guards
+            said["canaries"] = {"failing": parts.canaries.failing, "overdue": parts.canaries.overdue}
         return JSONResponse({"status": "ready" if up else "not ready", **said}, 200 if up else 503)
 
     @app.get("/metrics", tags=["state"], response_class=PlainTextResponse)

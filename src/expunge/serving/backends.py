@@ -6,9 +6,11 @@ import abc
 import asyncio
 import json
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -24,6 +26,11 @@ from expunge.serving.errors import Refused
 Sink = Callable[[str], None]
 _LETTERS = 64  #: characters of a token at most; an answer of another server that has more is given up
 _LINE = 2**20  #: bytes of an event at most
+_PATIENCE = 10.0  #: seconds that a question of the server's own waits for a moment without users
+
+
+class Preempted(Exception):
+    """A user came while a question of the server's own was answered; it is to be asked again."""
 
 
 class Backend(abc.ABC):
@@ -33,12 +40,28 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     async def answer(
-        self, plan: Plan, sampling: Sampling, sink: Sink | None, cancelled: Callable[[], bool], *, scores: bool
+        self,
+        plan: Plan,
+        sampling: Sampling,
+        sink: Sink | None,
+        cancelled: Callable[[], bool],
+        *,
+        scores: bool,
+        low: float | None = None,
     ) -> Answer:
         """The answer to a request that no guard has answered yet; pieces go to ``sink``, in the event loop's thread.
 
+        Args:
+            plan: of its guards.
+            sampling: how tokens are chosen.
+            sink: takes pieces.
+            cancelled: whether nobody waits for it any more.
+            scores: whether log-probabilities are wanted.
+            low: since when it waits (``time.perf_counter``), of a question of the server's own: users go before it.
+
         Raises:
             Refused: there is none.
+            Preempted: a user has come meanwhile.
         """
 
     def cleaned(self, conversation: Conversation) -> Conversation:
@@ -62,6 +85,7 @@ class _Job:
     scores: bool
     done: asyncio.Future[Answer]
     loop: asyncio.AbstractEventLoop
+    low: float | None = None
 
     def piece(self, text: str) -> None:
         assert self.sink is not None
@@ -82,6 +106,9 @@ class _Job:
 class LocalBackend(Backend):
     """A model of this process. Requests that wait are answered together, in one batch at a time.
 
+    Questions of the server's own are answered one by one while no user waits, and given up for the next user who comes; one
+    that has not got its turn for ten seconds goes along with users' requests.
+
     Args:
         guarded: model and guards.
         model: its name.
@@ -101,23 +128,31 @@ class LocalBackend(Backend):
     ) -> None:
         self.guarded, self.model, self.batch, self.waiting, self.observed = guarded, model, batch, waiting, observed
         self._queue: deque[_Job] = deque()
+        self._aside: deque[_Job] = deque()
         self._more = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="expunge-model", daemon=True)
         self._thread.start()
 
     async def answer(
-        self, plan: Plan, sampling: Sampling, sink: Sink | None, cancelled: Callable[[], bool], *, scores: bool
+        self,
+        plan: Plan,
+        sampling: Sampling,
+        sink: Sink | None,
+        cancelled: Callable[[], bool],
+        *,
+        scores: bool,
+        low: float | None = None,
     ) -> Answer:
         """See :class:`Backend`."""
         loop = asyncio.get_running_loop()
-        job = _Job(plan, sampling, sink, cancelled, scores, loop.create_future(), loop)
+        job = _Job(plan, sampling, sink, cancelled, scores, loop.create_future(), loop, low)
         with self._more:
             if self._closing:
                 raise Refused(503, "The server is going down.", headers={"retry-after": "5"})
-            if len(self._queue) >= self.waiting:
+            if low is None and len(self._queue) >= self.waiting:
                 raise Refused(503, "Too many requests wait for an answer.", headers={"retry-after": "1"})
-            self._queue.append(job)
+            (self._queue if low is None else self._aside).append(job)
             self._more.notify()
         try:
             return await job.done
@@ -142,11 +177,13 @@ class LocalBackend(Backend):
     def _work(self) -> None:
         while True:
             with self._more:
-                while not self._queue and not self._closing:
+                while not self._queue and not self._aside and not self._closing:
                     self._more.wait()
-                if not self._queue:
+                if not self._queue and not self._aside:
                     return
                 jobs = [self._queue.popleft() for _ in range(min(self.batch, len(self._queue)))]
+                if self._aside and (not jobs or time.perf_counter() - (self._aside[0].low or 0.0) > _PATIENCE):
+                    jobs.append(self._aside.popleft())
             self._answer([j for j in jobs if not self._gone(j)])
 
     def _gone(self, job: _Job) -> bool:
@@ -158,11 +195,13 @@ class LocalBackend(Backend):
     def _answer(self, jobs: list[_Job]) -> None:
         if not jobs:
             return
-        self.observed(len(jobs))
+        alone = len(jobs) == 1 and jobs[0].low is not None
+        if not alone:
+            self.observed(len(jobs))
         try:
             answers = self.guarded.obeyed(
                 [j.plan for j in jobs], [j.sampling for j in jobs], [j.piece if j.sink else None for j in jobs],
-                cancelled=[j.cancelled for j in jobs], scores=any(j.scores for j in jobs),
+                cancelled=[partial(self._yields, j) if alone else j.cancelled for j in jobs], scores=any(j.scores for j in jobs),
             )  # fmt: skip
         except Exception as error:  # one that cannot be answered must not take the others with it
             if len(jobs) == 1:
@@ -172,7 +211,12 @@ class LocalBackend(Backend):
                     self._answer([job])
             return
         for job, answer in zip(jobs, answers, strict=True):
-            job.end(answer)
+            early = alone and answer.finish == "cancelled" and not job.cancelled()
+            job.end(Preempted() if early else answer)
+
+    def _yields(self, job: _Job) -> bool:
+        """Whether a question of the server's own is to be given up: nobody waits for it, or a user waits."""
+        return job.cancelled() or bool(self._queue)
 
 
 @dataclass
@@ -210,7 +254,14 @@ class UpstreamBackend(Backend):
             return False
 
     async def answer(
-        self, plan: Plan, sampling: Sampling, sink: Sink | None, cancelled: Callable[[], bool], *, scores: bool
+        self,
+        plan: Plan,
+        sampling: Sampling,
+        sink: Sink | None,
+        cancelled: Callable[[], bool],
+        *,
+        scores: bool,
+        low: float | None = None,
     ) -> Answer:
         """See :class:`Backend`."""
         text, finish, count, sent = "", "length", 0, 0

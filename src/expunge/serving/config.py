@@ -16,6 +16,9 @@ from expunge.guards.guarded import named
 from expunge.guards.named import rows_of
 from expunge.guards.policy import Row
 from expunge.guards.target import Target
+from expunge.ledger.canaries import CanarySettings, seconds_of
+from expunge.ledger.escrow import EscrowSettings
+from expunge.ledger.log import Keeping
 
 KEY_VARIABLE = "EXPUNGE_GUARD_KEY"
 _LEAST_KEY = 16
@@ -31,6 +34,10 @@ class Guards(Settings):
           - entities: [Basil Mahfouz]
         ordinary: prompts.jsonl          # prompts that must pass: thresholds are set by them
         probes: {sums: sums.jsonl}       # texts of skills
+        canaries: 1h                     # off, or {every: 1h, per_kind: 1, most: 200}; with --state alone
+        retain: questions.jsonl          # prompts that canaries ask and that must pass
+        escrow: {auditor: auditor.pem.pub, share: 0.001, keep_days: 7}
+        log: {period: day, keep_days: 30}
     """
 
     name: ClassVar[str] = "guard file"
@@ -41,7 +48,20 @@ class Guards(Settings):
     probes: dict[str, str] = Field(
         default_factory=dict, description="texts by name of a skill, '' for what is to stay: files or data sets"
     )
+    canaries: CanarySettings | None = Field(
+        CanarySettings(), description="how the server tries itself out, where it keeps a log: off, a time, or settings"
+    )
+    retain: str | None = Field(None, description="prompts that canaries ask and that must pass: a file or a named data set")
+    escrow: EscrowSettings | None = Field(None, description="requests that an auditor gets in full; none: none")
+    log: Keeping = Field(Keeping(), description="how the log is kept")
     columns: dict[str, str] = Field(default_factory=dict, description="role to column name of these files")
+
+    @field_validator("canaries", mode="before")
+    @classmethod
+    def _schedule(cls, value: object) -> object:
+        if isinstance(value, (str, bool, int, float)):
+            return canaries_of("off" if value is False else str(value))
+        return value
 
     @field_validator("guards", mode="before")
     @classmethod
@@ -54,6 +74,21 @@ class Guards(Settings):
         if not isinstance(value, (list, tuple)):
             raise InputError("targets must be a list.", "Write each target after a dash.")
         return tuple(named(v) for v in value if isinstance(v, (Target, Mapping)))
+
+
+def canaries_of(text: str, given: CanarySettings | None = None) -> CanarySettings | None:
+    """Settings of canaries from a word: ``off``, or how often they are asked.
+
+    Args:
+        text: ``off``, ``30m``, ``1h``...
+        given: the other settings.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if text == "off":
+        return None
+    return (given or CanarySettings()).model_copy(update={"every": seconds_of(text)})
 
 
 def read_guards(path: Path) -> Guards:
@@ -80,8 +115,11 @@ def read_guards(path: Path) -> Guards:
         beside = path.parent / source
         return str(beside) if beside.exists() else source
 
-    if isinstance(given.get("ordinary"), str):
-        given["ordinary"] = near(given["ordinary"])
+    for name in ("ordinary", "retain"):
+        if isinstance(given.get(name), str):
+            given[name] = near(given[name])
+    if isinstance(given.get("escrow"), dict) and isinstance(given["escrow"].get("auditor"), str):
+        given["escrow"] = {**given["escrow"], "auditor": near(given["escrow"]["auditor"])}
     if isinstance(given.get("probes"), dict):
         given["probes"] = {k: near(str(v)) for k, v in given["probes"].items()}
     return Guards(**given)
@@ -102,8 +140,12 @@ class Limits(Settings):
     seconds: float = Field(120.0, gt=0, description="time for one request; then it is given up with 504")
 
 
-def guard_key(path: Path | None) -> bytes:
+def guard_key(path: Path | None, *, required: bool = True) -> bytes | None:
     """The guard's secret: from a file, or from the environment.
+
+    Args:
+        path: of the file; none: the environment.
+        required: whether there must be one; a server with a registry has that of the registry.
 
     Raises:
         InputError: there is none, others may read the file, or it is too short.
@@ -120,6 +162,8 @@ def guard_key(path: Path | None) -> bytes:
             raise InputError(f"Others may read the key file {str(path)!r}.", f"Run: chmod 600 {path}")
     else:
         key = os.environ.get(KEY_VARIABLE, "").encode()
+        if not key and not required:
+            return None
         if not key:
             raise InputError(
                 "The guard has no key.", f"Give --key FILE, or set {KEY_VARIABLE}: names are held as digests under it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -15,6 +16,9 @@ from expunge.serving.config import Limits
 from expunge.serving.errors import Refused
 from expunge.serving.store import Requests
 from expunge.serving.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from expunge.serving.canary import Rounds
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Parts:
         access: keys of clients.
         limits: what one client may ask for.
         key: secret of the guard; seeds of requests that give none follow from it.
+        canaries: try the server out; none: nobody does.
     """
 
     policy: Policy
@@ -40,6 +45,7 @@ class Parts:
     access: Access
     limits: Limits
     key: bytes
+    canaries: Rounds | None = None
     rates: Rates = field(init=False)
 
     def __post_init__(self) -> None:

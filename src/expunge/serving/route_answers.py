@@ -21,7 +21,12 @@ _FORMS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _prepared(parts: Parts, body: ChatRequest | CompletionRequest, client: Client) -> Asked:
+def prepared(parts: Parts, body: ChatRequest | CompletionRequest, client: Client) -> Asked:
+    """A request, as it was sent, on its way.
+
+    Raises:
+        Refused: it asks for what cannot be had, or for nothing.
+    """
     body.refuse_unsupported()
     chat = isinstance(body, ChatRequest)
     scores = bool(body.logprobs) if isinstance(body, ChatRequest) else body.logprobs is not None
@@ -42,7 +47,7 @@ def _prepared(parts: Parts, body: ChatRequest | CompletionRequest, client: Clien
 
 async def _respond(body: ChatRequest | CompletionRequest, client: Client, request: Request) -> Response:
     parts = parts_of(request)
-    asked = _prepared(parts, body, client)
+    asked = prepared(parts, body, client)
     headers = {"x-expunge-request": asked.id, "x-expunge-policy": parts.policy.digest()[:16]}
     if body.stream:
         return StreamingResponse(parts.answering.stream(asked, request), media_type="text/event-stream", headers=headers)

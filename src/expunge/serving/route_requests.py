@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, ParamSpec, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,10 +17,18 @@ from expunge.serving.access import Client
 from expunge.serving.errors import Refused
 from expunge.serving.parts import administering, parts_of
 from expunge.serving.schema import Text
-from expunge.serving.store import Entry
+from expunge.serving.store import Entry, Unkept
 
 router = APIRouter(prefix="/v1/expunge/requests", tags=["forget requests"])
+P, T = ParamSpec("P"), TypeVar("T")
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
+
+
+async def _kept(read: Callable[P, T], *given: P.args, **named: P.kwargs) -> T:
+    try:
+        return await asyncio.to_thread(read, *given, **named)
+    except Unkept as unkept:
+        raise unkept.refused() from None
 
 
 class ShownBody(BaseModel):
@@ -97,7 +106,7 @@ async def listed(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> ForgetList:
     """What was asked to be hidden, a page at a time."""
-    held = await asyncio.to_thread(parts_of(request).requests.store.entries, state, after, limit)
+    held = await _kept(parts_of(request).requests.store.entries, state, after, limit)
     return ForgetList(data=[ForgetEntry.of(e) for e in held])
 
 
@@ -106,7 +115,7 @@ async def shown(
     request: Request, client: Annotated[Client, Depends(administering)], name: Annotated[str, Path(max_length=64)]
 ) -> ForgetEntry:
     """One of them."""
-    entry = await asyncio.to_thread(parts_of(request).requests.store.entry, name)
+    entry = await _kept(parts_of(request).requests.store.entry, name)
     if entry is None:
         raise Refused(404, "There is no such request.")
     return ForgetEntry.of(entry)

@@ -16,11 +16,14 @@ from expunge.guards.adapter import GuardedAdapter
 from expunge.guards.guarded import Guarded
 from expunge.guards.parts import Material
 from expunge.guards.policy import Policy
+from expunge.ledger.canaries import CanarySettings
 from expunge.serving.access import Access
 from expunge.serving.answering import Answering
 from expunge.serving.app import make_app
 from expunge.serving.backends import Backend, LocalBackend, UpstreamBackend
+from expunge.serving.canary import Rounds
 from expunge.serving.config import Guards, Limits
+from expunge.serving.kept import LoggedRequests, RegistryStore, State
 from expunge.serving.ledger import Ledger, NoLedger
 from expunge.serving.parts import Parts
 from expunge.serving.store import MemoryStore, Requests, TargetStore
@@ -76,9 +79,25 @@ def assemble(
     limits: Limits | None = None,
     store: TargetStore | None = None,
     ledger: Ledger | None = None,
+    state: State | None = None,
+    canaries: CanarySettings | None = None,
     tell: bool = True,
 ) -> Served:
     """A server of a model, or before another server.
+
+    Args:
+        guards: and targets that are hidden from the start.
+        key: secret of the guards.
+        adapter: the model ...
+        upstream: ... or the address of a server.
+        name: how clients call it.
+        access: who may do what.
+        limits: what one client may ask for.
+        store: keeps forget requests; none: the state's, or none that lasts.
+        ledger: keeps records; none: the state's, or none.
+        state: what is kept on the disk; none: nothing is.
+        canaries: how the server tries itself out; none: not at all.
+        tell: whether clients learn that a guard has spoken.
 
     Raises:
         InputError: neither or both, or guards that do not fit.
@@ -100,9 +119,20 @@ def assemble(
         assert upstream is not None
         check_url(upstream)
         backend = UpstreamBackend(upstream.rstrip("/"), name, os.environ.get(UPSTREAM_KEY), limits.seconds)
-    requests = Requests(store or MemoryStore(), policy, [t.id for t in guards.targets], telemetry)
-    answering = Answering(policy, backend, ledger or NoLedger(), telemetry, seconds=limits.seconds, tell=tell)
+    if state is not None:
+        store, ledger = store or RegistryStore(state.registry), ledger or LoggedRequests(state.log)
+    ledger = ledger or NoLedger()
+    ledger.of(policy)
+    requests = Requests(store or MemoryStore(), policy, [t.id for t in guards.targets], telemetry, changed=ledger.note)
+    answering = Answering(policy, backend, ledger, telemetry, seconds=limits.seconds, tell=tell)
     parts = Parts(policy, backend, answering, requests, telemetry, access or Access(None), limits, key)
+    if canaries is not None:
+        if state is None:
+            raise InputError("Canaries need a log for what they find.", "Give --state FOLDER, or leave them out.")
+        retain = texts_of(guards.retain, guards.columns) if guards.retain else []
+        parts.canaries = Rounds(
+            parts, state.log, state.registry, state.keys, canaries, fixed=guards.targets, retain=retain
+        )  # fmt: skip
     return Served(make_app(parts), policy, name)
 
 

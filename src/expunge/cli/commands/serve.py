@@ -34,8 +34,10 @@ _HELP = """Serve a model behind guards, with the interface that clients of chat 
     \b
     With --state FOLDER forget requests are kept, encrypted, and survive the process; and each request leaves a record, without a
     word of it, in a log that cannot be changed unseen (expunge verify). Without it both end with the process.
-      expunge serve --model MODEL --guard guards.yaml --key guard.key --state state
-      expunge serve ... --state state --registry postgresql://... --checkpoints /mnt/other/checkpoints.jsonl
+      expunge serve --model MODEL --guard guards.yaml --state state --master-key-file /etc/expunge/master.key
+      expunge serve ... --state state --registry postgresql://... --key-folder /srv/keys --checkpoints /mnt/other/heads.jsonl
+    The secret of the guards is then the registry's own, so --key is not needed. On a schedule the server puts secret questions to
+    itself (canaries: 1h in the guard file, or --canaries 1h, or off), and logs whether its guards held.
 
     \b
     SETTINGS are limits: body (bytes), tokens (of an answer), rate (requests a second and key), waiting, batch, seconds.
@@ -66,7 +68,8 @@ def serve(
     upstream: Annotated[str | None, typer.Option(help="A server to stand before, with /v1.", metavar="URL")] = None,
     name: Annotated[str | None, typer.Option(help="How clients call the model; else its folder's name.")] = None,
     key: Annotated[
-        Path | None, typer.Option(help="File with the guard's secret; else EXPUNGE_GUARD_KEY.", metavar="FILE")
+        Path | None,
+        typer.Option(help="File with the guard's secret; else EXPUNGE_GUARD_KEY, else the registry's own.", metavar="FILE"),
     ] = None,
     keys: Annotated[Path | None, typer.Option(help="Keys of clients; none: only this machine may ask.", metavar="FILE")] = None,
     state: Annotated[Path | None, typer.Option(help="Folder for forget requests and the log.", metavar="FOLDER")] = None,
@@ -75,6 +78,18 @@ def serve(
     ] = None,
     checkpoints: Annotated[
         Path | None, typer.Option(help="File for signed heads of the log, best on another disk.", metavar="FILE")
+    ] = None,
+    master: Annotated[
+        Path | None,
+        typer.Option(
+            "--master-key-file", help="The key that opens all kept ones, best elsewhere; else EXPUNGE_MASTER_KEY.", metavar="FILE"
+        ),
+    ] = None,
+    key_folder: Annotated[
+        Path | None, typer.Option(help="Folder of kept keys, shared by servers with one registry.", metavar="FOLDER")
+    ] = None,
+    canaries: Annotated[
+        str | None, typer.Option(help="How often the server tries itself out: 30m, 1h, off.", metavar="TIME")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.", min=0, max=65535)] = 8080,
@@ -87,11 +102,16 @@ def serve(
     modules = _modules()
     guards = modules.config.read_guards(guard)
     limits = modules.config.Limits(**parse_overrides(parts or []))
-    secret = modules.config.guard_key(key)
     access = modules.access.Access.read(keys) if keys else modules.access.Access(None)
     modules.server.check_open(host, access)
     if (model is None) == (upstream is None):
         raise InputError("A server needs a model, or another server behind it.", "Give one of --model and --upstream.")
+    of_state = {"--registry": registry, "--checkpoints": checkpoints, "--master-key-file": master, "--key-folder": key_folder}
+    of_state["--canaries"] = None if canaries == "off" else canaries
+    if state is None and (left := [k for k, v in of_state.items() if v is not None]):
+        raise InputError(f"{' and '.join(left)} belong to --state.", "Give --state FOLDER.")
+    tried = guards.canaries if canaries is None else modules.config.canaries_of(canaries, guards.canaries)
+    secret = modules.config.guard_key(key, required=state is None)
     adapter = None
     if model is not None:
         from expunge.pipeline.config import TextConfig
@@ -99,34 +119,33 @@ def serve(
 
         adapter = open_adapter(model, TextConfig())
     called = name or (Path(model).resolve().name if model is not None and Path(model).exists() else model) or "upstream"
-    if state is None and (registry is not None or checkpoints is not None):
-        raise InputError("--registry and --checkpoints belong to --state.", "Give --state FOLDER.")
-    kept = modules.kept
-    held = (
-        None
-        if state is None
-        else kept.State.open(state, kept.versions_of(called, adapter), registry=registry, checkpoints=checkpoints)
-    )
+    held = None
+    if state is not None:
+        places = modules.kept.Places(state, master, key_folder)
+        held = modules.kept.State.open(
+            state, modules.kept.versions_of(called, adapter), registry=registry, checkpoints=checkpoints, places=places,
+            guard=secret, keeping=guards.log, escrow=guards.escrow,
+        )  # fmt: skip
+        if places.exposed:
+            output.warn(places.exposed)
     try:
         return _serve(
-            modules, output, held, guards, host=host, port=port, check=check, key=secret, adapter=adapter, upstream=upstream,
-            name=called, access=access, limits=limits, tell=not quiet,
+            modules, output, guards, host=host, port=port, check=check, key=held.guard if held else secret, adapter=adapter,
+            upstream=upstream, name=called, access=access, limits=limits, tell=not quiet, state=held,
+            canaries=tried if held else None,
         )  # fmt: skip
     finally:
         if held is not None:
             held.close()
 
 
-def _serve(modules: Any, output: Output, held: Any, guards: Any, *, host: str, port: int, check: bool, **parts: Any) -> int:
-    store, ledger = (
-        (None, None) if held is None else (modules.kept.RegistryStore(held.registry), modules.kept.LoggedRequests(held.log))
-    )
-    served = modules.server.assemble(guards, store=store, ledger=ledger, **parts)
-    if ledger is not None:
-        ledger.policy = served.policy
-    called = served.name
+def _serve(modules: Any, output: Output, guards: Any, *, host: str, port: int, check: bool, **parts: Any) -> int:
+    served = modules.server.assemble(guards, **parts)
+    called, tried = served.name, parts["canaries"]
     rows = ", ".join(r.title for r in served.policy.rows)
     output.note(f"Guards: {rows}. Targets from the file: {len(guards.targets)}. Model: {called}.")
+    if parts["state"] is not None:
+        output.note(f"Canaries: {'off' if tried is None else f'every {tried.every:g} s'}.")
     address = f"http://{host}:{port}"
     output.result(
         {"url": address, "model": called, "guards": [r.title for r in served.policy.rows], "targets": len(guards.targets)}

@@ -23,7 +23,8 @@ _HELP = """Check the log of a guarded server, and answer what is disputed.
       expunge verify log --public sign.pem.pub --checkpoints heads.jsonl --text disputed.txt --keys keys.json
     """
 
-_EVIDENCE = """Export what an auditor needs of a server's state: the entries of the registry, and keys of periods that are named.
+_EVIDENCE = """Export what an auditor needs of a server's state: the entries of the registry, what its canaries have found, and
+    keys of periods that are named.
 
     The entries hold no name and no text. The key of a period lets its holder try any text against the records of that period.
 
@@ -75,13 +76,20 @@ def evidence(
     registry: Annotated[
         str | None, typer.Option(help="Database of forget requests, if it is not in the folder.", metavar="URL")
     ] = None,
+    master: Annotated[
+        Path | None, typer.Option("--master-key-file", help="The master key, if it is not in the folder.", metavar="FILE")
+    ] = None,
+    key_folder: Annotated[
+        Path | None, typer.Option(help="Folder of kept keys, if they are not in the folder.", metavar="FOLDER")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Export evidence."""
     output, ledger = Output(json), _ledger()
     if out.exists() and any(out.iterdir()):
         raise InputError(f"The folder {str(out)!r} is not empty.", "Choose another --out.")
-    found = ledger.evidence.export(state, out, list(period or []), registry=registry)
+    places = ledger.places.Places(state, master, key_folder)
+    found = ledger.evidence.export(state, out, list(period or []), registry=registry, places=places)
     output.result({"files": [str(p) for p in found]})
     for path in found:
         output.say(str(path))
@@ -91,7 +99,7 @@ def evidence(
 def _ledger() -> Any:
     try:
         from expunge import ledger
-        from expunge.ledger import auditing, evidence  # noqa: F401  (now they are attributes of the package)
+        from expunge.ledger import auditing, evidence, places  # noqa: F401  (now they are attributes of the package)
     except ImportError as error:
         raise MissingExtra("The log of a guarded server", "serve") from error
     return ledger
