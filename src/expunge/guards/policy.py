@@ -201,8 +201,7 @@ class Policy:
             InputError: it hides nothing or nearly everything, or a detector cannot take it in while it runs.
         """
         unique_ids([target])
-        check_target(target, self.material.ordinary)
-        self._check_covered(target)
+        self.check(target)
         with self._lock:
             done: list[_Fitted] = []
             try:
@@ -217,6 +216,15 @@ class Policy:
                         fitted.doer.drop(target.id)
                 raise
             self._targets = {**self._targets, target.id: target}
+
+    def check(self, target: Target) -> None:
+        """Refuse a target that cannot be hidden here, before anything is done about it.
+
+        Raises:
+            InputError: it hides nothing or nearly everything, or no guard here can notice it.
+        """
+        check_target(target, self.material.ordinary)
+        self._check_covered(target)
 
     def _check_covered(self, target: Target) -> None:
         if not any(f.watcher.covers(target) for f in self._rows):

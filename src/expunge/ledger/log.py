@@ -28,12 +28,12 @@ from expunge.core.errors import ExpungeError, InputError
 from expunge.core.files import alone
 from expunge.core.settings import Settings
 from expunge.ledger.appending import Lines
-from expunge.ledger.canonical import GENESIS, now, read_line, sealed_line, stamp
+from expunge.ledger.canonical import GENESIS, moment, now, read_line, sealed_line, stamp
 from expunge.ledger.chain import Chain, Problems
 from expunge.ledger.checkpoints import Checkpoint, Checkpoints
 from expunge.ledger.errors import LedgerFailed
 from expunge.ledger.keys import KeyStore, Signer, mac
-from expunge.ledger.periods import Every, Periods, commitment, turns
+from expunge.ledger.periods import Every, Periods, commitment, period_of, turns
 from expunge.ledger.records import Request, Versions, coarse, named, request_fields
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Keeping(Settings):
     interval: float = Field(1.0, gt=0, le=60, description="seconds between two syncs, if batched")
     checkpoint_every: int = Field(100, ge=1, description="records between two signed checkpoints")
     rotate_bytes: int = Field(64 << 20, ge=4096, description="size at which a new file is begun")
-    period: Every = Field("day", description="how long a key of commitments is used")
+    period: Every = Field("day", description="how long a key of commitments is used, and a file at most")
     keep_days: float = Field(30, ge=0, description="days after its period for which such a key is kept, then it is destroyed")
 
 
@@ -158,8 +158,8 @@ class AuditLog:
         try:
             first, _ = read_line(lines[0])
             chain = Chain("n", problems, first["before"], first["n"] - 1)
-            self.log = str(first["log"])
-        except (ValueError, KeyError, TypeError, IndexError):
+            self.log, self._begun = str(first["log"]), stamp(moment(str(first["at"])))
+        except (ValueError, KeyError, TypeError, IndexError, InputError):
             raise self._changed(f"{path.name} does not begin as a file of a log does") from None
         for at, line in enumerate(lines, 1):
             record = chain.take(line, f"{path.name}:{at}")
@@ -344,7 +344,7 @@ class AuditLog:
         self._durable(at)
 
     def _add_locked(self, record: dict[str, Any]) -> int:
-        if self._lines.size >= self.keeping.rotate_bytes:
+        if self._lines.size >= self.keeping.rotate_bytes or self._outlived():
             self._rotate()
         self._append(record)
         if self.overdue >= self.keeping.checkpoint_every:
@@ -354,6 +354,11 @@ class AuditLog:
                 self._last_error = str(error)
         return self._n
 
+    def _outlived(self) -> bool:
+        """Whether the file was begun in an earlier period; a clock that is put back changes nothing."""
+        every = self.keeping.period
+        return period_of(moment(self._begun), every) < period_of(self._clock(), every)
+
     def _append(self, record: dict[str, Any]) -> None:
         line, digest = sealed_line(self._head, {"n": self._n + 1, **record})
         self._lines.append(line)
@@ -361,9 +366,10 @@ class AuditLog:
         self._written = (self._lines, self._n)  # read without the lock by who waits for the disk
 
     def _file_record(self) -> dict[str, Any]:
+        self._begun = stamp(self._clock())
         return {
             "kind": "file",
-            "at": stamp(self._clock()),
+            "at": self._begun,
             "file": self._number,
             "log": self.log,
             "before": self._head,
@@ -375,10 +381,11 @@ class AuditLog:
         fresh = Lines(self.folder / f"log-{self._number + 1:06d}.jsonl")
         old, self._lines = self._lines, fresh
         self._number += 1
+        begun = self._begun
         try:
             self._append(self._file_record())
         except LedgerFailed:
-            self._lines, self._number = old, self._number - 1
+            self._lines, self._number, self._begun = old, self._number - 1, begun
             fresh.close()
             with suppress(OSError):
                 fresh.path.unlink()

@@ -107,6 +107,7 @@ class State:
         guard: secret of the guards: the registry's own, unless another was given. So it is the same in all servers that share
             the registry, and after a restart.
         tidying: destroys keys whose time is over.
+        clock: what time it is.
     """
 
     registry: Registry
@@ -114,6 +115,7 @@ class State:
     keys: KeyStore
     guard: bytes
     tidying: Scheduled
+    clock: Callable[[], datetime] = now
 
     @classmethod
     def open(
@@ -168,7 +170,7 @@ class State:
             raise
         tidying = Scheduled(log.destroy_old_keys, 3600)  # keys of periods go on time, whether or not requests come
         tidying.start()
-        return cls(held, log, keys, secret, tidying)
+        return cls(held, log, keys, secret, tidying, clock)
 
     def close(self) -> None:
         """Sign what is not signed yet, and let go of both."""

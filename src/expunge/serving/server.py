@@ -17,6 +17,7 @@ from expunge.guards.guarded import Guarded
 from expunge.guards.parts import Material
 from expunge.guards.policy import Policy
 from expunge.ledger.canaries import CanarySettings
+from expunge.ledger.canonical import now
 from expunge.serving.access import Access
 from expunge.serving.answering import Answering
 from expunge.serving.app import make_app
@@ -123,7 +124,10 @@ def assemble(
         store, ledger = store or RegistryStore(state.registry), ledger or LoggedRequests(state.log)
     ledger = ledger or NoLedger()
     ledger.of(policy)
-    requests = Requests(store or MemoryStore(), policy, [t.id for t in guards.targets], telemetry, changed=ledger.note)
+    requests = Requests(
+        store or MemoryStore(), policy, [t.id for t in guards.targets], telemetry, changed=ledger.note,
+        clock=state.clock if state is not None else now,
+    )  # fmt: skip
     answering = Answering(policy, backend, ledger, telemetry, seconds=limits.seconds, tell=tell)
     parts = Parts(policy, backend, answering, requests, telemetry, access or Access(None), limits, key)
     if canaries is not None:

@@ -14,7 +14,7 @@ from typing import Protocol
 from expunge.core.errors import InputError
 from expunge.guards.guarded import named
 from expunge.guards.policy import Policy
-from expunge.guards.target import Target, check_target
+from expunge.guards.target import Target
 from expunge.serving.errors import Refused
 from expunge.serving.telemetry import Telemetry
 
@@ -228,7 +228,7 @@ class Requests:
             json.dumps([target.model_dump(mode="json", exclude={"id"}), reason], sort_keys=True).encode()
         ).hexdigest()
         try:
-            check_target(target, self.policy.material.ordinary)
+            self.policy.check(target)
         except InputError as error:
             raise Refused(422, f"{error.message} {error.remedy}".strip()) from None
         if target.until is not None and _aware(target.until) <= self._clock():
