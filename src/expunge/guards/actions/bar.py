@@ -9,21 +9,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
+from expunge.guards.barring import HardBar
 from expunge.guards.conversation import Conversation
 from expunge.guards.encoders import Columns, Encoder, encoder_of
-from expunge.guards.folding import open_run, parted, words
+from expunge.guards.folding import parted, words
 from expunge.guards.keyterms import common_words, key_terms
 from expunge.guards.parts import Action, Doer, Hit, Hook, Material, Orders, action
 from expunge.guards.pieces import pieces
 from expunge.guards.target import Target
 from expunge.guards.terms import TermIndex
-
-_CONTEXT = 4  #: tokens that are decoded with one to see which text it adds
-_MOST = 512  #: tokens of the tail that are looked at
 
 
 @action
@@ -164,7 +160,7 @@ class _Bars(Doer):
         return Orders(scores=Barred(self, nearest)) if nearest else Orders()
 
 
-class Barred:
+class Barred(HardBar):
     """What is done to the scores of one request: a function of its ids alone, so that beams may be reordered.
 
     Args:
@@ -173,54 +169,17 @@ class Barred:
     """
 
     def __init__(self, doer: _Bars, answers: Sequence[_Answer]) -> None:
-        self.settings, self.index, self.encoder, self.tokenizer = doer.settings, doer.index, doer.encoder, doer.tokenizer
-        self.labels = frozenset(a.label for a in answers)
+        super().__init__(doer.index, doer.tokenizer, frozenset(a.label for a in answers), doer.settings.candidates)
+        self.settings, self.encoder = doer.settings, doer.encoder
         self.longest = max(a.longest for a in answers)
         self._terms = Columns(sp.vstack([a.terms for a in answers]))
         self._known: dict[str, float] = {}
 
-    def __call__(self, ids: Tensor, prompt: int, scores: Tensor) -> Tensor:
-        """Scores ``[V]`` with what is forbidden at minus infinity."""
-        held = ids[-_MOST:].tolist()
-        tail = self._end(self._text([held[-(2 * self.index.longest + 16) :]])[0].rstrip("\ufffd"))
-        made = torch.full_like(scores, -torch.inf)
-        size, seen, kept = min(self.settings.candidates, len(scores)), 0, 0
-        while seen < len(scores) and 2 * kept < self.settings.candidates:
-            values, tokens = scores.topk(size)
-            values, tokens = values[seen:], tokens[seen:]
-            off = self._taken_off(held, tail, tokens.tolist())
-            changed = values - torch.tensor(off, dtype=values.dtype, device=values.device)
-            made[tokens] = changed
-            kept += int(torch.isfinite(changed).sum())
-            if not bool(torch.isfinite(values).all()):
-                break  # what is left was forbidden before
-            seen, size = size, min(4 * size, len(scores))
-        return made
-
-    def _end(self, text: str) -> str:
-        """The words at the end of a text that can be part of a term with what follows, in clear or in an encoding."""
-        letters, at = 0, len(text)
-        for word in reversed(parted(text)):
-            if letters >= self.index.longest + 16:
-                break
-            letters += len(word.letters)
-            at = word.start
-        return text[min(at, open_run(text)) :]
-
-    def _text(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        found: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return found
-
-    def _taken_off(self, held: list[int], tail: str, tokens: list[int]) -> list[float]:
+    def taken_off(self, texts: Sequence[str], start: int) -> list[float]:
         """What each token's score falls by; infinity for what is forbidden."""
-        context = held[-_CONTEXT:]
-        known, *longer = self._text([context, *[[*context, t] for t in tokens]])
-        begin = len(known.rstrip("\ufffd"))
-        # A character of several tokens is looked at when it is whole.
-        texts = ["" if t.endswith("\ufffd") or len(t) <= begin else tail + t[begin:] for t in longer]
-        off = [np.inf if t and self.index.ending(t, len(tail), self.labels) else 0.0 for t in texts]
+        off = super().taken_off(texts, start)
         if self.settings.alpha or self.settings.drop is not None:
-            for at, likeness in self._likeness({i: t for i, t in enumerate(texts) if t and not off[i]}, len(tail)).items():
+            for at, likeness in self._likeness({i: t for i, t in enumerate(texts) if t and not off[i]}, start).items():
                 over = self.settings.drop is not None and likeness > self.settings.drop
                 off[at] = np.inf if over else self.settings.alpha * max(0.0, likeness - self.settings.delta)
         return off
