@@ -108,8 +108,8 @@ class Escrow:
         try:
             create_private(self.folder / f"{self._clock().astimezone(UTC).strftime(_TIME)}-{record}.box", box)
         except OSError as error:
-            said = f"A box could not be kept in {str(self.folder)!r}: {error.strerror}."
-            raise LedgerFailed(said, "Free some room.", full=no_room(error)) from None
+            why = f"A box could not be kept in {str(self.folder)!r}: {error.strerror}."
+            raise LedgerFailed(why, "Free some room.", full=no_room(error)) from None
         return hashlib.sha256(box).hexdigest()
 
     def take_back(self, record: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 from collections import Counter as Counts
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -25,6 +26,8 @@ from expunge.serving.access import PROBING
 from expunge.serving.parts import Parts
 from expunge.serving.route_answers import prepared
 from expunge.serving.schema import ChatRequest
+
+T = TypeVar("T")
 
 _VARIED = 0.2  #: share by which the time between two rounds varies: nobody is to know when the next one is
 _LATE = 2.0  #: times the interval without a round: it is overdue
@@ -103,7 +106,7 @@ class Rounds:
         self._failing: dict[str, bool] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asking: Future[Any] | None = None
-        self._over = False
+        self._over = threading.Event()
 
     @property
     def failing(self) -> int:
@@ -123,7 +126,7 @@ class Rounds:
 
     async def stop(self) -> None:
         """End; the question that is under way is given up, and what the round has found so far is logged."""
-        self._over = True
+        self._over.set()
         self._canaries.stop()
         if self._asking is not None:
             self._asking.cancel()
@@ -139,11 +142,11 @@ class Rounds:
         try:
             done = self._canaries.round()
         except Exception as error:
-            if self._over:
+            if self._over.is_set():
                 return []
             _log.warning("Canaries: a round could not be ended and logged (%s).", type(error).__name__)
             raise
-        if self._over:
+        if self._over.is_set():
             return done
         self._told(done)
         if done and all(o.result == "error" for o in done):
@@ -186,13 +189,14 @@ class Rounds:
         plan, text = await self._parts.answering.probed(asked, stream=bool(secrets.randbelow(2)))
         return Reply(text, acted=bool(plan.fired))
 
-    def _waited(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def _waited(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of something that the server's event loop does."""
         assert self._loop is not None
-        if self._over:
+        if self._over.is_set():
             work.close()
             raise CanariesFailed
-        self._asking = asyncio.run_coroutine_threadsafe(work, self._loop)
-        if self._over:  # it was stopped just now, and has not seen this one
-            self._asking.cancel()
-        return self._asking.result()
+        asking: Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._asking = asking
+        if self._over.is_set():  # it was stopped just now, and has not seen this one
+            asking.cancel()
+        return asking.result()

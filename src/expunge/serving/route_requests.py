@@ -20,7 +20,8 @@ from expunge.serving.schema import Text
 from expunge.serving.store import Entry, Unkept
 
 router = APIRouter(prefix="/v1/expunge/requests", tags=["forget requests"])
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 
 
