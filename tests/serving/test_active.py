@@ -11,6 +11,7 @@ from expunge.guards.policy import SORRY
 from expunge.guards.target import Target
 from expunge.ledger.places import Places
 from expunge.ledger.registry import Registry
+from expunge.ledger.verify import records
 from tests.serving.conftest import running
 from tests.serving.machine import Process
 from tests.serving.test_answers import ask, said
@@ -65,6 +66,8 @@ def test_a_target_is_active_within_a_second_among_a_thousand_and_under_sixteen_c
             assert time.monotonic() < end
             time.sleep(0.2)
         assert one.metric("expunge_canary_failing") == 0
+        assert one.end() < 15, "a round that is under way is broken off"
+        assert [r["kind"] for _, r in records(state / "log")][-1] == "stop"
         for found, name in ((quiet, "alone"), (loaded, f"with {CLIENTS} clients ({sum(done)} answers)")):
             asked, active = zip(*found, strict=True)
             print(f"{name}: acknowledged after {statistics.median(asked):.3f} s (at most {max(asked):.3f}),",

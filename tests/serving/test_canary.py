@@ -17,6 +17,7 @@ from expunge.ledger.auditing import audit
 from expunge.ledger.canaries import CanarySettings, history
 from expunge.ledger.escrow import EscrowSettings, make_auditor_key, open_box
 from expunge.ledger.evidence import export
+from expunge.ledger.probes import probes
 from expunge.ledger.protection import read_entries
 from expunge.ledger.records import Versions
 from expunge.ledger.verify import records, served
@@ -134,13 +135,16 @@ def test_a_guard_that_has_lost_a_target_is_caught_told_and_logged(tried, forget,
 def test_a_withdrawal_in_the_middle_of_a_round_is_no_failure_and_ends_the_key_of_its_probes(tried, forget, tmp_path):
     names = sorted({n for _, n in forget})
     with tried(settings=CanarySettings(every=0.05, per_kind=3, tokens=4)) as client:
-        ids = []
+        ids, registry = [], client.state.registry
         for turn in range(6):
             ids.append(client.post(FORGET, json={"entities": [names[turn % len(names)]]}).json()["id"])
             until(lambda made=ids[-1]: any(p["target"] == made for r in rounds(tmp_path) for p in r["results"]))
             time.sleep(0.01 * turn)
+            key = registry.probe_key(ids[-1])
+            own = {p.id for p in probes(registry.words(ids[-1])[0], key, 3, one_turn=True)}  # it has no chat template
             client.delete(f"{FORGET}/{ids[-1]}")
-        registry = client.state.registry
+            asked = {p["probe"] for r in rounds(tmp_path) for p in r["results"] if p["target"] == ids[-1]}
+            assert asked <= own, "ids of probes are made under the target's own key"
         with pytest.raises(InputError, match="destroyed"):
             registry.probe_key(ids[0])
     found = history(tmp_path / "state" / "log")
@@ -189,6 +193,7 @@ def test_canaries_that_find_no_moment_of_their_own_go_along_with_users(tried, fo
     monkeypatch.setattr(backends, "_PATIENCE", 0.2)
     with tried(settings=CanarySettings(every=0.01, per_kind=9, tokens=24)) as client:
         stop = threading.Event()
+        client.served.app.state.parts.backend._yields = lambda job: True  # alone, none gets to its end
 
         def busy(number):
             with httpx.Client(base_url=client.base_url, timeout=60, trust_env=False) as own:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -175,4 +176,10 @@ def run(served: Served, host: str, port: int, *, seconds: float = 30.0, log_leve
         served.app, host=host, port=port, log_level=log_level, access_log=False, timeout_graceful_shutdown=int(seconds),
         server_header=False, lifespan="on",
     )  # fmt: skip
-    uvicorn.Server(config).run()
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # the signal comes again after the end: what is kept is to be closed then
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
