@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from expunge.core.errors import InputError
+from expunge.ledger.errors import LedgerFailed
 from expunge.ledger.escrow import Escrow, make_auditor_key, open_box
 from expunge.ledger.verify import records
 from tests.ledger.logs import Desk, a_policy, ask
@@ -71,3 +72,22 @@ def test_the_share_is_kept_to(tmp_path, auditor):
         Escrow(tmp_path / "escrow", tmp_path / "auditor" / "key.pem", keep=timedelta(days=1))
     with pytest.raises(InputError, match="there already"):
         make_auditor_key(tmp_path / "auditor" / "key.pem")
+
+
+def test_a_request_and_its_box_are_both_kept_or_neither_is(tmp_path, auditor):
+    desk = Desk(tmp_path)
+    escrow = Escrow(desk.base / "escrow", auditor, share=1, keep=timedelta(days=1))
+    log, policy = desk.open(escrow=escrow), a_policy()
+    append = log._lines.append
+    log._lines.append = lambda line: (_ for _ in ()).throw(LedgerFailed("no room", full=True))
+    with pytest.raises(LedgerFailed):
+        ask(log, policy, "Hello")
+    assert list(escrow.folder.iterdir()) == []
+    log._lines.append = append
+    ask(log, policy, "Hello")
+    ask(log, policy, "Hello", canary=True)
+    assert len(list(escrow.folder.iterdir())) == 1, "what the server asks itself is never kept in full"
+    log.close()
+    assert [("escrow" in r, r.get("canary", False)) for _, r in records(desk.folder) if r["kind"] == "request"] == [
+        (True, False), (False, True),
+    ]  # fmt: skip
