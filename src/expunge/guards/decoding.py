@@ -26,7 +26,7 @@ from expunge.adapters.passes import evaluating
 from expunge.core.errors import InputError
 from expunge.core.settings import Settings
 from expunge.guards.parts import Reading
-from expunge.guards.policy import Plan
+from expunge.guards.policy import Plan, scored
 from expunge.guards.prompts import Prompt, Reader
 from expunge.guards.reading import alone
 
@@ -183,18 +183,18 @@ class _Choose(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.read()
-        chosen = []
-        for row, ids, held in zip(self.rows, input_ids, scores, strict=True):
-            if row.finish is not None or row.ask.plan.say is not None:
-                chosen.append(0)
-                continue
-            prompt = row.ask.prompt.ids
-            own = ids[self.width - len(prompt) :]
-            changed = row.ask.plan.scored(own, len(prompt), held.float()) if row.ask.plan.scores else held.float()
-            token = drawn(changed, row.ask.sampling, row.number())
+        chosen = [0] * len(self.rows)
+        going = [at for at, row in enumerate(self.rows) if row.finish is None and row.ask.plan.say is None]
+        sizes = [len(self.rows[at].ask.prompt.ids) for at in going]
+        asked = [
+            (self.rows[at].ask.plan, input_ids[at, self.width - size :], size, scores[at].float())
+            for at, size in zip(going, sizes, strict=True)
+        ]
+        for at, changed in zip(going, scored(asked), strict=True):
+            row = self.rows[at]
+            chosen[at] = drawn(changed, row.ask.sampling, row.number())
             if row.ask.scores:
-                row.logs.append(float(torch.log_softmax(changed, -1)[token]))
-            chosen.append(token)
+                row.logs.append(float(torch.log_softmax(changed, -1)[chosen[at]]))
         places = torch.tensor(chosen, device=scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter(1, places, 0.0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from expunge.guards.conversation import Conversation
 from expunge.guards.encoders import Columns, Encoder, encoder_of
-from expunge.guards.folding import open_run, parted, words
+from expunge.guards.folding import Word, grown, open_run, parted, words
 from expunge.guards.keyterms import common_words, key_terms
-from expunge.guards.parts import Action, Doer, Hit, Hook, Material, Orders, action
+from expunge.guards.parts import Action, Doer, Hit, Hook, JointEdit, Material, Orders, action
 from expunge.guards.pieces import pieces
 from expunge.guards.target import Target
 from expunge.guards.terms import TermIndex
@@ -164,7 +164,7 @@ class _Bars(Doer):
         return Orders(scores=Barred(self, nearest)) if nearest else Orders()
 
 
-class Barred:
+class Barred(JointEdit):
     """What is done to the scores of one request: a function of its ids alone, so that beams may be reordered.
 
     Args:
@@ -173,35 +173,41 @@ class Barred:
     """
 
     def __init__(self, doer: _Bars, answers: Sequence[_Answer]) -> None:
-        self.settings, self.index, self.encoder, self.tokenizer = doer.settings, doer.index, doer.encoder, doer.tokenizer
+        self.shared = doer
+        self.settings, self.encoder, self.tokenizer = doer.settings, doer.encoder, doer.tokenizer
         self.labels = frozenset(a.label for a in answers)
+        self.index = doer.index.part(self.labels)
         self.longest = max(a.longest for a in answers)
+        self._reach = min(_MOST, 2 * doer.index.longest + 16)
         self._terms = Columns(sp.vstack([a.terms for a in answers]))
-        self._known: dict[str, float] = {}
+        self._known: dict[tuple[str, ...], float] = {}
 
-    def __call__(self, ids: Tensor, prompt: int, scores: Tensor) -> Tensor:
-        """Scores ``[V]`` with what is forbidden at minus infinity."""
-        held = ids[-_MOST:].tolist()
-        tail = self._end(self._text([held[-(2 * self.index.longest + 16) :]])[0].rstrip("\ufffd"))
-        made = torch.full_like(scores, -torch.inf)
-        size, seen, kept = min(self.settings.candidates, len(scores)), 0, 0
-        while seen < len(scores) and 2 * kept < self.settings.candidates:
-            values, tokens = scores.topk(size)
-            values, tokens = values[seen:], tokens[seen:]
-            off = self._taken_off(held, tail, tokens.tolist())
+    def together(self, rows: Sequence[tuple[Barred, Tensor, int, Tensor]]) -> list[Tensor]:
+        """Scores ``[V]`` of each row with what is forbidden at minus infinity."""
+        held = [ids[-edit._reach :].tolist() for edit, ids, *_ in rows]
+        tails = [e._end(t.rstrip("\ufffd")) for (e, *_), t in zip(rows, self._text(held), strict=True)]
+        ends = [_End(e, h[-_CONTEXT:], t, parted(t)) for (e, *_), h, t in zip(rows, held, tails, strict=True)]
+        given = torch.stack([scores for *_, scores in rows])
+        made = torch.full_like(given, -torch.inf)
+        left, kept = list(range(len(rows))), [0] * len(rows)
+        seen, size, most = 0, min(self.settings.candidates, given.shape[1]), given.shape[1]
+        while left:
+            values, tokens = (found[:, seen:] for found in given[left].topk(size))
+            off = self._taken_off([ends[at] for at in left], tokens.tolist())
             changed = values - torch.tensor(off, dtype=values.dtype, device=values.device)
-            made[tokens] = changed
-            kept += int(torch.isfinite(changed).sum())
-            if not bool(torch.isfinite(values).all()):
-                break  # what is left was forbidden before
-            seen, size = size, min(4 * size, len(scores))
-        return made
+            made[torch.tensor(left, device=made.device)[:, None], tokens] = changed
+            for at, count in zip(left, torch.isfinite(changed).sum(1).tolist(), strict=True):
+                kept[at] += count
+            more = torch.isfinite(values).all(1).tolist()  # else what is left was forbidden before
+            left = [at for at, m in zip(left, more, strict=True) if m and size < most and 2 * kept[at] < self.settings.candidates]
+            seen, size = size, min(4 * size, most)
+        return list(made)
 
     def _end(self, text: str) -> str:
         """The words at the end of a text that can be part of a term with what follows, in clear or in an encoding."""
-        letters, at = 0, len(text)
-        for word in reversed(parted(text)):
-            if letters >= self.index.longest + 16:
+        letters, at, longest = 0, len(text), self.index.longest
+        for count, word in enumerate(reversed(parted(text))):
+            if letters >= longest + 16 and count >= self.longest:
                 break
             letters += len(word.letters)
             at = word.start
@@ -211,29 +217,55 @@ class Barred:
         found: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return found
 
-    def _taken_off(self, held: list[int], tail: str, tokens: list[int]) -> list[float]:
-        """What each token's score falls by; infinity for what is forbidden."""
-        context = held[-_CONTEXT:]
-        known, *longer = self._text([context, *[[*context, t] for t in tokens]])
-        begin = len(known.rstrip("\ufffd"))
-        # A character of several tokens is looked at when it is whole.
-        texts = ["" if t.endswith("\ufffd") or len(t) <= begin else tail + t[begin:] for t in longer]
-        off = [np.inf if t and self.index.ending(t, len(tail), self.labels) else 0.0 for t in texts]
+    def _taken_off(self, ends: Sequence[_End], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """What the score of each token falls by after each end; infinity for what is forbidden."""
+        begins = [len(t.rstrip("\ufffd")) for t in self._text([e.context for e in ends])]
+        longer = iter(self._text([[*e.context, t] for e, some in zip(ends, tokens, strict=True) for t in some]))
+        off, said = [], []
+        for end, begin, some in zip(ends, begins, tokens, strict=True):
+            found = [next(longer) for _ in some]
+            # A character of several tokens is looked at when it is whole.
+            texts = ["" if t.endswith("\ufffd") or len(t) <= begin else end.tail + t[begin:] for t in found]
+            held = [grown(end.known, t) if t else [] for t in texts]
+            start, ending = len(end.tail), end.edit.index.ending
+            off.append([np.inf if t and ending(t, start, w) else 0.0 for t, w in zip(texts, held, strict=True)])
+            said.append({at: w for at, w in enumerate(held) if w and w[-1].end > start and not off[-1][at]})
         if self.settings.alpha or self.settings.drop is not None:
-            for at, likeness in self._likeness({i: t for i, t in enumerate(texts) if t and not off[i]}, len(tail)).items():
-                over = self.settings.drop is not None and likeness > self.settings.drop
-                off[at] = np.inf if over else self.settings.alpha * max(0.0, likeness - self.settings.delta)
+            for row, alike in enumerate(self._likeness([e.edit for e in ends], said)):
+                for at, likeness in alike.items():
+                    over = self.settings.drop is not None and likeness > self.settings.drop
+                    off[row][at] = np.inf if over else self.settings.alpha * max(0.0, likeness - self.settings.delta)
         return off
 
-    def _likeness(self, texts: dict[int, str], start: int) -> dict[int, float]:
-        """Greatest cosine of the last words of each text with a term, where its last word is new."""
-        windows = {}
-        for at, text in texts.items():
-            held = parted(text)[-self.longest :]
-            if held and held[-1].end > start:
-                windows[at] = [" ".join(w.letters for w in held[-n:]) for n in range(1, len(held) + 1)]
-        new = list(dict.fromkeys(w for some in windows.values() for w in some if w not in self._known))
-        if new:
-            found = np.minimum(self._terms.against(self.encoder.encode(new)).max(0), 1.0)
-            self._known.update(zip(new, found.tolist(), strict=True))
-        return {at: max(self._known[w] for w in some) for at, some in windows.items()}
+    def _likeness(self, edits: Sequence[Barred], said: Sequence[Mapping[int, Sequence[Word]]]) -> list[dict[int, float]]:
+        """Greatest cosine of the last words of texts with a term of their row's edit."""
+        windows: list[dict[int, list[tuple[str, ...]]]] = []
+        new: dict[Barred, dict[tuple[str, ...], None]] = {}
+        for edit, texts in zip(edits, said, strict=True):
+            windows.append({})
+            asked = new.setdefault(edit, {})
+            for at, held in texts.items():
+                last = tuple(w.letters for w in held[-edit.longest :])
+                windows[-1][at] = [last[n:] for n in range(len(last))]
+                asked.update((w, None) for w in windows[-1][at] if w not in edit._known)
+        places = {w: at for at, w in enumerate(dict.fromkeys(w for asked in new.values() for w in asked))}
+        vectors = self.encoder.encode_words(list(places))
+        for edit, asked in new.items():
+            if asked:
+                own = vectors if len(asked) == len(places) else vectors[[places[w] for w in asked]]
+                found = np.minimum(edit._terms.against(own).max(0), 1.0)
+                edit._known.update(zip(asked, found.tolist(), strict=True))
+        return [
+            {at: max(edit._known[w] for w in some) for at, some in held.items()}
+            for edit, held in zip(edits, windows, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _End:
+    """What a row's text ends with."""
+
+    edit: Barred
+    context: list[int]  # its last tokens
+    tail: str  # its last words
+    known: list[Word]  # these, folded
