@@ -144,23 +144,21 @@ def test_an_audit_shows_each_prompt_to_detectors_once(guarded, target_adapter, p
     bound = float(np.median(sums))
     Counted.shown.clear()
     row = Row(detector=Counted(word=str(bound)), action="refuse")
-    for first in ("scores", "answers", "refusals"):
+    for first in ("scores", "answers"):
         adapter = GuardedAdapter(guarded([row], targets=[]))
         examples = [adapter.encode(r) for r in records]
         Counted.shown.clear()
         if first == "answers":
             adapter.generate(adapter.model, examples, 8)
-        if first == "refusals":
-            adapter.refuses(examples)
         for _ in range(2):
             found = score(adapter, examples).nll()
-        texts = [g.text for g in adapter.generate(adapter.model, examples, 8)]
+        said = adapter.generate(adapter.model, examples, 8)
         refused = [s > bound for s in sums]
         assert 0 < sum(refused) < len(records)
-        assert adapter.refuses(examples) == refused == [t == SORRY for t in texts]
+        assert [g.refused for g in said] == refused == [g.text == SORRY for g in said]
         guess = math.log(target_adapter.model.config.vocab_size)
         assert [bool(np.isclose(f, guess)) for f in found] == refused
         assert sorted(Counted.shown) == ["request"] * len(records) + ["states"] * len(records)
         adapter.guarded.add({"id": "new", "entities": ["Somebody Else"]})
-        adapter.refuses(examples)
+        adapter.generate(adapter.model, examples, 8)
         assert len(Counted.shown) == 4 * len(records)  # with another target, another answer
