@@ -62,12 +62,15 @@ class _Job:
     scores: bool
     done: asyncio.Future[Answer]
     loop: asyncio.AbstractEventLoop
+    ended: bool = False
 
     def piece(self, text: str) -> None:
         assert self.sink is not None
         self.loop.call_soon_threadsafe(self.sink, text)
 
     def end(self, result: Answer | BaseException) -> None:
+        self.ended = True
+
         def told() -> None:
             if self.done.done():
                 return
@@ -81,6 +84,8 @@ class _Job:
 
 class LocalBackend(Backend):
     """A model of this process. Requests that wait are answered together, in one batch at a time.
+
+    An answer goes back when it is over; what comes meanwhile waits for the batch to end.
 
     Args:
         guarded: model and guards.
@@ -162,14 +167,15 @@ class LocalBackend(Backend):
         try:
             answers = self.guarded.obeyed(
                 [j.plan for j in jobs], [j.sampling for j in jobs], [j.piece if j.sink else None for j in jobs],
-                cancelled=[j.cancelled for j in jobs], scores=any(j.scores for j in jobs),
+                cancelled=[j.cancelled for j in jobs], over=[j.end for j in jobs], scores=any(j.scores for j in jobs),
             )  # fmt: skip
         except Exception as error:  # one that cannot be answered must not take the others with it
             if len(jobs) == 1:
                 jobs[0].end(error)
             else:
                 for job in jobs:
-                    self._answer([job])
+                    if not job.ended:
+                        self._answer([job])
             return
         for job, answer in zip(jobs, answers, strict=True):
             job.end(answer)
