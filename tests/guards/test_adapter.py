@@ -1,6 +1,7 @@
 """A guarded model under an audit's questions: what guards leave alone is as the model says it, to the last bit."""
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,9 +12,13 @@ from expunge.audit.scores import score
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
 from expunge.guards.adapter import WITHOUT_GUARDS, GuardedAdapter
+from expunge.guards.conversation import Conversation
+from expunge.guards.parts import Detector, Hit, Hook, Reading, Watcher
 from expunge.guards.policy import SORRY, Row
+from expunge.guards.prompts import put
+from expunge.guards.reading import read_states
 from tests.guards.conftest import name_of
-from tests.guards.test_guarded import Blank, NameDetector
+from tests.guards.test_guarded import BLOCK, Blank, NameDetector
 
 
 @pytest.fixture
@@ -99,3 +104,61 @@ def test_it_is_another_model_with_the_target_inside_and_tells_no_features(guarde
     copy = adapter.copy()
     assert copy.model is not adapter.model
     assert np.allclose(losses(copy, people.split.forget[:2]).nll(), losses(adapter, people.split.forget[:2]).nll())
+
+
+class Counted(Detector):
+    """Notices names in prompts, or, by their states, prompts of more than some tokens; counts what it is shown."""
+
+    name: ClassVar[str] = "counted"
+    title: ClassVar[str] = "Counted"
+    sees: ClassVar[frozenset[Hook]] = frozenset({Hook.REQUEST, Hook.HIDDEN})
+    shown: ClassVar[list[str]] = []
+    word: str = ""
+
+    def fit(self, material):
+        settings, reading = self, Reading(BLOCK, "output", "mean")
+
+        class W(Watcher):
+            readings = (reading,)
+
+            def add(self, target):
+                pass
+
+            def request(self, conversation):
+                settings.shown.append("request")
+                return []
+
+            def hidden(self, states):
+                settings.shown.append("states")
+                return [Hit("", 1.0)] if float(states[reading].sum()) > float(settings.word) else []
+
+        return W()
+
+
+def test_an_audit_shows_each_prompt_to_detectors_once(guarded, target_adapter, people):
+    """And its states; what is noticed by them is the same when it is remembered, whoever asks first."""
+    records = people.split.retain[:6]
+    prompts = [put(target_adapter, Conversation.of(r.prompt)) for r in records]
+    reading = Reading(BLOCK, "output", "mean")
+    sums = [float(s[reading].sum()) for s in read_states(target_adapter, prompts, [reading])]
+    bound = float(np.median(sums))
+    Counted.shown.clear()
+    row = Row(detector=Counted(word=str(bound)), action="refuse")
+    for first in ("scores", "answers"):
+        adapter = GuardedAdapter(guarded([row], targets=[]))
+        examples = [adapter.encode(r) for r in records]
+        Counted.shown.clear()
+        if first == "answers":
+            adapter.generate(adapter.model, examples, 8)
+        for _ in range(2):
+            found = score(adapter, examples).nll()
+        said = adapter.generate(adapter.model, examples, 8)
+        refused = [s > bound for s in sums]
+        assert 0 < sum(refused) < len(records)
+        assert [g.refused for g in said] == refused == [g.text == SORRY for g in said]
+        guess = math.log(target_adapter.model.config.vocab_size)
+        assert [bool(np.isclose(f, guess)) for f in found] == refused
+        assert sorted(Counted.shown) == ["request"] * len(records) + ["states"] * len(records)
+        adapter.guarded.add({"id": "new", "entities": ["Somebody Else"]})
+        adapter.generate(adapter.model, examples, 8)
+        assert len(Counted.shown) == 4 * len(records)  # with another target, another answer

@@ -16,11 +16,12 @@ from expunge.guards.actions.bar import Bar, Barred
 from expunge.guards.conversation import Conversation
 from expunge.guards.decoding import Sampling
 from expunge.guards.detectors.states import States
+from expunge.guards.encoders import Columns, NGrams
 from expunge.guards.folding import words
 from expunge.guards.guarded import guard_model
 from expunge.guards.keyterms import common_words, key_terms
 from expunge.guards.parts import Action, Doer, Hook, Material, Orders
-from expunge.guards.policy import SORRY, Row
+from expunge.guards.policy import SORRY, Row, scored
 from expunge.guards.target import Shown, Target
 from expunge.guards.terms import TermIndex
 from tests.guards.conftest import KEY, name_of
@@ -54,7 +55,7 @@ def test_terms_that_end_after_a_character_are_those_that_are_found_there(parts, 
     index.add("other", ["Basil"])
     text = "".join(p + g for p, g in zip(parts, gaps, strict=False))
     start = data.draw(st.integers(0, len(text)))
-    assert index.ending(text, start, {"t"}) == any(m.end > start and m.target == "t" for m in index.find(text))
+    assert index.part({"t"}).ending(text, start) == any(m.end > start and m.target == "t" for m in index.find(text))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def spoken(adapter, ids):
 
 
 def edits(guarded, records):
-    return [guarded.policy.open(Conversation.of(r.prompt)).scores[0].args[1] for r in records]
+    return [guarded.policy.open(Conversation.of(r.prompt)).scores[0].edit for r in records]
 
 
 def barring(guarded, records):
@@ -238,7 +239,7 @@ def test_the_penalty_is_that_of_the_formula(target_adapter, people):
     def edit_of(**action):
         row = Row(detector="always", action={"name": "bar", "candidates": 40, **action})
         guarded = guard_model(target_adapter, guards=row, targets=hidden, key=KEY)
-        return guarded.policy._rows[0].doer, guarded.policy.open(Conversation.of(record.prompt)).scores[0].args[1]
+        return guarded.policy._rows[0].doer, guarded.policy.open(Conversation.of(record.prompt)).scores[0].edit
 
     doer, edit = edit_of(alpha=6.0, delta=0.1)
     terms = doer._held.answers[0].terms.toarray()
@@ -272,7 +273,7 @@ def test_the_penalty_is_that_of_the_formula(target_adapter, people):
 def test_targets_come_and_go_and_only_those_meant_are_looked_up(make, people, targets):
     guarded = make(detector="terms")
     record = people.split.forget[0]
-    edit = guarded.policy.open(Conversation.of(record.prompt)).scores[0].args[1]
+    edit = guarded.policy.open(Conversation.of(record.prompt)).scores[0].edit
     assert all(label.startswith(record.subject) for label in edit.labels)
     before = guarded.answers([record.prompt], SHORT)[0].text
     guarded.drop(record.subject)
@@ -421,7 +422,7 @@ def test_the_penalty_by_a_sentence_encoder(bert, target_adapter, people, targets
     row = Row(detector="always", action={"name": "bar", "encoder": str(bert), "alpha": 5.0, "delta": 0.0, "candidates": 8})
     guarded = guard_model(target_adapter, guards=row, targets=targets, key=KEY)
     record = people.split.forget[0]
-    edit = guarded.policy.open(Conversation.of(record.prompt)).scores[0].args[1]
+    edit = guarded.policy.open(Conversation.of(record.prompt)).scores[0].edit
     example = target_adapter.encode(record)
     ids = torch.from_numpy(example.data.ids[: example.data.start].astype(np.int64))
     with torch.no_grad():
@@ -449,3 +450,50 @@ def test_an_audit_scores_what_cannot_be_said_as_a_guess(make, target_adapter, pe
     bare = score(target_adapter, [target_adapter.encode(r) for r in records]).nll()
     assert np.isfinite(found).all()
     assert all(a > b + 0.2 for a, b, own in zip(found, bare, barring(guarded, records), strict=True) if own)
+
+
+def test_rows_that_are_asked_together_get_what_each_gets_alone(make, target_adapter, people):
+    """Requests with other forbidden terms, at several places of their answers, and one that fails among them."""
+    guarded = make(nearest=2, delta=0.2)
+    records = people.split.forget[:4]
+    rows = []
+    for record in records:
+        plan = guarded.policy.open(Conversation.of(record.prompt))
+        example = target_adapter.encode(record)
+        ids = torch.from_numpy(example.data.ids.astype(np.int64))
+        with torch.no_grad():
+            logits = target_adapter.model(ids[None]).logits[0].float()
+        rows += [(plan, ids[:end], example.data.start, logits[end - 1]) for end in range(example.data.start, len(ids), 2)]
+    assert len({frozenset(plan.scores[0].edit.labels) for plan, *_ in rows}) > 2
+    together = scored(rows)
+    for (_, ids, start, scores), found in zip(rows, together, strict=True):
+        fresh = guarded.policy.open(Conversation.of(next(r.prompt for r in records if same(target_adapter, r, ids))))
+        assert torch.equal(found, fresh.scores[0].edit(ids, start, scores))
+        assert not torch.equal(found, scores)
+    broken = guarded.policy.open(Conversation.of(records[0].prompt))
+    broken.scores[0].edit.index = None
+    with_fault = scored([rows[0], (broken, *rows[1][1:]), *rows[2:]])
+    assert (broken.say, rows[0][0].say) == (SORRY, None)
+    assert all(torch.equal(a, b) for at, (a, b) in enumerate(zip(with_fault, together, strict=True)) if at != 1)
+
+
+def same(adapter, record, ids):
+    data = adapter.encode(record).data
+    return np.array_equal(data.ids[: len(ids)], ids.numpy()) and len(ids) >= data.start
+
+
+def test_vectors_of_words_are_those_of_the_text():
+    encoder = NGrams(KEY, ["some ordinary words", "and more of them"])
+    said = [("some", "names", "some"), ("names",), (), ("some", "names", "some"), ("more", "of", "them", "names")]
+    expected = encoder.encode([" ".join(w) for w in said]).toarray()
+    for _ in range(2):  # the second time from what is remembered
+        assert np.array_equal(encoder.encode_words(said).toarray(), expected)
+    # From scratch: counts of grams, sublinear, by rarity.
+    grams = ["wsome", "wnames", "wsome", "wsome names", "wnames some"]
+    for word in ("some", "names", "some"):
+        edged = f" {word} "
+        grams += ["c" + edged[i : i + n] for n in (3, 4, 5) for i in range(len(edged) - n + 1)]
+    counts = encoder._hasher.transform([[encoder._salt + g for g in grams]]).toarray()[0]
+    raw = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0) * encoder._weights
+    assert np.allclose(expected[0], raw / np.linalg.norm(raw))
+    assert np.allclose(Columns(encoder.encode_words(said[:2])).against(encoder.encode_words(said)), expected[:2] @ expected.T)

@@ -229,7 +229,7 @@ def test_the_file_is_read_again_for_requests_that_run_and_a_broken_one_is_passed
         made.update_state(None)
 
     def barred(name):
-        return bool(made._rows[0].bar.index.find(f"It was {name}.")) and made._rows[0].bar.index is made._barring.index
+        return bool(made._rows[0].bar.index.find(f"It was {name}."))
 
     assert barred("Ida Else")
     write("targets: [{entities: [Jane Quickfinger]}]")

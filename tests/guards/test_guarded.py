@@ -334,3 +334,25 @@ def test_guards_by_name_and_their_settings():
         Row(detector="key-space", action="neuron-adjust")
     with pytest.raises(InputError, match="detector"):
         rows_of({"detector": "termz", "action": "refuse"})
+
+
+def test_an_answer_that_is_over_does_not_wait_for_the_batch(guarded, people):
+    """It is given away whole, with all its pieces, while others go on; what comes at the end is the same."""
+    made = guarded()
+    asked = [r.prompt for r in people.split.retain[:3]]
+    how = [SHORT.model_copy(update={"max_tokens": n}) for n in (2, 12, 6)]
+    events = []
+    plans = [made.policy.open(Conversation.of(q)) for q in asked]
+    answers = made.obeyed(
+        plans, how, [lambda p, at=at: events.append((at, p)) for at in range(3)],
+        over=[lambda a, at=at: events.append((at, a)) for at in range(3)],
+    )  # fmt: skip
+    given = {at: a for at, a in events if not isinstance(a, str)}
+    assert [given[at] for at in range(3)] == answers == made.answers(asked, how)
+    order = [at for at, a in events if not isinstance(a, str)]
+    assert order[0] == 0
+    for at in range(3):
+        own = [a for number, a in events if number == at]
+        assert own[-1] is given[at]  # nothing comes after
+        assert "".join(own[:-1]) == answers[at].text
+    assert events.index((0, given[0])) < max(n for n, (at, _) in enumerate(events) if at == 1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -35,11 +36,13 @@ from expunge.data.records import Record
 from expunge.guards.conversation import Conversation
 from expunge.guards.decoding import Ask, Hooks, Sampling
 from expunge.guards.guarded import Guarded
-from expunge.guards.parts import TEXT_LEVEL, Hook
-from expunge.guards.policy import Plan
+from expunge.guards.parts import Hook
+from expunge.guards.policy import Noticed, Plan, scored
 from expunge.guards.prompts import Prompt, Reader, cleaned, described, put
+from expunge.guards.reading import read_states
 
 WITHOUT_GUARDS = "the model without its guards"
+_REMEMBERED = 4096  #: prompts of which is remembered what detectors noticed
 
 
 class GuardedAdapter(LanguageAdapter):
@@ -56,6 +59,8 @@ class GuardedAdapter(LanguageAdapter):
         vars(self).update(vars(guarded.adapter))
         self.guarded = guarded
         self._asked: dict[bytes, Conversation] = {}
+        self._seen: dict[bytes, _Seen] = {}
+        self._version = guarded.policy.version
 
     # ---- what is asked
 
@@ -65,21 +70,33 @@ class GuardedAdapter(LanguageAdapter):
         self._asked[_key(made.data.ids[: made.data.start])] = _conversation(record, prompt)
         return made
 
-    def plan(self, ids: NDArray[Any]) -> tuple[Plan, Prompt]:
+    def plan(self, ids: NDArray[Any], *, known: bool = True) -> tuple[Plan, Prompt]:
         """What the guards decide about a prompt, and the prompt as the model is given it.
+
+        An audit asks the same prompt again and again; detectors look at it once, and at its states.
 
         Args:
             ids: of the prompt.
+            known: whether what was noticed before holds: it does for this adapter's own model.
         """
         held = np.asarray(ids, dtype=np.int64)
         asked = self._asked.get(_key(held))
         if asked is None:  # an attack has made a prompt of tokens: the guards see its text
             asked = Conversation.text_to_continue(self.tokenizer.decode(held.tolist(), skip_special_tokens=True))
-        asked = cleaned(asked, self.tokenizer)
-        plan = self.guarded.policy.open(asked)
-        if plan.say is not None or plan.conversation is asked:
-            return plan, described(self.tokenizer, held, [m.content for m in asked.messages])
-        return plan, put(self, plan.conversation)
+        if self._version != self.guarded.policy.version or len(self._seen) >= _REMEMBERED:
+            self._version, self._seen = self.guarded.policy.version, {}
+        seen = self._seen.get(_key(held))
+        if seen is None or seen.asked != asked:
+            seen = self._seen[_key(held)] = _Seen(asked, cleaned(asked, self.tokenizer))
+        plan = self.guarded.policy.open(seen.cleaned, seen.noticed if known else {})
+        if plan.say is None and not plan.readings:
+            plan.read({})  # what was noticed of the states before
+        if plan.say is not None or plan.conversation is seen.cleaned:
+            seen.own = seen.own or described(self.tokenizer, held, [m.content for m in seen.cleaned.messages])
+            return plan, seen.own
+        if seen.other is None or seen.other[0] != plan.conversation:
+            seen.other = (plan.conversation, put(self, plan.conversation))
+        return plan, seen.other[1]
 
     # ---- log-probabilities
 
@@ -98,45 +115,49 @@ class GuardedAdapter(LanguageAdapter):
     def logit_blocks(self, model: nn.Module, batch: Batch, rows: int = 512) -> Iterator[tuple[int, Tensor]]:
         """See :meth:`LanguageAdapter.logit_blocks`; rows of answers that guards touch are exchanged for what is then said."""
         changed = self._changed(model, batch)
-        starts = np.cumsum([0, *batch.counts])
+        starts = np.cumsum([0, *batch.counts]).tolist()
         for first, block in super().logit_blocks(model, batch, rows):
             made = block
-            for number, logits in changed.items():
-                low, high = max(int(starts[number]), first), min(int(starts[number + 1]), first + len(block))
+            for number, change in changed.items():
+                low, high = max(starts[number], first), min(starts[number + 1], first + len(block))
                 if low < high:
                     made = made.clone() if made is block else made
-                    made[low - first : high - first] = logits[low - int(starts[number]) : high - int(starts[number])].to(made)
+                    own = change.said(block[low - first : high - first], low - starts[number])
+                    made[low - first : high - first] = own.to(made)
             yield first, made
 
     @torch.no_grad()
-    def _changed(self, model: nn.Module, batch: Batch) -> dict[int, Tensor]:
-        """Logits ``[n, V]`` of the answers of a batch that guards touch, by number of the example."""
-        found, inner = {}, base(model)
-        vocabulary = int(inner.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    def _changed(self, model: nn.Module, batch: Batch) -> dict[int, _Change]:
+        """What becomes of answers of a batch that guards touch, by number of the example."""
         texts = any(Hook.TEXT in r.detector.sees for r in self.guarded.policy.rows)
-        inside = not self.guarded.policy.hooks <= TEXT_LEVEL
-        for number, (size, count) in enumerate(zip(batch.token_counts, batch.counts, strict=True)):
-            ids = batch.tensors["input_ids"][number, :size].cpu().numpy()
-            plan, prompt = self.plan(ids[: size - count])
-            answer = ids[size - count :]
+        whole = [batch.tensors["input_ids"][at, :size].cpu().numpy() for at, size in enumerate(batch.token_counts)]
+        own = model is self.model
+        opened = [self.plan(ids[: len(ids) - n], known=own) for ids, n in zip(whole, batch.counts, strict=True)]
+        if own:
+            self._read(opened)
+        found = {}
+        for number, (ids, count, (plan, prompt)) in enumerate(zip(whole, batch.counts, opened, strict=True)):
+            start, answer = len(ids) - count, ids[len(ids) - count :]
             logits: Tensor | None = None
-            same = np.array_equal(prompt.ids, ids[: size - count])
-            if plan.say is None and (not same or (inside and _touches(plan))):
+            same = np.array_equal(prompt.ids, ids[:start])
+            if plan.say is None and (not same or plan.embeddings or plan.hidden or plan.readings):
                 logits = self._under(model, plan, prompt, answer)
-            if plan.say is not None:
-                found[number] = torch.zeros(count, vocabulary)
-                continue
-            unsent = self._unsent(plan, answer) if texts else count
-            if unsent < count:
-                if logits is None:
-                    logits = self._under(model, plan, prompt, answer)
-                logits[unsent:] = 0
-            if logits is not None:
-                found[number] = logits
+            refused = plan.say is not None
+            sent = 0 if refused else self._unsent(plan, answer) if texts else count
+            if logits is not None or sent < count or plan.scores:
+                found[number] = _Change(plan, prompt, answer, sent, logits)
         return found
 
+    @torch.no_grad()
+    def _read(self, opened: Sequence[tuple[Plan, Prompt]]) -> None:
+        """Show watchers the states that they want to see, of all prompts whose states no guard changes, as one batch."""
+        plain = [(p, q) for p, q in opened if p.say is None and p.readings and not (p.embeddings or p.hidden)]
+        wanted = sorted({r for p, _ in plain for r in p.readings}, key=str)
+        for (plan, _), states in zip(plain, read_states(self.guarded.adapter, [q for _, q in plain], wanted), strict=True):
+            plan.read(states)
+
     def _under(self, model: nn.Module, plan: Plan, prompt: Prompt, answer: NDArray[Any]) -> Tensor:
-        """Logits ``[n, V]`` of an answer under a plan's edits."""
+        """Logits ``[n, V]`` of an answer under a plan's edits of embeddings and states."""
         inner: Any = base(model)
         ids = torch.from_numpy(np.concatenate([prompt.ids, answer]).astype(np.int64))
         start = len(prompt.ids)
@@ -145,12 +166,7 @@ class GuardedAdapter(LanguageAdapter):
         with evaluating(model), hooks.installed():
             out = model(input_ids=ids[None, :-1].to(device))
         hooks.told()
-        logits: Tensor = out["logits"][0, start - 1 :].float().cpu().clone()
-        if plan.scores and plan.say is None:
-            for at in range(len(answer)):
-                logits[at] = plan.scored(ids[: start + at], start, logits[at])
-                if torch.isneginf(logits[at, int(answer[at])]):
-                    logits[at] = 0  # what cannot be said: a guess
+        logits: Tensor = out["logits"][0, start - 1 :].float().cpu()
         return logits
 
     def _unsent(self, plan: Plan, answer: NDArray[Any]) -> int:
@@ -241,8 +257,60 @@ class GuardedAdapter(LanguageAdapter):
         )
 
 
-def _touches(plan: Plan) -> bool:
-    return bool(plan.embeddings or plan.hidden or plan.scores or plan.readings)
+@dataclass
+class _Seen:
+    """What is known of a prompt.
+
+    Attributes:
+        asked, cleaned: as it came, and without special tokens.
+        noticed: by detectors.
+        own: as the model reads it.
+        other: what the model is asked instead, and how it reads that.
+    """
+
+    asked: Conversation
+    cleaned: Conversation
+    noticed: Noticed = field(default_factory=dict)
+    own: Prompt | None = None
+    other: tuple[Conversation, Prompt] | None = None
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What becomes of the logits of an answer.
+
+    Attributes:
+        plan, prompt: of the request.
+        answer: tokens of it.
+        sent: how many of these are sent.
+        logits: ``[n, V]``, where embeddings or states are changed; none: those of the model.
+    """
+
+    plan: Plan
+    prompt: Prompt
+    answer: NDArray[Any]
+    sent: int
+    logits: Tensor | None
+
+    def said(self, logits: Tensor, first: int) -> Tensor:
+        """Logits ``[m, V]`` with the guards, from the model's own, from a token of the answer on; zero: a guess."""
+        count = min(len(logits), max(0, self.sent - first))
+        made = torch.zeros_like(logits, dtype=torch.float32)
+        if not count:
+            return made
+        given = logits if self.logits is None else self.logits[first : first + count].to(logits.device)
+        made[:count] = given[:count].float()
+        if self.plan.scores:
+            start = len(self.prompt.ids)
+            ids = torch.from_numpy(np.concatenate([self.prompt.ids, self.answer]).astype(np.int64)).to(logits.device)
+            rows = [(self.plan, ids[: start + first + at], start, made[at]) for at in range(count)]
+            failed = len(self.plan.failed)
+            made[:count] = torch.stack(scored(rows))
+            if self.plan.say is not None and len(self.plan.failed) > failed:
+                return torch.zeros_like(made)
+            barred = made[torch.arange(count), ids[start + first : start + first + count]].isneginf()
+            made[:count][barred] = 0  # what cannot be said
+        return made
 
 
 def _key(ids: NDArray[Any]) -> bytes:

@@ -26,7 +26,7 @@ from expunge.adapters.passes import evaluating
 from expunge.core.errors import InputError
 from expunge.core.settings import Settings
 from expunge.guards.parts import Reading
-from expunge.guards.policy import Plan
+from expunge.guards.policy import Plan, scored
 from expunge.guards.prompts import Prompt, Reader
 from expunge.guards.reading import alone
 
@@ -59,6 +59,7 @@ class Ask:
         cancelled: looked at at each step: whether nobody waits for the answer any more.
         scores: whether the log-probabilities of the chosen tokens are kept.
         numbers: in [0, 1), one per new token, by which tokens are drawn in place of the seed's.
+        over: is given the answer when it is over, while others of the batch go on; not where guards revise whole answers.
     """
 
     plan: Plan
@@ -68,6 +69,7 @@ class Ask:
     cancelled: Callable[[], bool] = lambda: False
     scores: bool = False
     numbers: NDArray[np.float64] | None = None
+    over: Callable[[Answer], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class _Row:
         self.sent = ""
         self.finish: Finish | None = None
         self.text = ""
+        self.done: Answer | None = None
         self.generator = torch.Generator().manual_seed(ask.sampling.seed)
 
     def number(self) -> float:
@@ -154,6 +157,13 @@ class _Row:
             self.sent += piece
             self.ask.sink(piece)
 
+    def told(self) -> None:
+        """Give the answer away, if it is over now and may not be revised: to revise one may take the model, which is busy."""
+        if self.finish is not None and self.done is None and not self.ask.plan.buffered:
+            self.done = self.answer()
+            if self.ask.over is not None:
+                self.ask.over(self.done)
+
     def answer(self) -> Answer:
         """The answer, once it is over."""
         plan, finish, count = self.ask.plan, self.finish or "length", len(self.ids)
@@ -183,18 +193,18 @@ class _Choose(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.read()
-        chosen = []
-        for row, ids, held in zip(self.rows, input_ids, scores, strict=True):
-            if row.finish is not None or row.ask.plan.say is not None:
-                chosen.append(0)
-                continue
-            prompt = row.ask.prompt.ids
-            own = ids[self.width - len(prompt) :]
-            changed = row.ask.plan.scored(own, len(prompt), held.float()) if row.ask.plan.scores else held.float()
-            token = drawn(changed, row.ask.sampling, row.number())
+        chosen = [0] * len(self.rows)
+        going = [at for at, row in enumerate(self.rows) if row.finish is None and row.ask.plan.say is None]
+        sizes = [len(self.rows[at].ask.prompt.ids) for at in going]
+        asked = [
+            (self.rows[at].ask.plan, input_ids[at, self.width - size :], size, scores[at].float())
+            for at, size in zip(going, sizes, strict=True)
+        ]
+        for at, changed in zip(going, scored(asked), strict=True):
+            row = self.rows[at]
+            chosen[at] = drawn(changed, row.ask.sampling, row.number())
             if row.ask.scores:
-                row.logs.append(float(torch.log_softmax(changed, -1)[token]))
-            chosen.append(token)
+                row.logs.append(float(torch.log_softmax(changed, -1)[chosen[at]]))
         places = torch.tensor(chosen, device=scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter(1, places, 0.0)
 
@@ -232,6 +242,8 @@ class _Stop(StoppingCriteria):
             if row.finish is None and row.ask.plan.say is not None:  # what its states told
                 row.finish = "guard"
         over = [row.take(token) for row, token in zip(self.rows, last, strict=True)]
+        for row in self.rows:
+            row.told()
         return torch.tensor(over, dtype=torch.bool, device=input_ids.device)
 
 
@@ -312,7 +324,7 @@ class Decoder:
                 logits_processor=LogitsProcessorList([_Choose(rows, width, hooks.told)]),
                 stopping_criteria=StoppingCriteriaList([_Stop(rows)]),
             )  # fmt: skip
-        return [row.answer() for row in rows]
+        return [row.done or row.answer() for row in rows]
 
 
 def padded(asks: Sequence[Ask], pad: int) -> tuple[Tensor, Tensor]:

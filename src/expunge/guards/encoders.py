@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from expunge.core.errors import InputError, MissingExtra
 from expunge.guards.folding import words
 
 _COLUMNS = 2**18
+_REMEMBERED = 2**15  #: words and pairs whose columns are remembered, about
 
 
 class Encoder(abc.ABC):
@@ -30,6 +31,10 @@ class Encoder(abc.ABC):
     @abc.abstractmethod
     def encode(self, texts: Sequence[str]) -> sp.csr_matrix:
         """Rows of length one, ``[n, D]``: sparse, or sparse in form only."""
+
+    def encode_words(self, texts: Sequence[Sequence[str]]) -> sp.csr_matrix:
+        """The same of texts that are folded words already."""
+        return self.encode([" ".join(t) for t in texts])
 
 
 class NGrams(Encoder):
@@ -49,38 +54,71 @@ class NGrams(Encoder):
     def __init__(self, key: bytes, texts: Sequence[str] = (), *, shortest: int = 3, longest: int = 5, pairs: bool = True) -> None:
         from sklearn.feature_extraction import FeatureHasher
 
+        self._key = hashlib.blake2b(key, digest_size=32, person=b"expunge-units").digest()
+        self._columns: dict[bytes, tuple[NDArray[np.int32], NDArray[np.float64]]] = {}
         self._salt = hashlib.blake2b(key, digest_size=8, person=b"expunge-ngrams").hexdigest()
         self.shortest, self.longest, self.pairs = shortest, longest, pairs
         self._hasher = FeatureHasher(_COLUMNS, input_type="string", alternate_sign=False, dtype=np.float64)
         self._weights = np.ones(_COLUMNS)
         if texts:
-            counts = np.bincount(self._counted(texts).indices, minlength=_COLUMNS)
+            counts = np.bincount(self._counted([words(t) for t in texts]).indices, minlength=_COLUMNS)
             self._weights = np.log((1 + len(texts)) / (1 + counts)) + 1  # as scikit-learn has it, smooth
 
     def encode(self, texts: Sequence[str]) -> sp.csr_matrix:
         """Sublinear counts by rarity, each row of length one, ``[n, 2**18]``."""
-        made = self._counted(texts)
+        return self._weighed(self._counted([words(t) for t in texts]))
+
+    def encode_words(self, texts: Sequence[Sequence[str]]) -> sp.csr_matrix:
+        """See :class:`Encoder`; for texts that share words with those of other calls. Columns of words are remembered."""
+        return self._weighed(self._counted(texts, self._remembered))
+
+    def _weighed(self, made: sp.csr_matrix) -> sp.csr_matrix:
         made.data = (1 + np.log(made.data)) * self._weights[made.indices]
         return _unit(made)
 
-    def _counted(self, texts: Sequence[str]) -> sp.csr_matrix:
-        return (
-            sp.csr_matrix(self._hasher.transform([list(self._grams(t)) for t in texts]))
-            if texts
-            else sp.csr_matrix((0, _COLUMNS))
-        )
+    def _counted(
+        self, texts: Sequence[Sequence[str]], hashed: Callable[[Sequence[str]], sp.csr_matrix] | None = None
+    ) -> sp.csr_matrix:
+        """How often each column stands in each text: the sum over its words and pairs, each of which is hashed once."""
+        numbers: dict[str, int] = {}
+        rows = [[numbers.setdefault(u, len(numbers)) for u in self._units(t)] for t in texts]
+        if not numbers:
+            return sp.csr_matrix((len(texts), _COLUMNS))
+        ends = np.cumsum([0, *map(len, rows)])
+        chosen = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=int(ends[-1]))
+        times = sp.csr_matrix((np.ones(len(chosen)), chosen, ends), shape=(len(texts), len(numbers)))
+        made = times @ (hashed or self._hashed)(list(numbers))
+        made.sort_indices()
+        return made
 
-    def _grams(self, text: str) -> Iterator[str]:
-        held = words(text)
-        for word in held:
-            yield f"{self._salt}w{word}"
-            edged = f" {word} "
-            for size in range(self.shortest, self.longest + 1):
-                for at in range(len(edged) - size + 1):
-                    yield f"{self._salt}c{edged[at : at + size]}"
-        if self.pairs:
-            for first, second in itertools.pairwise(held):
-                yield f"{self._salt}w{first} {second}"
+    def _hashed(self, units: Sequence[str]) -> sp.csr_matrix:
+        return sp.csr_matrix(self._hasher.transform([self._grams(u) for u in units]))
+
+    def _remembered(self, units: Sequence[str]) -> sp.csr_matrix:
+        """The same, of which only what is new is hashed. What is remembered is keyed digests with columns."""
+        held = self._columns = self._columns if len(self._columns) < _REMEMBERED else {}
+        keys = [hashlib.blake2b(u.encode(), key=self._key, digest_size=16).digest() for u in units]
+        new = [at for at, key in enumerate(keys) if key not in held]
+        if new:
+            made = self._hashed([units[at] for at in new])
+            for at, first, last in zip(new, made.indptr, made.indptr[1:], strict=False):
+                held[keys[at]] = (made.indices[first:last].copy(), made.data[first:last].copy())
+        rows = [held[key] for key in keys]
+        ends = np.cumsum([0, *(len(i) for i, _ in rows)])
+        parts = np.concatenate([d for _, d in rows]), np.concatenate([i for i, _ in rows])
+        return sp.csr_matrix((*parts, ends), shape=(len(units), _COLUMNS))
+
+    def _units(self, held: Sequence[str]) -> list[str]:
+        return [*held, *(f"{a} {b}" for a, b in itertools.pairwise(held))] if self.pairs else [*held]
+
+    def _grams(self, unit: str) -> list[str]:
+        """Of a word with its runs of letters, or of a pair of words."""
+        whole = f"{self._salt}w{unit}"
+        if " " in unit:
+            return [whole]
+        edged, begin = f" {unit} ", f"{self._salt}c"
+        sizes = range(self.shortest, min(self.longest, len(edged)) + 1)
+        return [whole, *(begin + edged[at : at + size] for size in sizes for at in range(len(edged) - size + 1))]
 
 
 class Sentences(Encoder):
@@ -142,14 +180,20 @@ class Columns:
     """
 
     def __init__(self, rows: sp.csr_matrix) -> None:
-        self._columns = sp.csr_matrix(rows.T)
+        self._held = np.unique(rows.indices)  # other columns are in none of them
+        whole = len(self._held) == rows.shape[1]  # vectors of an encoder: there is nothing to leave out
+        self._dense = rows.toarray() if whole else None
+        self._columns = sp.csr_matrix(rows[:, self._held].T)
 
     def against(self, rows: sp.csr_matrix) -> NDArray[np.float64]:
         """Cosines with other texts ``[m, D]``, ``[n, m]``."""
-        shared = np.unique(rows.indices)
-        if len(shared) == self._columns.shape[0]:  # vectors of an encoder: there is nothing to leave out
-            return np.asarray(self._columns.T @ rows.T.toarray())
-        return np.asarray(self._columns[shared].T @ rows[:, shared].T.toarray())
+        if self._dense is not None:
+            return np.asarray(self._dense @ rows.T.toarray())
+        places = np.searchsorted(self._held, rows.indices)
+        found = self._held[np.minimum(places, len(self._held) - 1)] == rows.indices if len(self._held) else places < 0
+        ends = np.concatenate([[0], np.cumsum(found)])[rows.indptr]
+        shared = sp.csr_matrix((rows.data[found], places[found], ends), shape=(rows.shape[0], len(self._held)))
+        return np.asarray((shared @ self._columns).toarray().T)
 
 
 def encoder_of(name: str, key: bytes, texts: Sequence[str], device: Any = "cpu") -> Encoder:

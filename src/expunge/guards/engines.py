@@ -186,11 +186,10 @@ class BarTerms(_Base):
         Raises:
             RuntimeError: the engine hides tokens that were said, so nothing can be barred.
         """
-        for at, row in self._rows.items():
-            if -1 in row.said[-8:]:
-                raise RuntimeError("The engine gives placeholders for tokens; run it with --no-async-scheduling.")
-            ids = torch.tensor([*row.prompt, *row.said])
-            made = row.bar(ids, len(row.prompt), logits[at])
+        if any(-1 in row.said[-8:] for row in self._rows.values()):
+            raise RuntimeError("The engine gives placeholders for tokens; run it with --no-async-scheduling.")
+        given = [(r.bar, torch.tensor([*r.prompt, *r.said]), len(r.prompt), logits[at]) for at, r in self._rows.items()]
+        for at, made in zip(self._rows, given[0][0].together(given) if given else [], strict=True):
             if not bool(torch.isfinite(made).any()):
                 made[self.tokenizer.eos_token_id] = 0.0
             logits[at] = made

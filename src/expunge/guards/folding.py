@@ -6,9 +6,9 @@ import base64
 import binascii
 import re
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import unquote
 
 _HIDDEN = "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"  # noqa: E501
@@ -26,10 +26,10 @@ _SPELT = str.maketrans("013457@$!|", "oieastasil")
 _RUN = re.compile(r"[A-Za-z0-9+/_-]{11,}={0,2}|(?:%[0-9A-Fa-f]{2}|[\w.~-]){6,}")
 _OPEN_RUN = re.compile(r"[A-Za-z0-9+/_=%-]{12,}\Z")
 _DEPTH = 2  #: encodings within encodings that are undone
+RUN = 6  #: characters of the shortest run that may be one
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(NamedTuple):
     """A word of a text: its folded letters, and where it stands."""
 
     letters: str
@@ -54,8 +54,12 @@ def unspelt(letters: str) -> str:
 
 def parted(text: str, start: int = 0) -> list[Word]:
     """The words of a text from a character on, folded; those without a letter or digit are left out."""
-    found = (Word(fold(m.group()), m.start(), m.end()) for m in _WORD.finditer(text, start))
-    return [w for w in found if w.letters]
+    return [Word(letters, *m.span()) for m in _WORD.finditer(text, start) if (letters := fold(m.group()))]
+
+
+def grown(held: Sequence[Word], text: str) -> list[Word]:
+    """The words of a text, given those of its beginning: only the last of these can be another word in it."""
+    return [*held[:-1], *parted(text, held[-1].start)] if held else parted(text)
 
 
 def words(text: str) -> list[str]:

@@ -87,9 +87,18 @@ class Guarded:
         sinks: Sequence[Callable[[str], None] | None] | None = None,
         *,
         cancelled: Sequence[Callable[[], bool]] | None = None,
+        over: Sequence[Callable[[Answer], None]] | None = None,
         scores: bool = False,
     ) -> list[Answer]:
-        """Answers under plans that are there already (:meth:`~expunge.guards.policy.Policy.open`); see :meth:`answers`."""
+        """Answers under plans that are there already (:meth:`~expunge.guards.policy.Policy.open`); see :meth:`answers`.
+
+        Args:
+            plans: of the requests.
+            sampling, sinks: of each.
+            cancelled: whether nobody waits for it any more.
+            over: is given each answer of the model that ends before the others do; all of them come back at the end.
+            scores: keep log-probabilities of the chosen tokens.
+        """
         sinks = sinks or [None] * len(plans)
         out: list[Answer | None] = [None] * len(plans)
         asks, places = [], []
@@ -102,6 +111,7 @@ class Guarded:
             ask = Ask(plan, put(self.adapter, plan.conversation), how, sink, scores=scores)
             if cancelled is not None:
                 ask.cancelled = cancelled[at]
+            ask.over = None if over is None else over[at]
             asks.append(ask)
             places.append(at)
         for at, answer in zip(places, self.decoder.answer(asks), strict=True):

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +118,11 @@ class Reading:
 
 
 class Watcher:
-    """A fitted detector. Its methods are called from many threads at once; adding and dropping targets may happen meanwhile."""
+    """A fitted detector. Its methods are called from many threads at once; adding and dropping targets may happen meanwhile.
+
+    What :meth:`request` and :meth:`hidden` give follows from what they are shown and from the targets alone: an audit, which asks
+    the same prompts many times, shows each once.
+    """
 
     readings: tuple[Reading, ...] = ()
 
@@ -224,6 +228,30 @@ class HiddenEdit:
 
 #: From the ids of a request ``[T]`` (prompt, then answer), the prompt's length and scores ``[V]`` to scores of the same shape.
 ScoreEdit = Callable[[Tensor, int, Tensor], Tensor]
+
+
+class JointEdit(abc.ABC):
+    """A :data:`ScoreEdit` to which many rows cost less together than each alone: requests of a batch, beams, tokens of an answer.
+
+    Every row gets what it would get alone: nothing of one request may reach another.
+
+    Attributes:
+        shared: edits with the same one are asked together.
+    """
+
+    shared: Hashable
+
+    @abc.abstractmethod
+    def together(self, rows: Sequence[tuple[Any, Tensor, int, Tensor]]) -> list[Tensor]:
+        """Scores of some rows, in their order.
+
+        Args:
+            rows: an edit that shares with this one, ids, length of the prompt and scores of each.
+        """
+
+    def __call__(self, ids: Tensor, prompt: int, scores: Tensor) -> Tensor:
+        """Scores ``[V]`` of one row."""
+        return self.together([(self, ids, prompt, scores)])[0]
 
 
 @dataclass(frozen=True)

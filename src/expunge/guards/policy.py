@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from expunge.guards.parts import (
     HiddenEdit,
     Hit,
     Hook,
+    JointEdit,
     Material,
     Orders,
     Reading,
@@ -154,6 +155,7 @@ class Policy:
                     )
         self.material = material
         self._targets = {t.id: t for t in material.targets}
+        self._version = 0
         self._rows = [_Fitted(r, r.detector.fit(material), r.action.prepare(material)) for r in rows]
         self._lock = threading.Lock()
         for target in material.targets:
@@ -216,6 +218,7 @@ class Policy:
                         fitted.doer.drop(target.id)
                 raise
             self._targets = {**self._targets, target.id: target}
+            self._version += 1
 
     def check(self, target: Target) -> None:
         """Refuse a target that cannot be hidden here, before anything is done about it.
@@ -242,10 +245,72 @@ class Policy:
                     fitted.watcher.drop(target)
                     fitted.doer.drop(target)
                 self._targets = {k: v for k, v in self._targets.items() if k != target}
+                self._version += 1
 
-    def open(self, conversation: Conversation) -> Plan:
-        """Look at a request; what is to be done about it."""
-        return Plan(self._rows, conversation)
+    @property
+    def version(self) -> int:
+        """Another number whenever a target comes or goes."""
+        return self._version
+
+    def open(self, conversation: Conversation, noticed: Noticed | None = None) -> Plan:
+        """Look at a request; what is to be done about it.
+
+        Args:
+            conversation: what is asked.
+            noticed: what detectors have noticed of the same conversation, asked of this :attr:`version`; it is filled with what
+                they notice now. They are not asked again, actions are.
+        """
+        return Plan(self._rows, conversation, {} if noticed is None else noticed)
+
+
+#: What detectors say of a request before its answer, by title of their row and hook; it follows from the request alone.
+Noticed = dict[tuple[str, Hook], Sequence[Hit]]
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """An edit of scores, under the care of the row that has ordered it.
+
+    Attributes:
+        edit: what is done.
+        guarded: does some work, or, if that fails, what the row has for this case; gives what stands in for its result then.
+    """
+
+    edit: ScoreEdit
+    guarded: Callable[[Callable[[], Any], Any], Any]
+
+    def __call__(self, ids: Tensor, prompt: int, scores: Tensor) -> Tensor:
+        """Scores ``[V]`` of the next token."""
+        changed: Tensor = self.guarded(partial(self.edit, ids, prompt, scores), scores)
+        return changed
+
+
+def scored(rows: Sequence[tuple[Plan, Tensor, int, Tensor]]) -> list[Tensor]:
+    """Scores ``[V]`` of next tokens with what was ordered: of requests of a batch, of beams, or of an answer at all its places.
+
+    Args:
+        rows: plan, ids so far ``[T]``, length of the prompt and scores of each; see :data:`~expunge.guards.parts.ScoreEdit`.
+    """
+    made = [scores for *_, scores in rows]
+    for turn in range(max((len(plan.scores) for plan, *_ in rows), default=0)):
+        groups: dict[Hashable, list[int]] = {}
+        for at, (plan, *_) in enumerate(rows):
+            if turn < len(plan.scores):
+                edit = plan.scores[turn].edit
+                groups.setdefault((edit.shared,) if isinstance(edit, JointEdit) else at, []).append(at)
+        for members in groups.values():
+            given = [(rows[at][0].scores[turn], *rows[at][1:3], made[at]) for at in members]
+            for at, scores in zip(members, _jointly(given), strict=True):
+                made[at] = scores
+    return made
+
+
+def _jointly(rows: Sequence[tuple[Ordered, Tensor, int, Tensor]]) -> list[Tensor]:
+    first = rows[0][0].edit
+    if len(rows) > 1 and isinstance(first, JointEdit):
+        with suppress(Exception):  # whose fault it is shows below: no request fails for another
+            return first.together([(ordered.edit, *rest) for ordered, *rest in rows])
+    return [ordered(*rest) for ordered, *rest in rows]
 
 
 @dataclass
@@ -264,11 +329,12 @@ class Plan:
 
     _rows: Sequence[_Fitted]
     asked: Conversation
+    _noticed: Noticed = field(default_factory=dict)
     conversation: Conversation = field(init=False)
     say: str | None = None
     embeddings: list[EmbeddingEdit] = field(default_factory=list)
     hidden: list[HiddenEdit] = field(default_factory=list)
-    scores: list[ScoreEdit] = field(default_factory=list)
+    scores: list[Ordered] = field(default_factory=list)
     revisions: list[tuple[_Fitted, Callable[[str], str]]] = field(default_factory=list)
     fired: list[Fired] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -281,18 +347,12 @@ class Plan:
         self._each(Hook.REQUEST, lambda f: f.watcher.request(self.asked))
 
     def read(self, states: Mapping[Reading, Tensor]) -> None:
-        """Look at the states of the prompt, ``[D]`` each."""
+        """Look at the states of the prompt, ``[D]`` each; at those of :attr:`readings`."""
 
         def seen(fitted: _Fitted) -> list[Hit]:
             return fitted.watcher.hidden({r: states[r] for r in fitted.watcher.readings})
 
         self._each(Hook.HIDDEN, seen)
-
-    def scored(self, ids: Tensor, prompt: int, scores: Tensor) -> Tensor:
-        """Scores ``[V]`` of the next token with what was ordered; see :data:`~expunge.guards.parts.ScoreEdit`."""
-        for edit in self.scores:
-            scores = edit(ids, prompt, scores)
-        return scores
 
     def release(self, text: str, final: bool) -> int:
         """Look at an answer as far as it is known; how many characters of it may be sent.
@@ -332,8 +392,9 @@ class Plan:
 
     @property
     def readings(self) -> frozenset[Reading]:
-        """States that watchers want to see."""
-        return frozenset(r for f in self._rows for r in f.watcher.readings)
+        """States that watchers want to see and have not seen."""
+        unseen = (f for f in self._rows if (f.row.title, Hook.HIDDEN) not in self._noticed)
+        return frozenset(r for f in unseen for r in f.watcher.readings)
 
     @property
     def bounds(self) -> dict[str, Threshold]:
@@ -355,7 +416,11 @@ class Plan:
         self._took(hook, began)
 
     def _look(self, fitted: _Fitted, hook: Hook, look: Callable[[_Fitted], list[Hit]]) -> None:
-        self._act(fitted, hook, look(fitted))
+        at = (fitted.row.title, hook)
+        hits = self._noticed[at] if at in self._noticed else look(fitted)
+        if hook is not Hook.TEXT:
+            self._noticed[at] = hits
+        self._act(fitted, hook, hits)
 
     def _act(self, fitted: _Fitted, hook: Hook, hits: Sequence[Hit]) -> None:
         if not hits or (fitted.row.title, hook) in self._acted:  # an answer is looked at again and again
@@ -370,12 +435,8 @@ class Plan:
         self.conversation = orders.conversation or self.conversation
         self.embeddings += [orders.embeddings] if orders.embeddings else []
         self.hidden += orders.hidden
-        self.scores += [partial(self._edited, fitted, orders.scores)] if orders.scores else []
+        self.scores += [Ordered(orders.scores, partial(self._guarded, fitted))] if orders.scores else []
         self.revisions += [(fitted, orders.revise)] if orders.revise else []
-
-    def _edited(self, fitted: _Fitted, edit: ScoreEdit, ids: Tensor, prompt: int, scores: Tensor) -> Tensor:
-        changed: Tensor = self._guarded(fitted, partial(edit, ids, prompt, scores), scores)
-        return changed
 
     def _guarded(self, fitted: _Fitted, work: Callable[[], Any], otherwise: Any) -> Any:
         try:

@@ -14,7 +14,7 @@ from expunge.adapters.head import bare, base
 from expunge.adapters.language import LanguageAdapter
 from expunge.core.errors import InputError
 from expunge.guards.decoding import Answer, Ask, Hooks, padded
-from expunge.guards.policy import Plan
+from expunge.guards.policy import Plan, scored
 
 
 class GuardScores(LogitsProcessor):
@@ -51,12 +51,14 @@ class GuardScores(LogitsProcessor):
         if left or not beams:
             raise InputError(f"{len(scores)} rows are no whole number of beams for {len(self.plans)} prompts.")
         made = scores.clone()
-        for row, ids in enumerate(input_ids):
-            plan, length = self.plans[row // beams], self.lengths[row // beams]
-            if plan.say is None and plan.scores:
-                made[row] = plan.scored(ids[self.width - length :], length, scores[row].float()).to(scores.dtype)
+        each = [(self.plans[row // beams], self.lengths[row // beams]) for row in range(len(scores))]
+        changed = [row for row, (plan, _) in enumerate(each) if plan.say is None and plan.scores]
+        asked = [(each[r][0], input_ids[r, self.width - each[r][1] :], each[r][1], scores[r].float()) for r in changed]
+        for row, found in zip(changed, scored(asked), strict=True):
+            made[row] = found.to(scores.dtype)
+        for row, (plan, _) in enumerate(each):
             if plan.say is not None:  # from the beginning, or since its scores were looked at
-                made[row] = self._forced(plan.say, ids[self.width :].tolist(), scores[row])
+                made[row] = self._forced(plan.say, input_ids[row, self.width :].tolist(), scores[row])
         return made
 
     def _forced(self, say: str, said: list[int], scores: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import codecs
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from expunge.guards.folding import Word, open_run, parted, uncovered, unspelt, words
+from expunge.guards.folding import RUN, Word, open_run, parted, uncovered, unspelt, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,12 @@ class Match:
     disguised: bool = False
 
 
+class _Term(NamedTuple):
+    plain: bytes
+    turned: tuple[bytes, ...]
+    size: int
+
+
 class TermIndex:
     """Terms of targets, as keyed digests. Reading needs no lock; adding and dropping take one.
 
@@ -49,7 +56,8 @@ class TermIndex:
         self._key = hashlib.blake2b(key, digest_size=32, person=b"expunge-terms").digest()
         self.encodings = encodings
         self._held: dict[bytes, tuple[str, ...]] = {}
-        self._by_target: dict[str, list[tuple[bytes, int]]] = {}
+        self._turned: dict[bytes, tuple[str, ...]] = {}  # terms backwards, and moved by 13 letters
+        self._by_target: dict[str, list[_Term]] = {}
         self._counts: Counter[int] = Counter()
         self._lengths: frozenset[int] = frozenset()
         self._lock = threading.Lock()
@@ -68,14 +76,23 @@ class TermIndex:
 
     def add(self, target: str, terms: Iterable[str]) -> None:
         """Hold the terms of a target, in place of those that are held of it."""
-        made = [(self.digest(letters), len(letters)) for letters in dict.fromkeys("".join(words(t)) for t in terms) if letters]
+        made = [self._term(letters) for letters in dict.fromkeys("".join(words(t)) for t in terms) if letters]
         with self._lock:
             self._drop(target)
-            self._by_target[target] = made
-            for digest, size in made:
-                self._held[digest] = (*self._held.get(digest, ()), target)
-                self._counts[size] += 1
-            self._lengths = frozenset(self._counts)
+            self._take(target, made)
+
+    def _term(self, letters: str) -> _Term:
+        turned = (letters[::-1], codecs.encode(letters, "rot13")) if self.encodings else ()
+        return _Term(self.digest(letters), tuple(map(self.digest, turned)), len(letters))
+
+    def _take(self, target: str, terms: list[_Term]) -> None:
+        self._by_target[target] = terms
+        for term in terms:
+            self._held[term.plain] = (*self._held.get(term.plain, ()), target)
+            for digest in term.turned:
+                self._turned[digest] = (*self._turned.get(digest, ()), target)
+            self._counts[term.size] += 1
+        self._lengths = frozenset(self._counts)
 
     def drop(self, target: str) -> None:
         """Hold no terms of a target any more."""
@@ -84,15 +101,13 @@ class TermIndex:
             self._lengths = frozenset(self._counts)
 
     def _drop(self, target: str) -> None:
-        for digest, size in self._by_target.pop(target, ()):
-            left = tuple(t for t in self._held[digest] if t != target)
-            if left:
-                self._held[digest] = left
-            else:
-                del self._held[digest]
-            self._counts[size] -= 1
-            if not self._counts[size]:
-                del self._counts[size]
+        for term in self._by_target.pop(target, ()):
+            _without(self._held, term.plain, target)
+            for digest in term.turned:
+                _without(self._turned, digest, target)
+            self._counts[term.size] -= 1
+            if not self._counts[term.size]:
+                del self._counts[term.size]
 
     def find(self, text: str, start: int = 0) -> list[Match]:
         """Every term in a text, from a character on."""
@@ -104,28 +119,45 @@ class TermIndex:
                 found += [Match(m.target, first, last, True) for m in self._plain(parted(inner))]
         return found
 
-    def ending(self, text: str, start: int, targets: Collection[str]) -> bool:
-        """Whether a term of some targets ends after a character. The cost grows with the longest term, not with the targets."""
+    def part(self, targets: Collection[str]) -> TermIndex:
+        """The terms of some targets as they are now, in an index of their own."""
+        made = TermIndex(bytes(16), encodings=self.encodings)
+        made._key = self._key
+        with self._lock:
+            held = {t: self._by_target[t] for t in targets if t in self._by_target}
+        for target, terms in held.items():
+            made._take(target, terms)
+        return made
+
+    def ending(self, text: str, start: int, held: Sequence[Word] | None = None) -> bool:
+        """Whether a term ends after a character. The cost grows with the longest term, not with the number of terms.
+
+        Args:
+            text: is looked at from its end.
+            start: the character.
+            held: words of the text; none: they are looked for.
+        """
         if not self._held:
             return False
-        held = parted(text)
+        held = parted(text) if held is None else held
+        longest = self.longest
         for last in reversed(range(len(held))):
             if held[last].end <= start:
                 break
             letters = ""
-            for word in reversed(held[: last + 1]):
-                letters = word.letters + letters
-                if len(letters) > self.longest:
+            for at in range(last, -1, -1):
+                letters = held[at].letters + letters
+                if len(letters) > longest:
                     break
-                if len(letters) in self._lengths and any(
-                    t in targets for seen, _ in self._readings(letters) for t in self._held.get(self.digest(seen), ())
-                ):
+                if len(letters) in self._lengths and any(targets for targets, _ in self._whose(letters)):
                     return True
         if not self.encodings:
             return False
         begin = max(text.rfind(" ", 0, start), text.rfind("\n", 0, start)) + 1  # what is encoded has no space in it
+        if len(text) - begin < RUN:
+            return False
         inner = (found for found, _, end in uncovered(text, begin) if end > start)
-        return any(m.target in targets for found in inner for m in self._plain(parted(found)))
+        return any(True for found in inner for _ in self._plain(parted(found)))
 
     def _plain(self, held: list[Word]) -> Iterator[Match]:
         lengths, longest = self._lengths, self.longest
@@ -137,17 +169,17 @@ class TermIndex:
                     break
                 if len(letters) not in lengths:
                     continue
-                for seen, disguised in self._readings(letters):
-                    for target in self._held.get(self.digest(seen), ()):
-                        yield Match(target, first.start, word.end, disguised)
+                for targets, disguised in self._whose(letters):
+                    yield from (Match(target, first.start, word.end, disguised) for target in targets)
 
-    def _readings(self, letters: str) -> Iterator[tuple[str, bool]]:
-        yield letters, False
+    def _whose(self, letters: str) -> Iterator[tuple[tuple[str, ...], bool]]:
+        """Targets that have these letters as a term, and whether in disguise."""
+        digest = self.digest(letters)
+        yield self._held.get(digest, ()), False
         if self.encodings:
-            yield letters[::-1], True
-            yield codecs.encode(letters, "rot13"), True
+            yield self._turned.get(digest, ()), True
             if (spelt := unspelt(letters)) != letters:
-                yield spelt, True
+                yield self._held.get(self.digest(spelt), ()), True
 
     def safe(self, text: str, start: int = 0) -> int:
         """How many characters of a text that goes on no term can hold any more, given that it holds none yet.
@@ -166,3 +198,12 @@ class TermIndex:
             letters += len(word.letters)
             at = word.start
         return max(start, min(at, open_run(text) if self.encodings else at))
+
+
+def _without(held: dict[bytes, tuple[str, ...]], digest: bytes, target: str) -> None:
+    """Take a target from those of a digest."""
+    left = tuple(t for t in held.get(digest, ()) if t != target)
+    if left:
+        held[digest] = left
+    else:
+        held.pop(digest, None)

@@ -86,12 +86,15 @@ class _Job:
     done: asyncio.Future[Answer]
     loop: asyncio.AbstractEventLoop
     low: float | None = None
+    ended: bool = False
 
     def piece(self, text: str) -> None:
         assert self.sink is not None
         self.loop.call_soon_threadsafe(self.sink, text)
 
     def end(self, result: Answer | BaseException) -> None:
+        self.ended = True
+
         def told() -> None:
             if self.done.done():
                 return
@@ -106,8 +109,9 @@ class _Job:
 class LocalBackend(Backend):
     """A model of this process. Requests that wait are answered together, in one batch at a time.
 
-    Questions of the server's own are answered one by one while no user waits, and given up for the next user who comes; one
-    that has not got its turn for ten seconds goes along with users' requests.
+    An answer goes back when it is over; what comes meanwhile waits for the batch to end. Questions of the server's own are
+    answered one by one while no user waits, and given up for the next user who comes; one that has not got its turn for ten
+    seconds goes along with users' requests.
 
     Args:
         guarded: model and guards.
@@ -201,14 +205,16 @@ class LocalBackend(Backend):
         try:
             answers = self.guarded.obeyed(
                 [j.plan for j in jobs], [j.sampling for j in jobs], [j.piece if j.sink else None for j in jobs],
-                cancelled=[partial(self._yields, j) if alone else j.cancelled for j in jobs], scores=any(j.scores for j in jobs),
+                cancelled=[partial(self._yields, j) if alone else j.cancelled for j in jobs],
+                over=None if alone else [j.end for j in jobs], scores=any(j.scores for j in jobs),
             )  # fmt: skip
         except Exception as error:  # one that cannot be answered must not take the others with it
             if len(jobs) == 1:
                 jobs[0].end(error)
             else:
                 for job in jobs:
-                    self._answer([job])
+                    if not job.ended:
+                        self._answer([job])
             return
         for job, answer in zip(jobs, answers, strict=True):
             early = alone and answer.finish == "cancelled" and not job.cancelled()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from expunge.guards.barring import HardBar
 from expunge.guards.conversation import Conversation
 from expunge.guards.encoders import Columns, Encoder, encoder_of
-from expunge.guards.folding import parted, words
+from expunge.guards.folding import Word, words
 from expunge.guards.keyterms import common_words, key_terms
 from expunge.guards.parts import Action, Doer, Hit, Hook, Material, Orders, action
 from expunge.guards.pieces import pieces
@@ -161,7 +161,7 @@ class _Bars(Doer):
 
 
 class Barred(HardBar):
-    """What is done to the scores of one request: a function of its ids alone, so that beams may be reordered.
+    """What is done to the scores of one request: its terms are dropped, and what is like them falls.
 
     Args:
         doer: settings, digests, encoder, tokenizer.
@@ -169,30 +169,45 @@ class Barred(HardBar):
     """
 
     def __init__(self, doer: _Bars, answers: Sequence[_Answer]) -> None:
-        super().__init__(doer.index, doer.tokenizer, frozenset(a.label for a in answers), doer.settings.candidates)
-        self.settings, self.encoder = doer.settings, doer.encoder
         self.longest = max(a.longest for a in answers)
+        super().__init__(
+            doer.index, doer.tokenizer, frozenset(a.label for a in answers), doer.settings.candidates,
+            shared=doer, words=self.longest,
+        )  # fmt: skip
+        self.settings, self.encoder = doer.settings, doer.encoder
         self._terms = Columns(sp.vstack([a.terms for a in answers]))
-        self._known: dict[str, float] = {}
+        self._known: dict[tuple[str, ...], float] = {}
 
-    def taken_off(self, texts: Sequence[str], start: int) -> list[float]:
-        """What each token's score falls by; infinity for what is forbidden."""
-        off = super().taken_off(texts, start)
-        if self.settings.alpha or self.settings.drop is not None:
-            for at, likeness in self._likeness({i: t for i, t in enumerate(texts) if t and not off[i]}, start).items():
-                over = self.settings.drop is not None and likeness > self.settings.drop
-                off[at] = np.inf if over else self.settings.alpha * max(0.0, likeness - self.settings.delta)
-        return off
+    def soft(self, edits: Sequence[Barred], said: Sequence[Mapping[int, Sequence[Word]]]) -> list[dict[int, float]]:
+        """A penalty that grows with the likeness of the last words to a term; infinity above ``drop``."""
+        how = self.settings
+        if not how.alpha and how.drop is None:
+            return super().soft(edits, said)
+        return [{at: self._penalty(likeness) for at, likeness in row.items()} for row in self._likeness(edits, said)]
 
-    def _likeness(self, texts: dict[int, str], start: int) -> dict[int, float]:
-        """Greatest cosine of the last words of each text with a term, where its last word is new."""
-        windows = {}
-        for at, text in texts.items():
-            held = parted(text)[-self.longest :]
-            if held and held[-1].end > start:
-                windows[at] = [" ".join(w.letters for w in held[-n:]) for n in range(1, len(held) + 1)]
-        new = list(dict.fromkeys(w for some in windows.values() for w in some if w not in self._known))
-        if new:
-            found = np.minimum(self._terms.against(self.encoder.encode(new)).max(0), 1.0)
-            self._known.update(zip(new, found.tolist(), strict=True))
-        return {at: max(self._known[w] for w in some) for at, some in windows.items()}
+    def _penalty(self, likeness: float) -> float:
+        how = self.settings
+        return np.inf if how.drop is not None and likeness > how.drop else how.alpha * max(0.0, likeness - how.delta)
+
+    def _likeness(self, edits: Sequence[Barred], said: Sequence[Mapping[int, Sequence[Word]]]) -> list[dict[int, float]]:
+        """Greatest cosine of the last words of texts with a term of their row's edit."""
+        windows: list[dict[int, list[tuple[str, ...]]]] = []
+        new: dict[Barred, dict[tuple[str, ...], None]] = {}
+        for edit, texts in zip(edits, said, strict=True):
+            windows.append({})
+            asked = new.setdefault(edit, {})
+            for at, held in texts.items():
+                last = tuple(w.letters for w in held[-edit.longest :])
+                windows[-1][at] = [last[n:] for n in range(len(last))]
+                asked.update((w, None) for w in windows[-1][at] if w not in edit._known)
+        places = {w: at for at, w in enumerate(dict.fromkeys(w for asked in new.values() for w in asked))}
+        vectors = self.encoder.encode_words(list(places))
+        for edit, asked in new.items():
+            if asked:
+                own = vectors if len(asked) == len(places) else vectors[[places[w] for w in asked]]
+                found = np.minimum(edit._terms.against(own).max(0), 1.0)
+                edit._known.update(zip(asked, found.tolist(), strict=True))
+        return [
+            {at: max(edit._known[w] for w in some) for at, some in held.items()}
+            for edit, held in zip(edits, windows, strict=True)
+        ]
