@@ -19,6 +19,7 @@ from expunge.core.errors import InputError, MissingExtra, nearest
 Precision = Literal["float32", "bfloat16", "auto"]
 
 _DESCRIPTIONS = ("config.json", "adapter_config.json", composite.FILE)  #: a model folder has one of them
+_PLAIN: dict[str, Any] = {"revision": None, "trust_remote_code": False}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -66,6 +67,15 @@ def load(
         tokenizer = _tokenizer(transformers, [name, place] if adapter_of else [place], options)
     model.requires_grad_(True)
     return wrap(model.to(device) if device is not None else model, tokenizer, **settings)
+
+
+def open_part(folder: Path) -> Any:
+    """The model in a folder, without a tokenizer, in float32: what stands beside another one, whose tokenizer serves both.
+
+    Raises:
+        InputError: not found, or no language model.
+    """
+    return _open(need("transformers", "A language model"), locate(str(folder)), torch.float32, _PLAIN)
 
 
 def load_masked(source: str) -> tuple[Any, Any]:
