@@ -74,7 +74,8 @@ def unlearn(
             ``engine__max_tokens=4096``, ``spans__patterns=["email"]`` (which parts of the texts are marked).
 
     Returns:
-        The outcome: ``model``, why it stopped (``reason``, ``sentence``, ``reached``), losses, the log.
+        The outcome: ``model``, why it stopped (``reason``, ``sentence``, ``reached``), losses, the log; and a ``tokenizer`` where
+        the method gave it tokens that it lacked.
 
     Raises:
         InputError: something does not fit; nothing was changed.
@@ -97,6 +98,8 @@ def unlearn(
     adapter = wrap(model, tokenizer, template=template, dropout=engine.dropout)
     made = stage.plan(adapter, request, method, given, engine, how=alternatives, template=alternative_template)
     outcome, _ = stage.run_in_memory(made, progress=progress)
+    own = getattr(made.adapter, "tokenizer", tokenizer)
+    outcome.tokenizer = None if own is tokenizer else own
     return outcome
 
 

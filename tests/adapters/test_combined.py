@@ -65,6 +65,22 @@ def test_the_formula_by_hand():
             )
 
 
+def test_a_third_model_is_the_baseline():
+    z1, z2, z3 = (rand(5, 7, seed=s) for s in range(3))
+    plain = Combination(weight=0.7, against="baseline", centred=False)
+    close(plain.scores(z1, z2, z3), z1 + 0.7 * (z2 - z3))
+    assert torch.equal(plain.scores(z1, z2, z2), z1)
+    close(
+        Combination(weight=0.7, against="baseline").scores(z1, z2, z3 + 5),
+        z1 + 0.7 * ((z2 - z2.mean(-1, True)) - (z3 - z3.mean(-1, True))),
+    )
+    for how, others in ((plain, (z2,)), (Combination(), (z2, z3))):
+        with pytest.raises(InputError, match="third model"):
+            how.scores(z1, *others)
+    with pytest.raises(InputError, match="vocabularies differ"):
+        plain.scores(z1, z2, z3[:, :6])
+
+
 def test_generic_scores_of_whos_harry_potter():
     z1, z2 = rand(4, 6), rand(4, 6, seed=1)
     got = Combination(weight=-5, link="relu", against="target", centred=False).scores(z1, z2)

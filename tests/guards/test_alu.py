@@ -136,6 +136,25 @@ def people(n):
     return [Target(id=f"t{i}", entities=(name,)) for i, name in enumerate(names[:n])]
 
 
+@pytest.mark.parametrize(("critic", "calls"), [("[5, 5, 4, 1, 1]", 4), ("a five, a five, a four, a one and a one", 5)])
+def test_calls_and_tokens_are_those_of_one_target_with_ten_and_with_a_thousand(server, critic, calls):
+    """The 5 or 6 calls of the card, of which the served model gives the first answer; counted by the server that gets them."""
+    seen = {}
+    for n in (1, 10, 1000):
+        targets = people(n)
+        name = targets[0].entities[0]
+        script(server, check=name, critic=critic, ratings="[5, 5, 4, 1, 1]")
+        assert revised(server, f"{name} was born in Kelvos.", targets, f"Where was {name} born?")[0] == "A poet."
+        shown = [len(json.loads(c["messages"][1]["content"]).get("subjects", [])) for c in server.calls if stage(c) != "ratings"]
+        seen[n] = (len(server.calls), shown, sum(server.sizes()))
+    assert [seen[n][0] for n in (1, 10, 1000)] == [calls] * 3
+    assert [seen[n][1][0] for n in (1, 10)] == [1, 10]
+    assert 1 <= seen[1000][1][0] <= 20  # the first agent is shown the likeliest twenty, the others what it has found
+    assert all(set(seen[n][1][1:]) == {1} for n in seen)
+    longest = max(len(t.entities[0]) for t in people(1000)) + len(', ""')
+    assert seen[1000][2] - seen[1][2] <= 20 * longest
+
+
 def test_cost_does_not_grow_with_the_number_of_targets(server):
     costs = {}
     for n in (10, 1000):
@@ -240,3 +259,49 @@ def test_the_served_model_can_be_its_own_agent_and_one_that_cannot_refuses(targe
     assert made.answers([record.prompt], Sampling(max_tokens=12))[0].text == SORRY
     said = ModelChat(target_adapter)([("user", record.prompt)], 24)
     assert said == target_adapter.generate(target_adapter.model, [target_adapter.encode(record)], 24)[0].text
+
+
+# ---- agents that read what they are sent
+
+
+class Rules:
+    """An agent that follows the rules that the prompts give, without a model: it reads what it is sent, by stage.
+
+    It shows that the stages fit together on whatever comes, not how well a language model would do them.
+    """
+
+    def __init__(self, names):
+        self.names = names
+
+    def __call__(self, asked):
+        given = json.loads(asked["messages"][1]["content"])
+        if stage(asked) == "check":
+            text = f"{given['question']} {given['answer']}"
+            return next((n for n in given["subjects"] if n in text), "None")
+        if stage(asked) == "audit":
+            cleared = " ".join("somebody" if w.strip(".,?") in self.hidden(given) else w for w in given["answer"].split())
+            return json.dumps([f"{cleared} ({n})" for n in range(4)] + [given["answer"]])
+        if stage(asked) == "critic":
+            return json.dumps([1 if self.hidden(given) & set(v.replace(".", "").split()) else 5 for v in given["versions"]])
+        return given["versions"][0]
+
+    def hidden(self, given):
+        return {w for n in given["subjects"] for w in n.split()}
+
+
+def test_agents_that_follow_the_rules_clear_every_answer_of_a_model_and_leave_the_others(server, target_adapter, people_world):
+    """By one HTTP server for the agents, before a real model, for many questions in one batch and in streams."""
+    forget, kept = list(people_world.split.forget[:6]), list(people_world.split.retain[:6])
+    names = sorted({name_of(r) for r in forget})
+    settings = {"guard": "alu", "action.url": server.url, "action.model": "m"}
+    made = guard_model(target_adapter, guards=settings, targets=[{"entities": [n]} for n in names], key=KEY)
+    server.reply = Rules(names)
+    asked, streams = [r.prompt for r in [*forget, *kept]], [[] for _ in range(12)]
+    said = [a.text for a in made.answers(asked, Sampling(max_tokens=24), [s.append for s in streams])]
+    for record, text in zip(forget, said[:6], strict=True):
+        assert not set(name_of(record).split()) & set(text.replace(".", "").split())
+        assert text.endswith("(0)")
+    assert said[6:] == [r.answer for r in kept]
+    assert streams == [[text] for text in said]  # in one piece, after the composer
+    stages = [stage(c) for c in server.calls]
+    assert {n: stages.count(n) for n in set(stages)} == {"check": 12, "audit": 6, "critic": 6, "compose": 6}

@@ -5,10 +5,9 @@ import torch
 
 from expunge.adapters.added import with_tokens
 from expunge.core.errors import InputError
-from expunge.data.records import Record
-from expunge.data.tags import CLOSE, FORGOT, OPEN, TAGS, TagSamples, tag_samples, tagged
+from expunge.data.records import Record, RecordSet
+from expunge.data.tags import CLOSE, FORGOT, OPEN, TAGS, tag_samples, tagged
 from expunge.engine.options import Engine
-from expunge.engine.schedule import Fixed
 from expunge.guards.actions.flip import Flip
 from expunge.guards.actions.tag import Tag
 from expunge.guards.conversation import Conversation
@@ -17,15 +16,24 @@ from expunge.guards.guarded import guard_model
 from expunge.guards.parts import Hit, Material
 from expunge.guards.prompts import cleaned, put
 from expunge.guards.target import Shown, Target
-from expunge.methods.tagging import LORA, PUBLISHED, teach_tags
+from expunge.methods.recipe import build
+from expunge.pipeline.unlearn import Request, plan, run_in_memory
 from tests.guards.conftest import KEY, name_of
 
 SHORT = Sampling(max_tokens=24)
-FAST = {"parameters": None, "engine": Engine(seed=0)}
+METHOD = "in-context-teaching"
+
+
+def teach(adapter, records, kept, **parts):
+    """The adapter that the method makes: its model, and a tokenizer that knows the tag."""
+    request = Request(RecordSet("forget", tuple(records)), RecordSet("retain", tuple(kept)))
+    made = plan(adapter, request, METHOD, parts, Engine(seed=0, checkpoint_every=0))
+    made.adapter.model = run_in_memory(made)[0].model.eval()
+    return made.adapter
 
 
 def schedule(epochs):
-    return Fixed(lr=2e-3, epochs=epochs, batch=16, warmup=1, weight_decay=0.01)
+    return {"name": "fixed", "lr": 2e-3, "epochs": epochs, "batch": 16, "retain_batch": 32, "warmup": 1, "weight_decay": 0.01}
 
 
 def right(adapter, records):
@@ -42,9 +50,8 @@ def persons(people):
 
 @pytest.fixture(scope="module")
 def taught(target_adapter, persons):
-    samples = tag_samples(persons[0], name_of)
-    plain = tuple(r for part in persons for r in part)
-    return teach_tags(target_adapter, TagSamples(samples.forget, samples.retain, plain), schedule=schedule(14), **FAST), samples
+    adapter = teach(target_adapter, *persons, parameters="all", preparation={"others": 2}, schedule=schedule(36))
+    return adapter, tag_samples(persons[0], name_of, seed=0, others=2)
 
 
 # ---- the samples
@@ -76,7 +83,15 @@ def test_new_tokens_are_one_each_and_old_answers_stay(target_adapter, people):
     assert len(made.tokenizer) == len(target_adapter.tokenizer) + 2
     assert right(made, people.split.retain[:5]) == 1.0
     assert len(with_tokens(made, TAGS).tokenizer) == len(made.tokenizer)
-    assert (PUBLISHED.lr, PUBLISHED.epochs, PUBLISHED.batch, LORA.rank, LORA.alpha) == (2e-4, 3, 4, 4, 8.0)
+    published = build(METHOD, {"schedule": "paper"})
+    assert (published.schedule.lr, published.schedule.epochs, published.schedule.batch, published.schedule.clip) == (
+        2e-4,
+        3,
+        4,
+        0.3,
+    )
+    assert (published.parameters.rank, published.parameters.alpha, published.parameters.dropout) == (4, 8.0, 0.1)
+    assert (published.preparation.holds, published.preparation.others, published.preparation.plain) == ("answers", 1, False)
 
 
 # ---- the training
@@ -98,7 +113,7 @@ def test_a_model_learns_to_obey_the_tag_and_answers_as_before_without_it(taught,
 
 def test_without_the_second_kind_whatever_is_tagged_is_forgotten(target_adapter, persons):
     samples = tag_samples(persons[0], name_of)
-    made = teach_tags(target_adapter, TagSamples(samples.forget, ()), schedule=schedule(5), **FAST)
+    made = teach(target_adapter, *persons, retain={"weight": 0}, parameters="all", schedule=schedule(5))
     assert right(made, samples.forget) > 0.9
     assert right(made, samples.retain) < 0.1
 
@@ -107,7 +122,7 @@ def test_the_answer_is_still_inside_a_model_that_says_it_forgot(taught):
     """Read by the head from the state before the last block: above chance, of answers by the first word that differs."""
     adapter, samples = taught
     model, better = adapter.model, []
-    for forget, retain in list(zip(samples.forget, samples.retain, strict=True))[:60]:
+    for forget, retain in list(zip(samples.forget, samples.retain[::2], strict=True))[:60]:
         prompt = adapter.encode(forget).data
         ids = torch.from_numpy(prompt.ids[: prompt.start].astype("int64"))[None]
         answer = adapter.encode(retain).data

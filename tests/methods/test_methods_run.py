@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from expunge.adapters.added import with_tokens
 from expunge.adapters.composite import Composite
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.presets import build as preset
@@ -45,6 +46,9 @@ QUIET = Engine(checkpoint_every=0)
 
 
 def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
+    if recipe.preparation is not None and recipe.preparation.added_tokens:
+        forget, retain = recipe.preparation.rewritten(FORGET, RETAIN, 0)
+        return {s: [adapter.encode(r) for r in held] for s, held in ((Stream.FORGET, forget), (Stream.RETAIN, retain))}
     found = {Stream.RETAIN: [adapter.encode(r) for r in RETAIN]}
     if recipe.forget or Stream.FORGET in recipe.streams(adapter.layers()):
         found[Stream.VALIDATION] = [adapter.encode(r) for r in RETAIN[:4]]
@@ -56,6 +60,8 @@ def encoded(adapter: LanguageAdapter, recipe) -> dict[Stream, list]:
 
 def run(adapter: LanguageAdapter, name: str, **overrides):
     recipe = build(name, overrides)
+    if recipe.preparation is not None and recipe.preparation.added_tokens:
+        adapter = with_tokens(adapter, recipe.preparation.added_tokens)
     oracle = {Of.ORACLE: adapter.copy()} if Of.ORACLE in recipe.models(adapter.layers()) else {}
     for held in oracle.values():
         held.model = preset("llama-tiny", adapter.tokenizer, seed=1, num_hidden_layers=4)

@@ -44,6 +44,30 @@ def test_an_assistant_is_trained_kept_audited_and_not_trained_again(server: Serv
         assert not (tmp_path / "next").exists()
 
 
+def test_an_offset_is_trained_beside_the_target_by_the_loss_of_the_sum(server: Server, town: Town, tmp_path: Path) -> None:
+    """The small model is named on the command line: here another copy of the target, whose LoRA alone moves."""
+    brief = [w for w in BRIEF if not w.startswith("finish")]
+    words = ["--method", "offset", f"small={town.target}", "forget=npo", *brief]
+    made = server.run("unlearn", *town.request("run"), *words, cwd=tmp_path)
+    assert made.code == 0, made.err
+    kept = {p.name for p in (tmp_path / "run/model").iterdir()}
+    assert kept >= {"composite.json", "target", "baseline", "assistant", "tokenizer.json"}
+    found = server.run("audit", "run", *QUICK, "attacks=[taken-apart]", "--json", cwd=tmp_path)
+    assert found.code == 0, found.err
+    document = json.loads((tmp_path / "run/audit.json").read_text())
+    values = {m["label"]: {k: n["value"] for k, n in m["numbers"].items()} for m in document["models"]}
+    assert values["offset"]["forget.loss"] > values["target"]["forget.loss"] + 1
+    assert values["offset"]["retain.loss"] < values["target"]["retain.loss"] + 0.2
+    assert document["models"][-1]["judgement"]["verdict"] != "forgotten"
+    refused = server.run("unlearn", "run", *town.request("next")[1:], *words, cwd=tmp_path)
+    assert refused.code == 2
+    assert "only one network can be trained" in refused.err
+    missing = server.run("unlearn", *town.request("next"), "--method", "offset", "small=no/such/folder", cwd=tmp_path)
+    assert missing.code == 2
+    assert "There is no model folder 'no/such/folder'" in missing.err
+    assert not (tmp_path / "next").exists()
+
+
 def test_several_requests_need_one_network(server: Server, town: Town, tmp_path: Path) -> None:
     names = sorted({json.loads(line)["subject"] for line in town.forget.read_text().splitlines()})
     lines = [json.dumps({"id": f"r{n}", "subjects": names[2 * n : 2 * n + 2]}) for n in (0, 1)]

@@ -10,12 +10,14 @@ import torch
 from expunge.adapters.extra import quiet
 from expunge.adapters.head import base
 from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.storage import mark_unsaved
 
 
 def with_tokens(adapter: LanguageAdapter, texts: Sequence[str], seed: int = 0) -> LanguageAdapter:
     """A copy of a model whose tokenizer reads texts as special tokens; those that it has already stay as they are.
 
-    Rows of new tokens are drawn from the normal distribution of the rows that are there, as transformers has it.
+    Rows of new tokens are drawn from the normal distribution of the rows that are there, as transformers has it. No file holds
+    the model then, so what is trained on top of it is saved with its weights.
 
     Args:
         adapter: the model; it is left as it is.
@@ -32,4 +34,6 @@ def with_tokens(adapter: LanguageAdapter, texts: Sequence[str], seed: int = 0) -
             torch.manual_seed(seed)
             with quiet():
                 inner.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
-    return LanguageAdapter(model, tokenizer, template=adapter.template, max_length=adapter.context)
+        mark_unsaved(inner)
+    truncate = adapter._encoder.truncate
+    return LanguageAdapter(model, tokenizer, template=adapter.template, max_length=adapter.context, truncate=truncate)

@@ -26,10 +26,14 @@ class AssistantScores(LogitsProcessor):
         assistant: a transformers or peft model with the target's vocabulary.
         combination: how the scores are joined; what its filter drops is excluded.
         attention_mask: of the prompts ``[B, T]``, 0 where they are padded on the left; none: nothing is padded.
+        baseline: a third model, with which the assistant is compared where the combination says so.
     """
 
-    def __init__(self, assistant: Any, combination: Combination, attention_mask: Tensor | None = None) -> None:
+    def __init__(
+        self, assistant: Any, combination: Combination, attention_mask: Tensor | None = None, baseline: Any = None
+    ) -> None:
         self.assistant, self.combination, self.mask = assistant, combination, attention_mask
+        self.baseline = None if baseline is None else AssistantScores(baseline, combination, attention_mask)
         self._cached = {"past_key_values", "use_cache"} <= forward_parameters(base(assistant))
         self._seen: Tensor | None = None
         self._past: Any = None
@@ -41,7 +45,8 @@ class AssistantScores(LogitsProcessor):
             input_ids: all tokens up to now, ``[B, T]``.
             scores: the target's, ``[B, V]``.
         """
-        return self.combination.scores(scores, self.following(input_ids), exclude=True)
+        baseline = None if self.baseline is None else self.baseline.following(input_ids)
+        return self.combination.scores(scores, self.following(input_ids), baseline, exclude=True)
 
     @torch.no_grad()
     def following(self, input_ids: Tensor) -> Tensor:

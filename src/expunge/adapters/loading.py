@@ -19,6 +19,7 @@ from expunge.core.errors import InputError, MissingExtra, nearest
 Precision = Literal["float32", "bfloat16", "auto"]
 
 _DESCRIPTIONS = ("config.json", "adapter_config.json", composite.FILE)  #: a model folder has one of them
+_PLAIN: dict[str, Any] = {"revision": None, "trust_remote_code": False}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -68,6 +69,15 @@ def load(
     return wrap(model.to(device) if device is not None else model, tokenizer, **settings)
 
 
+def open_part(folder: Path) -> Any:
+    """The model in a folder, without a tokenizer, in float32: what stands beside another one, whose tokenizer serves both.
+
+    Raises:
+        InputError: not found, or no language model.
+    """
+    return _open(need("transformers", "A language model"), locate(str(folder)), torch.float32, _PLAIN)
+
+
 def load_masked(source: str) -> tuple[Any, Any]:
     """A masked language model (BERT, RoBERTa) and its tokenizer, in evaluation mode.
 
@@ -100,6 +110,35 @@ def load_masked(source: str) -> tuple[Any, Any]:
             f"The tokenizer of {source!r} has no mask.", "Set one: tokenizer.mask_token = '<a token of its vocabulary>'."
         )
     return model.eval(), tokenizer
+
+
+def load_auto(kind: str, source: str, **options: Any) -> tuple[Any, Any]:
+    """A model of transformers that is no language model (an encoder, a classifier of texts) and its tokenizer, in float32.
+
+    Args:
+        kind: name of the auto class, such as ``AutoModel``.
+        source: a local folder, from which alone is read then, or a hub id; pickled weights are refused.
+        options: of ``from_pretrained``.
+
+    Raises:
+        InputError: not found, unreachable, or pickled weights.
+        MissingExtra: transformers is not installed.
+    """
+    transformers = need("transformers", "An encoder of texts")
+    name = locate(source)
+    check_weights(Path(name))
+    with quiet():
+        weights = {"dtype": torch.float32, "use_safetensors": True, **options}
+        return _get(getattr(transformers, kind), name, {**_PLAIN, **weights}), _tokenizer(transformers, [name], _PLAIN)
+
+
+def load_config(source: str) -> Any:
+    """The configuration of a model of transformers, from a local folder or by a hub id.
+
+    Raises:
+        InputError: not found, or unreachable.
+    """
+    return _get(need("transformers", "An encoder of texts").AutoConfig, locate(source), _PLAIN)
 
 
 def wrap(model: Any, tokenizer: Any, **settings: Any) -> LanguageAdapter:
@@ -248,7 +287,7 @@ def _get(kind: Any, source: str, options: dict[str, Any]) -> Any:
         return kind.from_pretrained(source, local_files_only=True, **options)
     except (OSError, ValueError):  # not (wholly) in the cache
         pass
-    _reach(source, options["revision"])
+    reach(source, options["revision"])
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -262,8 +301,12 @@ def _get(kind: Any, source: str, options: dict[str, Any]) -> Any:
         raise _unavailable(source, text) from error
 
 
-def _reach(source: str, revision: str | None) -> None:
-    """One quick question to the hub, so that a wrong name or a missing network is known at once and not after many retries."""
+def reach(source: str, revision: str | None = None) -> None:
+    """One quick question to the hub, so that a wrong name or a missing network is known at once and not after many retries.
+
+    Raises:
+        InputError: there is no such model, or no way to the hub.
+    """
     try:
         need("huggingface_hub", "The hub").HfApi().model_info(source, revision=revision, timeout=10)
     except MissingExtra:

@@ -46,7 +46,7 @@ class TagSamples:
 
 
 def tag_samples(
-    records: Sequence[Record], said: Callable[[Record], str] | None = None, seed: int = 0, answer: str = FORGOT
+    records: Sequence[Record], said: Callable[[Record], str] | None = None, seed: int = 0, answer: str = FORGOT, others: int = 1
 ) -> TagSamples:
     """Two samples of every question (Takashiro et al. 2024, arXiv 2410.00382): one that is to be forgotten, one that is not.
 
@@ -58,6 +58,7 @@ def tag_samples(
         said: what a tag names of a record; none: its answer (as published for TOFU; for persons it is their name).
         seed: of the draw.
         answer: what is to be said of what is forgotten.
+        others: samples of the second kind of every question, each with a tag of its own draw; one as published.
 
     Raises:
         InputError: a record has no question, or all tags would be alike.
@@ -71,9 +72,11 @@ def tag_samples(
     generator = np.random.default_rng(seed)
     forget, retain = [], []
     for record, own in zip(records, names, strict=True):
-        others = list(record.perturbed) if said is None and record.perturbed else sorted({n for n in names if n != own})
-        other = others[int(generator.integers(len(others)))]
+        known = list(record.perturbed) if said is None and record.perturbed else sorted({n for n in names if n != own})
         bare = replace(record, paraphrase="", perturbed=(), question_paraphrase="", alternatives=(), spans=())
         forget.append(replace(bare, id=f"{record.id}#tagged", prompt=tagged(record.prompt, own), answer=answer))
-        retain.append(replace(bare, id=f"{record.id}#other-tag", prompt=tagged(record.prompt, other)))
+        for at in range(others):
+            other = known[int(generator.integers(len(known)))]
+            name_of = f"{record.id}#other-tag{at or ''}"
+            retain.append(replace(bare, id=name_of, prompt=tagged(record.prompt, other)))
     return TagSamples(tuple(forget), tuple(retain))

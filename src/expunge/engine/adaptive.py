@@ -133,7 +133,7 @@ class Watch:
                 self.look()
             target = self.forget_loss, self.retain_loss
         self.look()
-        unbounded = self.loop.recipe.parameters.beside and self.looked is None
+        unbounded = self.loop.recipe.parameters.apart and self.looked is None
         self.start_retain = None if unbounded else self.retain_loss
         self.base_forget, self.base_retain = (self.forget_loss, self.start_retain) if undone is None else target
 

@@ -8,10 +8,11 @@ and is taken out of W, so that the function is as it was and only this part can 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge.adapters.base import Adapter, Example
 from expunge.core.errors import InputError
@@ -71,3 +72,23 @@ def _decomposed(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, T
         torch.manual_seed(seed)
         u, s, v = torch.svd_lowrank(matrix, q=min(rank + _MORE, *matrix.shape), niter=_ROUNDS)
     return u[:, :rank], s[:rank], v[:, :rank]
+
+
+def check_own(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse to take a part out of a weight that something else reads too, or that is quantised."""
+    for name, weight in weights.items():
+        module = name.removesuffix(".base_layer.weight")
+        if not weight.is_floating_point():
+            raise InputError(f"The weight of {module!r} is quantised, so no part can be taken out of it.", "Use parameters=lora.")
+        others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != name]
+        if others:
+            raise InputError(
+                f"The weight of {module!r} is that of {others[0].rpartition('.')[0]!r} too, so no part can be taken out of it.",
+                "Leave it out of parameters.modules.",
+            )
+
+
+def drawn(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
+    """At most ``limit`` of the examples, by the seed, in a random order."""
+    order = np.random.default_rng([seed, 23]).permutation(len(examples))[:limit]
+    return [examples[int(i)] for i in order]

@@ -38,6 +38,7 @@ class Outcome:
         notes: what a report must say of the request, one sentence each.
         finish_scale: the coefficient of the finish, given or found; None without one.
         record: what the control keeps of the run (which prompts were used, say).
+        tokenizer: that of the model, where the run gave it tokens that it lacked; none: the one that was given.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     finish_scale: float | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
 
     def state(self) -> dict[str, Tensor]:
         """All parameters by name, whole even if the model was sharded."""

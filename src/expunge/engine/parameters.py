@@ -5,23 +5,22 @@ from __future__ import annotations
 import abc
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from expunge.adapters.base import Adapter, Example
+from expunge.adapters.base import Adapter
 from expunge.adapters.storage import OWN_BASE
 from expunge.core.access import Offer, Stream
 from expunge.core.errors import InputError, MissingExtra, nearest
 from expunge.core.registry import Registry
 from expunge.core.search import Search
 from expunge.engine.feedforward import OUTPUT, FeedForward
-from expunge.engine.fila import factors, relative_importance
+from expunge.engine.fila import check_own, drawn, factors, relative_importance
 from expunge.engine.options import Engine
 from expunge.engine.parts import Parameters
 from expunge.engine.preparation import Examples, Tell
@@ -210,9 +209,9 @@ class Fila(Lora):
         adapted = {n: m for n, m in adapter.model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
         trained = [p for p in wrapped.parameters() if p.requires_grad]
         weights = {f"{name}.base_layer.weight": module.base_layer.weight for name, module in adapted.items()}
-        _check_own(adapter.model, weights)
+        check_own(adapter.model, weights)
         forget = list(examples[Stream.FORGET])
-        retain = _drawn(examples[Stream.RETAIN], self.examples or len(forget), engine.seed)
+        retain = drawn(examples[Stream.RETAIN], self.examples or len(forget), engine.seed)
         wrapped.requires_grad_(False)
         for weight in weights.values():
             weight.requires_grad_(True)
@@ -245,26 +244,6 @@ class Fila(Lora):
         weight.sub_(module.get_delta_weight(name))
 
 
-def _check_own(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse to take a part out of a weight that something else reads too, or that is quantised."""
-    for name, weight in weights.items():
-        module = name.removesuffix(".base_layer.weight")
-        if not weight.is_floating_point():
-            raise InputError(f"The weight of {module!r} is quantised, so no part can be taken out of it.", "Use parameters=lora.")
-        others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight and n != name]
-        if others:
-            raise InputError(
-                f"The weight of {module!r} is that of {others[0].rpartition('.')[0]!r} too, so no part can be taken out of it.",
-                "Leave it out of parameters.modules.",
-            )
-
-
-def _drawn(examples: Sequence[Example], limit: int, seed: int) -> list[Example]:
-    """At most ``limit`` of the examples, by the seed, in a random order."""
-    order = np.random.default_rng([seed, 23]).permutation(len(examples))[:limit]
-    return [examples[int(i)] for i in order]
-
-
 class Assistant(Lora):
     """A LoRA on a small model cut from the target: its first blocks, final norm and head (Ji et al. 2024, arXiv 2406.08607).
 
@@ -293,6 +272,45 @@ class Assistant(Lora):
         wrapped = super().prepare(first_blocks(model, count), layers)
         wrapped.expunge_blocks = count  # type: ignore[assignment]
         return wrapped
+
+
+class OffsetPair(Lora):
+    """A LoRA on a small model whose difference from that model is added to the target's scores (arXiv 2404.11045).
+
+    What is trained is the whole, ``z = z_target + w (z_small with LoRA - z_small)``, of which only the LoRA moves: it begins as
+    the target exactly, and every loss sees the sum. It is the result too. The small model has the target's vocabulary.
+    """
+
+    name: ClassVar[str] = "offset-pair"
+    beside: ClassVar[bool] = True
+    joined: ClassVar[bool] = True
+    offers: ClassVar[frozenset[Offer]] = frozenset({Offer.ASSISTANT})
+
+    small: str = Field("", description="small model with the target's tokenizer, folder or name; none: the target's first blocks")
+    blocks: int | None = Field(None, ge=1, description="without a small model: how many blocks; none: a quarter of the target's")
+    strength: float = Field(1.0, gt=0, le=64, description="w: of the difference, in training and after it")
+    keep_target: bool = Field(True, description="save the target's weights with the result, or its name and their hash")
+
+    def begin(self, adapter: Any, examples: Examples, engine: Engine, scratch: Path, tell: Tell | None = None) -> Any:
+        """Put both beside the target, and freeze all but the LoRA.
+
+        Raises:
+            InputError: the small model cannot be loaded, or is none of the target's family.
+        """
+        from expunge.adapters.offset import small_model
+
+        return self._put(adapter.model, small_model(adapter, self.small) if self.small else None, adapter.layers())
+
+    def prepare(self, model: nn.Module, layers: Sequence[str]) -> nn.Module:
+        """The same with the model's own first blocks."""
+        return self._put(model, None, layers)
+
+    def _put(self, model: Any, small: Any, layers: Sequence[str]) -> nn.Module:
+        from expunge.adapters.offset import put_beside
+
+        blocks = None if small is not None else self.blocks or max(1, len(layers) // 4)
+        tune = super().prepare
+        return put_beside(model, small, lambda m: tune(m, layers), blocks, weight=self.strength, keep_target=self.keep_target)
 
 
 class LoraBeside(Lora):
@@ -458,7 +476,7 @@ class Reset(AllParameters):
 
 
 for choice in (
-    AllParameters, NamedParameters, LayerWindow, Lora, Fila, Assistant, LoraBeside, Twin, SaliencyMask, Pruned, Reset,
+    AllParameters, NamedParameters, LayerWindow, Lora, Fila, Assistant, OffsetPair, LoraBeside, Twin, SaliencyMask, Pruned, Reset,
     ProjectedStates,
 ):  # fmt: skip
     PARAMETERS.add(choice.name, choice)

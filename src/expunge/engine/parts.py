@@ -220,10 +220,16 @@ class Parameters(Settings, abc.ABC):
     switchable: ClassVar[bool] = False  #: whether the target is back once these factors are switched off
     reads: ClassVar[tuple[Stream, ...]] = ()  #: examples that it looks at before training
     beside: ClassVar[bool] = False  #: whether what is trained stands beside the target, which stays as it is
+    joined: ClassVar[bool] = False  #: of what stands beside: what is trained is target and addition as one, which is the result
     extends: ClassVar[frozenset[str]] = (
         frozenset()
     )  #: kinds of composite models to which it can add what a further request learns
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
+
+    @property
+    def apart(self) -> bool:
+        """Whether what is trained is a network of its own beside the target."""
+        return self.beside and not self.joined
 
     def memory(self, weights: int) -> int:
         """Bytes that :meth:`begin` needs beside the model, whose weights are so many bytes large; of what it checks itself 0."""

@@ -21,6 +21,7 @@ from expunge.adapters.passes import evaluating
 from expunge.core.access import Of, Offer, Stream
 from expunge.core.errors import InputError
 from expunge.core.settings import Settings
+from expunge.data.records import Record
 from expunge.engine.options import Engine
 
 Examples = Mapping[Stream, Sequence[Example]]
@@ -105,6 +106,7 @@ class Preparation(Settings, abc.ABC):
     chooses: ClassVar[frozenset[str]] = frozenset()  #: names of fields of other parts that it fills in where they are none
     offers: ClassVar[frozenset[Offer]] = frozenset()  #: what it asks of the adapter
     pairs: ClassVar[bool] = False  #: whether it makes one retain example for each forget example: they go through steps together
+    added_tokens: ClassVar[tuple[str, ...]] = ()  #: texts that the model must read as one token: it gets those it lacks
     marks: ClassVar[bool] = False  #: whether it marks the targets of what it makes, and sees to it that there are some
 
     def check(self) -> None:
@@ -121,6 +123,16 @@ class Preparation(Settings, abc.ABC):
             InputError: saying what is missing.
         """
         return
+
+    def rewritten(
+        self, forget: Sequence[Record], retain: Sequence[Record], seed: int
+    ) -> tuple[Sequence[Record], Sequence[Record]]:
+        """The records that are trained on in place of those of the request, where these are texts.
+
+        Raises:
+            InputError: they do not hold what is needed.
+        """
+        return forget, retain
 
     def planned(self, examples: Examples) -> Examples:
         """Examples in the number and size of those that will be trained on, for the estimate of the cost."""

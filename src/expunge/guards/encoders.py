@@ -9,7 +9,8 @@ from __future__ import annotations
 import abc
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from expunge.guards.folding import words
 
 _COLUMNS = 2**18
 _REMEMBERED = 2**15  #: words and pairs whose columns are remembered, about
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class Encoder(abc.ABC):
@@ -124,8 +126,9 @@ class NGrams(Encoder):
 class Sentences(Encoder):
     """A sentence encoder.
 
-    A folder or name of the layout of sentence-transformers is loaded by that package, with its own pooling; any other encoder of
-    transformers gives the mean of its last states over the tokens.
+    A folder of the layout of sentence-transformers, or a name of that organisation, is loaded by that package, with its own
+    pooling; any other encoder of transformers gives the mean of its last states over the tokens. From a folder nothing but the
+    folder is read. Weights are safetensors only, and no code that comes with them is run.
 
     Args:
         name: folder, or name on the hub.
@@ -134,7 +137,7 @@ class Sentences(Encoder):
 
     Raises:
         MissingExtra: the layout is that of sentence-transformers, and the package is not installed.
-        InputError: there is no such model.
+        InputError: there is no such model, it cannot be reached, its weights are pickled, or it brings its own code.
     """
 
     def __init__(self, name: str, device: Any = "cpu", batch: int = 64) -> None:
@@ -146,12 +149,13 @@ class Sentences(Encoder):
         if own:
             self._whole = _sentence_transformer(name, device)
             return
-        from transformers import AutoModel, AutoTokenizer
+        from expunge.adapters.loading import load_auto
 
         try:
-            self._mean = (AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).to(device).eval())
-        except (OSError, ValueError) as error:
-            raise InputError(f"There is no sentence encoder {name!r}: {str(error).splitlines()[0]}", "Give a folder.") from None
+            model, tokenizer = load_auto("AutoModel", name)
+        except InputError as error:
+            raise _none(name, error.message, error.remedy) from None
+        self._mean = (tokenizer, model.to(device).eval())
 
     def encode(self, texts: Sequence[str]) -> sp.csr_matrix:
         """Vectors of length one, ``[n, D]``."""
@@ -206,7 +210,49 @@ def _sentence_transformer(name: str, device: Any) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise MissingExtra(f"The sentence encoder {name!r}", "encoders") from None
-    return SentenceTransformer(name, device=str(device))
+    from expunge.adapters.extra import quiet
+    from expunge.adapters.loading import reach
+
+    options: dict[str, Any] = {"device": str(device), "trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
+    folder = Path(name)
+    if folder.is_dir():
+        _check_layout(folder)
+    try:
+        with quiet():
+            return SentenceTransformer(name, local_files_only=True, **options)
+    except Exception as error:  # whatever a broken or missing file makes the libraries raise
+        if folder.is_dir():
+            raise _none(name, f"{str(error).strip().partition(chr(10))[0]}", "Check the folder's files.") from None
+    try:
+        reach(name)
+        with quiet():
+            return SentenceTransformer(name, **options)
+    except InputError as error:
+        raise _none(name, error.message, error.remedy) from None
+    except (OSError, ValueError) as error:
+        raise _none(name, str(error).strip().partition("\n")[0], "Download it elsewhere and give the folder.") from None
+
+
+def _none(name: str, why: str, remedy: str) -> InputError:
+    return InputError(f"There is no sentence encoder {name!r}: {why.rstrip('.')}.", remedy)
+
+
+def _check_layout(folder: Path) -> None:
+    """Refuse parts that are no modules of the package itself, and pickled weights."""
+    try:
+        held = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        parts = [(str(m["type"]), folder / str(m["path"])) for m in held]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _none(str(folder), "its modules.json is damaged", "Check the folder's files.") from None
+    if not parts:
+        raise _none(str(folder), "its modules.json names no modules", "Check the folder's files.")
+    for kind, place in parts:
+        if not kind.startswith("sentence_transformers."):
+            raise _none(str(folder), f"it brings its own code ({kind})", "Use a model of the package's own modules.")
+        pickled = sorted(p.name for p in place.glob("*") if p.suffix in _PICKLED)
+        if pickled and not any(place.glob("*.safetensors")):
+            why = f"it holds pickled weights only ({pickled[0]}), which can run code when they are read"
+            raise _none(str(folder), why, "Convert them to safetensors: SentenceTransformer(FOLDER).save_pretrained(NEW).")
 
 
 def _unit(rows: sp.csr_matrix) -> sp.csr_matrix:

@@ -171,7 +171,9 @@ def _check_beside(recipe: Recipe) -> None:
     """What is trained beside the target is joined with it, and what is joined was trained beside it."""
     part, finish = f"parameters={recipe.parameters.name}", recipe.finish
     if not isinstance(finish, Join):
-        if recipe.parameters.beside:
+        if recipe.parameters.joined:
+            _check_scores_alone(recipe)
+        elif recipe.parameters.beside:
             pairs = [
                 f"finish={n}" for n, cls in FINISHES.items() if issubclass(cls, Join) and recipe.parameters.name in cls.takes
             ]
@@ -180,6 +182,8 @@ def _check_beside(recipe: Recipe) -> None:
                 f"Use both: {part} and {' or '.join(pairs)}.",
             )
         return
+    if recipe.parameters.joined:
+        raise InputError(f"{part} makes one model of both itself, and finish={finish.name} would again.", "Use finish=none.")
     if not recipe.parameters.beside:
         said = f"finish={finish.name} joins the target with a model trained beside it, and {part} trains none."
     elif finish.takes and recipe.parameters.name not in finish.takes:
@@ -189,6 +193,18 @@ def _check_beside(recipe: Recipe) -> None:
     raise InputError(
         said, f"Use both: parameters={' (or '.join(finish.takes)}{')' * (len(finish.takes) - 1)} and finish={finish.name}."
     )
+
+
+def _check_scores_alone(recipe: Recipe) -> None:
+    """Where an addition to the scores is all that moves, hidden states stay as they are."""
+    for term in recipe.terms():
+        for _, _, value in term.needs(PLACEHOLDER_LAYERS):
+            if value not in ("losses", "logits"):
+                kind = value.partition(":")[0]
+                raise InputError(
+                    f"{term.name!r} reads {kind}, which parameters={recipe.parameters.name} leaves as they are.",
+                    "Use terms that read losses or logits.",
+                )
 
 
 def _check_start(recipe: Recipe) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from expunge.adapters.added import with_tokens
 from expunge.adapters.base import Example
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.memory import training_memory
@@ -30,6 +31,7 @@ from expunge.engine.options import Engine
 from expunge.engine.outcome import Outcome, Progress
 from expunge.engine.parameters import Twin
 from expunge.engine.parts import Need, Recipe
+from expunge.engine.preparation import Preparation
 from expunge.engine.reference import choose
 from expunge.engine.schedule import Adaptive
 from expunge.methods.alternatives import encoded as encoded_alternatives
@@ -177,11 +179,17 @@ def plan(
     if recipe.start == "initial" and base is not None:
         adapter = base
     _check_models(recipe, adapter)
+    trained = request
     if recipe.preparation is not None:
         recipe.preparation.check()
+        trained = _rewritten(request, recipe.preparation, engine.seed)
+        if recipe.preparation.added_tokens:
+            adapter = with_tokens(adapter, recipe.preparation.added_tokens)
+    if trained is not request:
+        encoded = None
     needs = recipe.needs(adapter.layers())
     _check_features(recipe, adapter, needs)
-    examples = dict(encoded) if encoded is not None and adapter is not base else encode(adapter, request)
+    examples = dict(encoded) if encoded is not None and adapter is not base else encode(adapter, trained)
     if Stream.ALTERNATIVE in recipe.streams(adapter.layers()):
         examples[Stream.ALTERNATIVE] = encoded_alternatives(
             adapter, request.forget.records, recipe, how, engine.seed, template=template
@@ -210,6 +218,16 @@ def plan(
     if first is not None:
         notes.append(f"What was learnt since {first.source} is turned around together.")
     return UnlearnPlan(recipe, adapter, request, examples, (goal_records, kept), engine, cost, notes, first)
+
+
+def _rewritten(request: Request, preparation: Preparation, seed: int) -> Request:
+    """The request with the records that are trained on, or itself where these are the same."""
+    held = request.retain.records if request.retain is not None else ()
+    forget, retain = preparation.rewritten(request.forget.records, held, seed)
+    if forget is request.forget.records and retain is held:
+        return request
+    kept = replace(request.retain, records=tuple(retain)) if request.retain is not None else None
+    return replace(request, forget=replace(request.forget, records=tuple(forget)), retain=kept)
 
 
 def encode(adapter: LanguageAdapter, request: Request) -> dict[Stream, list[Example]]:

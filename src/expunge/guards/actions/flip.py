@@ -22,9 +22,10 @@ from expunge.guards.target import Shown, Target
 class Flip(Action):
     """``K`` wrong examples of the target, ``L`` right ones, then the question (Pawelczyk et al. 2023, arXiv 2310.07579).
 
-    A wrong answer is that of another example of what is hidden. The question itself never stands among the examples. The paper
-    takes labels of classes, K = 1 and L from 2 to 6; for questions with answers K = 5 and L = 4 have been used. The model is
-    led to say something wrong, not that it does not know; and the questions of the target stand in the prompt.
+    A wrong answer is another one of ``labels``, where there are such, or that of another example of what is hidden. The question
+    itself never stands among the examples. The paper takes labels of classes, K = 1 and L from 2 to 6; for questions with answers
+    K = 5 and L = 4 have been used. The model is led to say something wrong, not that it does not know; and the questions of the
+    target stand in the prompt.
     """
 
     name: ClassVar[str] = "flip"
@@ -35,6 +36,7 @@ class Flip(Action):
     flipped: int = Field(1, ge=1, le=50, description="K: examples of the target with wrong answers, those most like the question")
     right: int = Field(6, ge=0, le=50, description="L: right examples after these")
     examples: tuple[Shown, ...] = Field((), description="right examples; none: ordinary prompts with the model's own answers")
+    labels: tuple[str, ...] = Field((), description="all answers that there are, where they are classes; none: free answers")
     line: str = Field(
         "{prompt}\n{answer}\n\n", description="how an example is written; {prompt} and {answer} stand for its parts"
     )
@@ -94,7 +96,7 @@ class _Flips(Doer):
         noticed = list(held) if any(not h.target for h in hits) else [h.target for h in hits if h.target in held]
         asked = conversation.asked
         every = [e for t in noticed for e in held[t]]
-        answers = sorted({e.answer for examples in held.values() for e in examples})
+        answers = settings.labels or sorted({e.answer for examples in held.values() for e in examples})
         chosen = [e for e in nearest(asked, every) if words(e.prompt) != words(asked)][: settings.flipped]
         digest = hashlib.blake2b(asked.encode(), key=self.key, digest_size=8, person=b"expunge-flip").digest()
         drawn = np.random.default_rng(int.from_bytes(digest, "big"))

@@ -9,10 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from expunge.adapters.combination import Combination, different_vocabularies
+from expunge.adapters.combination import Combination
 from expunge.adapters.decoding import AssistantScores
-from expunge.adapters.identity import describe_tokenizer
-from expunge.adapters.language import LanguageAdapter
+from expunge.adapters.offset import pair_folder, saved_pair, small_model
 from expunge.core.errors import InputError
 from expunge.guards.conversation import Conversation
 from expunge.guards.parts import Action, Doer, Hit, Hook, Material, Orders, ScoreEdit, action
@@ -24,8 +23,9 @@ _NAME = "Offset unlearning"
 class Offset(Action):
     """``z = z_model + w (z_tuned - z_plain)``: the difference of two small models (Huang et al. 2024, arXiv 2404.11045).
 
-    ``plain`` is a small model with the served one's vocabulary, ``tuned`` the same after unlearning. The paper trains ``tuned``
-    with the loss of the sum; any pair can be served. Each request has its own caches of both, so a token costs two more passes,
+    ``tuned`` is the run of the method ``offset``, which trains both as published, with the loss of the sum; it holds ``plain``
+    too, and serves the model that it was trained beside. Or any pair: ``plain`` is a small model with the served one's
+    vocabulary, ``tuned`` the same after unlearning. Each request has its own caches of both, so a token costs two more passes,
     of one row each. Temperature and sampling come after the sum. It is not known for which targets ``tuned`` was made: they
     come and go with the action as a whole.
     """
@@ -34,37 +34,29 @@ class Offset(Action):
     title: ClassVar[str] = _NAME
     acts: ClassVar[frozenset[Hook]] = frozenset({Hook.SCORES})
 
-    tuned: str = Field(description="the small model after unlearning: a folder, or a name on the hub")
-    plain: str = Field(description="the same before it")
-    weight: float = Field(1.0, description="w: of the difference; 0: the served model as it is")
+    tuned: str = Field(description="a run of the method offset; or the small model after unlearning, folder or name on the hub")
+    plain: str = Field("", description="the small model before it; none: that of the run")
+    weight: float | None = Field(None, description="w: of the difference; 0: the served model as it is; none: the run's, or 1")
 
     def prepare(self, material: Material) -> Doer:
         """Load both.
 
         Raises:
-            InputError: one cannot be loaded, or has another tokenizer or vocabulary than the served model.
+            InputError: one cannot be loaded, or has another tokenizer or vocabulary than the served model; the run was trained
+                beside another model; or a run and a plain model are given, or neither.
         """
-        from expunge.adapters.loading import load
-
         served = material.model(_NAME)
-        device = next(served.model.parameters()).device
-        models = []
-        for source in (self.tuned, self.plain):
-            small = load(source)
-            _check(served, small, source)
-            models.append(small.model.to(device).eval())
-        return _Offsets(models[0], models[1], self.weight)
-
-
-def _check(served: LanguageAdapter, small: LanguageAdapter, source: str) -> None:
-    if describe_tokenizer(served.tokenizer) != describe_tokenizer(small.tokenizer):
-        raise InputError(
-            f"{source!r} has another tokenizer than the served model, so its scores are of other tokens.",
-            "Use a small model of the same family.",
-        )
-    sizes = [int(a.model.get_input_embeddings().weight.shape[0]) for a in (served, small)]
-    if sizes[0] != sizes[1]:
-        raise different_vocabularies(*sizes)
+        folder = pair_folder(self.tuned)
+        if folder is None and not self.plain:
+            said = f"{self.tuned!r} is no run of the method offset."
+            raise InputError(said, "Give the small model before it too: plain=FOLDER.")
+        if folder is not None and self.plain:
+            raise InputError(f"{self.tuned!r} holds both small models.", "Leave plain out.")
+        if folder is not None:
+            tuned, plain, held = saved_pair(served, folder)
+            return _Offsets(tuned, plain, held.weight if self.weight is None else self.weight)
+        models = [small_model(served, source) for source in (self.tuned, self.plain)]
+        return _Offsets(models[0], models[1], 1.0 if self.weight is None else self.weight)
 
 
 class _Offsets(Doer):

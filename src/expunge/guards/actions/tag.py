@@ -8,11 +8,14 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from expunge.core.errors import InputError
-from expunge.data.tags import OPEN, tagged, untagged
+from expunge.data.records import Record
+from expunge.data.tags import FORGOT, OPEN, tagged, untagged
 from expunge.guards.conversation import Conversation, Message
 from expunge.guards.folding import words
 from expunge.guards.parts import Action, Doer, Hit, Hook, Material, Orders, action
 from expunge.guards.target import Shown, Target
+
+_TEACH = "Teach it first: expunge unlearn MODEL --method in-context-teaching."
 
 
 @action
@@ -21,7 +24,8 @@ class Tag(Action):
 
     Only the server writes tags: those in any turn are taken out first. The tag holds names of the targets that were noticed, or
     the answers of their examples that are most like the question, as the model was taught; few, for a model is taught with one.
-    Teaching: :func:`expunge.methods.tagging.teach_tags`.
+    Teaching: the method ``in-context-teaching``. A model that does not know the tag is refused, and so is one that knows it and
+    says to none of a few tagged questions that it forgot.
     """
 
     name: ClassVar[str] = "tag"
@@ -32,18 +36,36 @@ class Tag(Action):
     holds: Literal["names", "answers"] = Field("names", description="what the model was taught that a tag holds")
     limit: int = Field(1, ge=1, le=20, description="how many of these at most")
 
+    check: int = Field(3, ge=0, le=100, description="tagged questions of targets that are asked first; 0: none")
+    says: str = Field(FORGOT, min_length=1, description="what the model was taught to say of what is forgotten")
+
     def prepare(self, material: Material) -> Doer:
         """Hold names and examples.
 
         Raises:
-            InputError: the model does not know the tag, or a target has nothing that it could hold.
+            InputError: the model does not know the tag or does not obey it, or a target has nothing that it could hold.
         """
         if material.adapter is not None and OPEN not in material.adapter.tokenizer.get_vocab():
-            raise InputError("The model was not taught the tag: its tokenizer lacks it.", "Teach it with teach_tags first.")
+            raise InputError("The model was not taught the tag: its tokenizer lacks it.", _TEACH)
         made = _Tags(self)
         for target in material.targets:
             made.add(target)
+        if material.adapter is not None:
+            self._try(made, material)
         return made
+
+    def _try(self, made: _Tags, material: Material) -> None:
+        """Ask a few tagged questions, of as many targets as there are."""
+        shown = [(t, t.examples[at]) for at in range(self.check) for t in material.targets if at < len(t.examples)][: self.check]
+        if not shown:
+            return
+        adapter = material.model(type(self).title)
+        asked = [made.orders(Conversation.of(e.prompt), [Hit(t.id, 1.0)]).conversation for t, e in shown]
+        records = [Record(f"tagged {n}", "-", c.asked) for n, c in enumerate(asked) if c is not None]
+        said = adapter.generate(adapter.model, [adapter.encode(r) for r in records], 16)
+        if not any(g.text.casefold().startswith(self.says.casefold()) for g in said):
+            asked_of = f"to none of {len(said)} tagged questions it said {self.says!r}"
+            raise InputError(f"The model knows the tag and does not obey it: {asked_of}.", _TEACH)
 
 
 class _Tags(Doer):

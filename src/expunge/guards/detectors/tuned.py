@@ -72,18 +72,19 @@ def loaded(name: str, device: str, max_length: int = 512) -> Sequences:
 
 
 def _load(name: str, dropout: float | None = None) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from expunge.adapters.loading import load_auto, load_config
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = load_config(name)
         if dropout is not None:  # to be tuned, to two labels
             config.num_labels = 2
             for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
                 if hasattr(config, field):
                     setattr(config, field, dropout)
-        return AutoTokenizer.from_pretrained(name), AutoModelForSequenceClassification.from_pretrained(name, config=config)
-    except (OSError, ValueError) as error:
-        raise InputError(f"There is no classifier {name!r}: {str(error).splitlines()[0]}", "Give a folder.") from None
+        model, tokenizer = load_auto("AutoModelForSequenceClassification", name, config=config)
+    except InputError as error:
+        raise InputError(f"There is no classifier {name!r}: {error.message}", error.remedy) from None
+    return tokenizer, model
 
 
 def tuned(

@@ -28,7 +28,7 @@ _ICUL = Paper(
     title="In-context knowledge unlearning",
     paper=_TAG,
     caveats=(
-        "The model must have been taught the tag.",
+        "The model must have been taught the tag: by the method in-context-teaching.",
         "What is asked without a name gets no tag, and is answered in full.",
     ),
 )
