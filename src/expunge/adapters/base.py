@@ -73,6 +73,42 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Listener:
+    """How a client takes one answer: as it comes, and not always to its end.
+
+    Attributes:
+        max_new_tokens: that it asks for at most.
+        stops: texts at which it lets the answer end; they are not part of it.
+        leaves: characters after which it hangs up; 0: it stays.
+    """
+
+    max_new_tokens: int
+    stops: tuple[str, ...] = ()
+    leaves: int = 0
+
+    def taken(self, text: str, ended: bool) -> Taken:
+        """What it has of an answer that comes whole."""
+        at = min((p for s in self.stops if (p := text.find(s)) >= 0), default=-1)
+        text, ended = (text[:at], True) if at >= 0 else (text, ended)
+        if self.leaves and len(text) > self.leaves:
+            return Taken(text[: self.leaves], "left")
+        return Taken(text, "stop" if ended else "length")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a client has got of an answer.
+
+    Attributes:
+        text: all that came, with the white space at its ends.
+        finish: why no more comes: an end or a stop text, its length, the client has hung up, or a guard has stopped it.
+    """
+
+    text: str
+    finish: Literal["stop", "length", "left", "guard"]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Collated examples.
 
@@ -315,6 +351,33 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
         """Greedy continuations of the examples' prompts (their targets are ignored), batched by the caller."""
+
+    def streamed(self, model: nn.Module, examples: Sequence[Example], listeners: Sequence[Listener]) -> list[Taken]:
+        """What a client has got of the greedy answer to each example's prompt, that reads it as it comes.
+
+        Where something stands before the model that looks at answers, what it has let pass before it stops one counts as got.
+        A model alone sends all that it says.
+
+        Args:
+            model: this adapter's model or a copy of it.
+            examples: whose prompts are answered (B), batched by the caller.
+            listeners: how each answer is taken (B).
+        """
+        limit = max((how.max_new_tokens for how in listeners), default=1)
+        made = self.generate(model, examples, limit)
+        out = []
+        for example, generation, how in zip(examples, made, listeners, strict=True):
+            cut = len(generation.tokens) > how.max_new_tokens or (
+                len(generation.tokens) == how.max_new_tokens and how.max_new_tokens < limit
+            )
+            tokens = generation.tokens[: how.max_new_tokens]
+            text = self.running(example, tokens) if tokens else generation.text
+            out.append(how.taken(text, generation.ended and not cut))
+        return out
+
+    def running(self, example: Example, tokens: Sequence[int]) -> str:
+        """Text of tokens that follow an example's prompt, with the white space at its begin where the modality knows it."""
+        return self.decode(tokens)
 
     def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
         """Continuations of the examples' prompts whose tokens are drawn by given numbers, batched by the caller.

@@ -23,10 +23,13 @@ class Ask:
     Attributes:
         record: whose prompt, or chat, is sent; its answer is ignored.
         begin: how the answer is made to begin; the model goes on from there.
+        of: the record whose fact an answer is rated by; none: the one that is sent. A question that is written otherwise gives
+            away other words than the record's own.
     """
 
     record: Record
     begin: str = ""
+    of: Record | None = None
 
 
 def asking(record: Record, text: str) -> Record:
