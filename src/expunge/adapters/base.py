@@ -79,20 +79,23 @@ class Listener:
     Attributes:
         max_new_tokens: that it asks for at most.
         stops: texts at which it lets the answer end; they are not part of it.
-        leaves: characters after which it hangs up; 0: it stays.
+        leaves: characters with which it hangs up, at the end of the piece that brings them; 0: it stays.
     """
 
     max_new_tokens: int
     stops: tuple[str, ...] = ()
     leaves: int = 0
 
-    def taken(self, text: str, ended: bool) -> Taken:
-        """What it has of an answer that comes whole."""
-        at = min((p for s in self.stops if (p := text.find(s)) >= 0), default=-1)
-        text, ended = (text[:at], True) if at >= 0 else (text, ended)
-        if self.leaves and len(text) > self.leaves:
-            return Taken(text[: self.leaves], "left")
-        return Taken(text, "stop" if ended else "length")
+    def taken(self, pieces: Sequence[str], ended: bool) -> Taken:
+        """What it has of an answer of which nothing is kept back, and which comes in pieces."""
+        got = ""
+        for piece in pieces:
+            got += piece
+            if (at := min((p for s in self.stops if (p := got.find(s)) >= 0), default=-1)) >= 0:
+                return Taken(got[:at], "stop")
+            if 0 < self.leaves <= len(got):
+                return Taken(got, "left")
+        return Taken(got, "stop" if ended else "length")
 
 
 @dataclass(frozen=True)
@@ -371,13 +374,13 @@ class Adapter(abc.ABC):
                 len(generation.tokens) == how.max_new_tokens and how.max_new_tokens < limit
             )
             tokens = generation.tokens[: how.max_new_tokens]
-            text = self.running(example, tokens) if tokens else generation.text
-            out.append(how.taken(text, generation.ended and not cut))
+            pieces = self.running(example, tokens) if tokens else [generation.text]
+            out.append(how.taken(pieces, generation.ended and not cut))
         return out
 
-    def running(self, example: Example, tokens: Sequence[int]) -> str:
-        """Text of tokens that follow an example's prompt, with the white space at its begin where the modality knows it."""
-        return self.decode(tokens)
+    def running(self, example: Example, tokens: Sequence[int]) -> list[str]:
+        """Text that each of the tokens adds which follow an example's prompt; joined it is what they say."""
+        return [self.decode(tokens)]
 
     def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
         """Continuations of the examples' prompts whose tokens are drawn by given numbers, batched by the caller.

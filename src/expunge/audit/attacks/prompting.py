@@ -109,8 +109,13 @@ def most(columns: Mapping[str, Values]) -> Values:
 
 
 def part_numbers(attack: Attack, evidence: Evidence, label: str, parts: Sequence[str]) -> dict[str, Number]:
-    """The mean of some of an attack's columns on the forget set, as ``forget.<attack>.<part>``; empty ones are left out."""
-    out = {}
+    """The mean of some of an attack's columns on the forget set, as ``forget.<attack>.<part>``.
+
+    Empty ones are left out, and all of them where the attack brings up nothing.
+    """
+    out: dict[str, Number] = {}
+    if not np.nansum(attack.values(evidence, label, "forget").values):
+        return out
     for part in parts:
         number = mean_number(evidence, "forget", attack.column(evidence, label, "forget", part), attack.direction, attack.range)
         if number is not None:
