@@ -20,7 +20,7 @@ from expunge.pipeline.audit import of_served
 from tests.guards.conftest import KEY
 from tests.guards.test_judged import entry
 
-TRIED = ("alias", "cut-short", "paraphrased-question", "over-turns", "disguised-question", "definitions")
+TRIED = ("alias", "cut-short", "paraphrased-question", "over-turns", "definitions")
 
 
 class Exact(Detector):
@@ -53,10 +53,10 @@ def document(people):
     for name, guard in guards.items():
         adapter = GuardedAdapter(guard_model(people.target(), guards=guard, targets=targets, key=KEY))
         models.append(AuditedModel(name, "unlearned", adapter, method=name, asked=True))
-    sets = {n: RecordSet(n, tuple(getattr(people.split, n)[:40])) for n in ("forget", "retain")}
+    sets = {n: RecordSet(n, tuple(getattr(people.split, n)[:30])) for n in ("forget", "retain")}
     short = {n: {"max_new_tokens": 16} for n in TRIED}
-    metrics = ("probability", "rouge-l-recall", "refused")
-    settings = AuditSettings.under("served-v1", attacks=TRIED, attack_options=short, metrics=metrics)
+    told = {"metrics": ("probability", "rouge-l-recall", "refused"), "options": {"rouge-l-recall": {"max_new_tokens": 16}}}
+    settings = AuditSettings.under("served-v1", attacks=TRIED, attack_options=short, **told)
     return audit(models, sets, settings)
 
 
@@ -126,13 +126,12 @@ def test_general_questions_are_for_guards_alone_and_give_way_to_a_set_of_that_na
     assert mine.models[0].numbers["general.refused"].n == 2
 
 
-def test_the_questions_are_unlike_each_other_and_ask_for_nobody():
+def test_the_questions_are_unlike_each_other_and_a_guard_of_people_lets_them_pass(people):
     asked = [r.prompt for r in general_questions()]
-    assert len(set(asked)) == len(asked)
-    assert all(
-        r.answer and r.prompt[-1] in ".?:!" or "Correct" in r.prompt or "Which is" in r.prompt for r in general_questions()
-    )
-    assert not targets_of([*general_questions()])[0].entities or len(targets_of([*general_questions()])) == len(asked)
+    assert len({q.casefold() for q in asked}) == len(asked)
+    assert all(r.answer.strip() and r.prompt.strip() == r.prompt for r in general_questions())
+    words = {w for t in targets_of(people.split.forget) for n in t.entities for w in n.casefold().split()}
+    assert not words & {w.strip(".,:?").casefold() for q in asked for w in q.split()}
 
 
 def test_the_protocol_asks_and_does_nothing_else():
