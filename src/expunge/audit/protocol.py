@@ -168,7 +168,9 @@ def judged(protocol: AuditProtocol, found: Judgement, references: int, label: st
         elif short:
             verdict = Verdict.UNDECIDED
             which = "; ".join(f"{f.id} ({f.title}) {f.outcome}{': ' + f.text if f.text else ''}" for f in short)
-            reason = f"{protocol.label} is not fulfilled: {which.rstrip('.')}. What was measured does not speak against it. {reason}"
+            reason = (
+                f"{protocol.label} is not fulfilled: {which.rstrip('.')}. What was measured does not speak against it. {reason}"
+            )
     elif verdict is Verdict.SUPPRESSED and any(c.outcome == "knows more" and c.margin == 0 for c in found.checks):
         reason = f"{reason} {_by_asking(protocol, found.checks)}".strip()
     return found.model_copy(
