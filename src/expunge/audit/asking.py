@@ -130,6 +130,6 @@ def told(
                 evidence.miss(f"Not every prompt of {suffix.strip('#')} could be asked on the {name} set: {error.message}")
         return out
 
-    made = evidence.generations(label, name, style, make)
+    made = evidence.generations(label, name, style, make, min(limit, evidence.protocol.max_new_tokens))
     texts = {g.id: cut(shorten(evidence.decoder(label), g, limit).text, stops) for g in made}
     return [None if ask is None else texts.get(ask.record.id + suffix) for ask in asks]

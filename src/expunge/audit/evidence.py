@@ -213,8 +213,9 @@ class Evidence:
         return bool(items(self.records(name), kind))
 
     def generations(
-        self, label: str, name: str, style: str = "answer", examples: Callable[[Adapter], Sequence[Example]] | None = None
-    ) -> list[Generation]:
+        self, label: str, name: str, style: str = "answer", examples: Callable[[Adapter], Sequence[Example]] | None = None,
+        limit: int | None = None,
+    ) -> list[Generation]:  # fmt: skip
         """Greedy continuations of the prompts of a set.
 
         Args:
@@ -222,6 +223,7 @@ class Evidence:
             name: the set.
             style: name of a way to prompt; ``answer`` asks as the record does.
             examples: makes the examples of any other style.
+            limit: longest answer in tokens; none: the longest that anything reads.
         """
         subject = self.subject(label)
         at = self.protocol
@@ -230,11 +232,11 @@ class Evidence:
         def work() -> list[Generation]:
             adapter = self.adapter(label)
             return generate(
-                adapter, make(adapter), at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
+                adapter, make(adapter), limit or at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
                 batch_tokens=at.batch_tokens, progress=self.progress, what=f"{label}: generating {name} ({style})",
             )  # fmt: skip
 
-        return self.memo(("generations", subject.fingerprint, name, style), work)
+        return self.memo(("generations", subject.fingerprint, name, style, limit), work)
 
     def outputs(self, label: str, name: str) -> RowOutputs:
         """Scores and last features of a model on the rows of a set, one forward pass."""

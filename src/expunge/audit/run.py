@@ -149,7 +149,10 @@ def audit(
         modality=modality,
         data={
             **{name: _describe(sets[name], used[name]) for name in sets},
-            **{name: _describe(records, records) for name, records in evidence.aside.items()},
+            **{
+                name: {**_describe(records, records), "aside": "only refusals are counted"}
+                for name, records in evidence.aside.items()
+            },
         },
         models=[entries[n].model_copy(update={"judgement": judgements.get(n)}) for n in labels],
         curves=curves,
