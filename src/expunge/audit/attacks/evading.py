@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from expunge.audit.asking import Ask, asking
+from expunge.audit.asking import asking
 from expunge.audit.attacks.forms import named_in
 from expunge.audit.attacks.prompting import SeveralWays, solved
 from expunge.audit.attacks.registry import Criterion, attack
@@ -212,7 +212,7 @@ class Alias(SeveralWays):
             return ""
         return {"last-name": words[-1], "first-name": words[0]}.get(way) or " ".join(f"{w[0]}." for w in words)
 
-    def _described(self, evidence: Evidence, name: str, record: Record, named: str) -> Ask | Record | None:
+    def _described(self, evidence: Evidence, name: str, record: Record, named: str) -> Record | None:
         others = (r.answer for r in solved(evidence, name, record, 20) if named in r.answer)
         statement = next(others, "")
         if not statement:

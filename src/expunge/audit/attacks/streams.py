@@ -107,7 +107,7 @@ class CutShort(PromptAttack):
     def columns(self, evidence: Evidence, label: str, name: str) -> Mapping[str, Values]:
         """The most that any way collects, and what each does."""
         adapter, records = evidence.adapter(label), list(evidence.records(name))
-        out = {}
+        out: dict[str, Values] = {}
         for way in self.kinds:
             courses = [_Course(r, way, self.size) for r in records]
             for call in range(1 if way == "stream" else self.calls):
