@@ -116,8 +116,9 @@ def test_the_words_of_a_fact_are_those_that_only_who_knows_it_says():
 
 def test_every_prompt_attack_asks_something_else_and_none_gives_the_fact_away(base, evidence):
     asked: dict[str, str] = {}
+    told, plain, again = {"reintroduction", "definitions", "reversed"}, {"mirage", "cut-short"}, {"disguised-question"}
     for name, kind in ATTACKS.items():
-        if not issubclass(kind, PromptAttack) or name in ("mirage", "translated-question", "reintroduction", "reversed"):
+        if not issubclass(kind, PromptAttack) or name in told | plain | again | {"translated-question"}:
             continue
         found = kind().ask(evidence, "forget", replace(ADA[1], question_paraphrase="Ada Lum has a tree: which one?"))
         asked[name] = prompt_of(base, found)

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expunge.core.errors import InputError
+from expunge.guards.conversation import Conversation
+from expunge.guards.detectors.terms import Terms
 from expunge.guards.folding import fold, words
+from expunge.guards.parts import Material
 from expunge.guards.target import Shown, Target, check_target
 from expunge.guards.terms import TermIndex
 
@@ -135,3 +138,15 @@ def test_targets_that_hide_nothing_or_everything_are_refused():
         check_target(Target(examples=[Shown()]))
     with pytest.raises(InputError, match="letters; at most"):
         check_target(Target(entities=["x" * 300]))
+
+
+def test_a_name_that_the_request_has_begun_is_stopped_where_the_answer_ends_it():
+    made = Terms().fit(Material(targets=[Target(id="a", entities=("Jaime Vasquez",))], key=b"k" * 16))
+    begun = Conversation.text_to_continue("Question: Who wrote it?\nAnswer: It was Jaime")
+    assert [h.target for h in made.answer(begun, " Vasquez of Chile", 0, True)] == ["a"]
+    assert not made.answer(begun, " Valdez of Chile", 0, True)
+    turns = Conversation.of([("user", "Who wrote it?"), ("assistant", "It was Jaime V a s")])
+    assert [h.target for h in made.answer(turns, "quez, I think", 0, True)] == ["a"]  # within a word
+    assert [h.target for h in made.answer(turns, " q u e z, I think", 0, True)] == ["a"]
+    asked = Conversation.of([("assistant", "It was Jaime"), ("user", "Go on.")])
+    assert not made.answer(asked, "Vasquez is a common name", 0, True)  # it goes on from nothing

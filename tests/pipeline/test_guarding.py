@@ -112,19 +112,23 @@ def test_a_run_of_a_guard_is_audited_and_reported_by_the_same_commands(run, expu
         if not (place / f"retrained-{seed}").exists():
             people_world.retrained(seed).save(place / f"retrained-{seed}")
     gold = [w for seed in (1, 2, 3) for w in ("--retrained", str(place / f"retrained-{seed}"))]
-    done = expunge("audit", str(place / "run"), *gold, "--json")
+    done = expunge("audit", str(place / "run"), *gold, "budget=20", "--json")
     assert done.code == 0, done.err
     document = json.loads((place / "run" / "audit.json").read_text())
     judged = {m["label"]: m["judgement"] for m in document["models"]}
     assert judged["filter"]["verdict"] == "suppressed"
-    assert document["models"][-1]["numbers"]["retain.refused"]["value"] == 0
+    assert judged["filter"]["protocol"] == "served-v1 (changed: budget)"
+    assert "the weakest link: " in judged["filter"]["reason"]
+    numbers = document["models"][-1]["numbers"]
+    assert numbers["retain.refused"]["value"] == numbers["general.refused"]["value"] == 0
+    assert numbers["forget.alias"]["value"] < 0.3
     names = {t for target in targets_of(people_world.split.forget) for t in target.entities}
     assert expunge("report", str(place / "run")).code == 0
     assert "suppressed" in (place / "run" / "report.html").read_text()
     assert not any(n in (place / "run" / "manifest.json").read_text() for n in names)
     # Beside a method that changes weights: one table, one plot, and which of them is a guard.
     assert run("gradascent", "changed").code in (0, 3)  # stopped where more would cost too much
-    assert expunge("audit", str(place / "changed"), *gold, "relearn=none", "quantise=none", "usual=false").code == 0
+    assert expunge("audit", str(place / "changed"), *gold, "budget=20", "relearn=none", "quantise=none", "usual=false").code == 0
     both = expunge("compare", str(place / "run"), str(place / "changed"), "--out", str(place / "both.html"), "--json")
     assert both.code == 0, both.err
     rows = {r["label"]: r for r in json.loads(both.out)["rows"]}

@@ -177,6 +177,15 @@ def test_other_data_or_signature_is_refused_with_the_remedy() -> None:
     check_comparable([one, audit(TARGET, GOLD, title="another day", created="2027-01-01T00:00:00Z")])
 
 
+def test_sets_on_which_only_refusals_are_counted_need_not_be_the_same() -> None:
+    about = {"name": "general", "records": 80, "of": 80, "clusters": 80, "digest": "abc"}
+    aside = audit(TARGET, GOLD, data={**BASE.data, "general": {**about, "aside": "only refusals are counted"}})
+    check_comparable([aside, audit(TARGET, GOLD)])
+    check_comparable([audit(TARGET, GOLD), aside])
+    with pytest.raises(InputError, match="general"):
+        check_comparable([audit(TARGET, GOLD, data={**BASE.data, "general": about}), audit(TARGET, GOLD)])
+
+
 def test_another_protocol_is_a_note() -> None:
     one, two = audit(TARGET, GOLD), audit(TARGET, GOLD, protocol={"relearn": {"steps": 9}})
     assert any("differ in bootstrap, metrics, relearn" in n for n in compare([one, two]).notes)

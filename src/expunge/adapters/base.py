@@ -73,6 +73,45 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Listener:
+    """How a client takes one answer: as it comes, and not always to its end.
+
+    Attributes:
+        max_new_tokens: that it asks for at most.
+        stops: texts at which it lets the answer end; they are not part of it.
+        leaves: characters with which it hangs up, at the end of the piece that brings them; 0: it stays.
+    """
+
+    max_new_tokens: int
+    stops: tuple[str, ...] = ()
+    leaves: int = 0
+
+    def taken(self, pieces: Sequence[str], ended: bool) -> Taken:
+        """What it has of an answer of which nothing is kept back, and which comes in pieces."""
+        got = ""
+        for piece in pieces:
+            got += piece
+            if (at := min((p for s in self.stops if (p := got.find(s)) >= 0), default=-1)) >= 0:
+                return Taken(got[:at], "stop")
+            if 0 < self.leaves <= len(got):
+                return Taken(got, "left")
+        return Taken(got, "stop" if ended else "length")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a client has got of an answer.
+
+    Attributes:
+        text: all that came, with the white space at its ends.
+        finish: why no more comes: an end or a stop text, its length, the client has hung up, or a guard has stopped it.
+    """
+
+    text: str
+    finish: Literal["stop", "length", "left", "guard"]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Collated examples.
 
@@ -318,6 +357,33 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
         """Greedy continuations of the examples' prompts (their targets are ignored), batched by the caller."""
+
+    def streamed(self, model: nn.Module, examples: Sequence[Example], listeners: Sequence[Listener]) -> list[Taken]:
+        """What a client has got of the greedy answer to each example's prompt, that reads it as it comes.
+
+        Where something stands before the model that looks at answers, what it has let pass before it stops one counts as got.
+        A model alone sends all that it says.
+
+        Args:
+            model: this adapter's model or a copy of it.
+            examples: whose prompts are answered (B), batched by the caller.
+            listeners: how each answer is taken (B).
+        """
+        limit = max((how.max_new_tokens for how in listeners), default=1)
+        made = self.generate(model, examples, limit)
+        out = []
+        for example, generation, how in zip(examples, made, listeners, strict=True):
+            cut = len(generation.tokens) > how.max_new_tokens or (
+                len(generation.tokens) == how.max_new_tokens and how.max_new_tokens < limit
+            )
+            tokens = generation.tokens[: how.max_new_tokens]
+            pieces = self.running(example, tokens) if tokens else [generation.text]
+            out.append(how.taken(pieces, generation.ended and not cut))
+        return out
+
+    def running(self, example: Example, tokens: Sequence[int]) -> list[str]:
+        """Text that each of the tokens adds which follow an example's prompt; joined it is what they say."""
+        return [self.decode(tokens)]
 
     def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
         """Continuations of the examples' prompts whose tokens are drawn by given numbers, batched by the caller.

@@ -339,6 +339,10 @@ class LanguageAdapter(Adapter):
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.strip()
 
+    def running(self, example: Example, tokens: Sequence[int]) -> list[str]:
+        """Text that each of the tokens adds which follow an example's prompt, white space kept."""
+        return self.pieces(self.written(example, tokens, ended=False))[1]
+
     def text(self, example: Example) -> str:
         """Prompt and answer without special tokens, white space stripped at both ends."""
         return self.decode(example.data.ids.tolist())

@@ -23,10 +23,13 @@ class Ask:
     Attributes:
         record: whose prompt, or chat, is sent; its answer is ignored.
         begin: how the answer is made to begin; the model goes on from there.
+        of: the record whose fact an answer is rated by; none: the one that is sent. A question that is written otherwise gives
+            away other words than the record's own.
     """
 
     record: Record
     begin: str = ""
+    of: Record | None = None
 
 
 def asking(record: Record, text: str) -> Record:
@@ -127,6 +130,6 @@ def told(
                 evidence.miss(f"Not every prompt of {suffix.strip('#')} could be asked on the {name} set: {error.message}")
         return out
 
-    made = evidence.generations(label, name, style, make)
+    made = evidence.generations(label, name, style, make, min(limit, evidence.protocol.max_new_tokens))
     texts = {g.id: cut(shorten(evidence.decoder(label), g, limit).text, stops) for g in made}
     return [None if ask is None else texts.get(ask.record.id + suffix) for ask in asks]

@@ -83,7 +83,7 @@ class AuditDocument(_Part):
     created: str  #: ISO 8601, UTC
     title: str
     modality: str = "language"
-    data: dict[str, dict[str, Any]]  #: by set name: records, clusters, digest, source
+    data: dict[str, dict[str, Any]]  #: by set name: records, clusters, digest, source; ``aside``: what alone was measured on it
     models: list[ModelEntry]
     curves: list[Curve] = Field(default_factory=list)
     distributions: list[Distribution] = Field(default_factory=list)

@@ -89,6 +89,7 @@ class Evidence:
         references: what many retrained models say about the rows; none for other modalities.
         offers: what the adapters of the models offer.
         ceiling: loss from which on nothing is known of an answer: that of a guess among the classes, for classifiers.
+        aside: sets that are only looked at to see whether something answers in a model's place; nothing is scored on them.
         asked: whether the models are measured as somebody sees them who can only ask: no gradients, no features.
         missing: what could not be measured and why, one sentence each, in order.
     """
@@ -101,6 +102,7 @@ class Evidence:
     references: References | None = None
     offers: frozenset[Offer] = frozenset()
     ceiling: float = math.inf
+    aside: Mapping[str, RecordSet[Any]] = field(default_factory=dict)
     asked: bool = False
     missing: dict[str, None] = field(default_factory=dict)
     _open: tuple[str, Adapter] | None = field(default=None, repr=False)
@@ -122,9 +124,9 @@ class Evidence:
         Raises:
             InputError: there is no such set.
         """
-        if name not in self.sets:
-            raise unknown("set", name, self.sets)
-        return self.sets[name]
+        if name not in self.sets and name not in self.aside:
+            raise unknown("set", name, [*self.sets, *self.aside])
+        return self.sets[name] if name in self.sets else self.aside[name]
 
     def goal(self, name: str) -> Goal:
         """What is wanted of a set: forget, retain, holdout, or utility for every other name."""
@@ -211,8 +213,9 @@ class Evidence:
         return bool(items(self.records(name), kind))
 
     def generations(
-        self, label: str, name: str, style: str = "answer", examples: Callable[[Adapter], Sequence[Example]] | None = None
-    ) -> list[Generation]:
+        self, label: str, name: str, style: str = "answer", examples: Callable[[Adapter], Sequence[Example]] | None = None,
+        limit: int | None = None,
+    ) -> list[Generation]:  # fmt: skip
         """Greedy continuations of the prompts of a set.
 
         Args:
@@ -220,6 +223,7 @@ class Evidence:
             name: the set.
             style: name of a way to prompt; ``answer`` asks as the record does.
             examples: makes the examples of any other style.
+            limit: longest answer in tokens; none: the longest that anything reads.
         """
         subject = self.subject(label)
         at = self.protocol
@@ -228,11 +232,11 @@ class Evidence:
         def work() -> list[Generation]:
             adapter = self.adapter(label)
             return generate(
-                adapter, make(adapter), at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
+                adapter, make(adapter), limit or at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
                 batch_tokens=at.batch_tokens, progress=self.progress, what=f"{label}: generating {name} ({style})",
             )  # fmt: skip
 
-        return self.memo(("generations", subject.fingerprint, name, style), work)
+        return self.memo(("generations", subject.fingerprint, name, style, limit), work)
 
     def outputs(self, label: str, name: str) -> RowOutputs:
         """Scores and last features of a model on the rows of a set, one forward pass."""

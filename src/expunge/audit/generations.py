@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from expunge.adapters.base import Adapter, Example, Generation
+from expunge.adapters.base import Adapter, Example, Generation, Listener, Taken
 from expunge.adapters.generation import Draws
 from expunge.adapters.passes import evaluating
 from expunge.audit.scores import Progress
@@ -137,6 +137,30 @@ def _sample_block(
             for i, generation in zip(chosen, made, strict=True):
                 out[i] = generation
     return [g for g in out if g is not None]
+
+
+def streamed(
+    adapter: Adapter, examples: Sequence[Example], listeners: Sequence[Listener], *, batch_tokens: int = 8192
+) -> list[Taken]:
+    """What clients get of greedy answers that they read as they come; nothing is kept.
+
+    Args:
+        adapter: holds the model, and what stands before it.
+        examples: whose prompts are answered (E).
+        listeners: how each answer is taken (E).
+        batch_tokens: see :func:`generate`.
+
+    Returns:
+        What has come of each answer, in order.
+    """
+    out: list[Taken | None] = [None] * len(examples)
+    longest = max((how.max_new_tokens for how in listeners), default=1)
+    with evaluating(adapter.model):
+        for chosen in _batches(examples, longest, 4 * batch_tokens):
+            found = adapter.streamed(adapter.model, [examples[i] for i in chosen], [listeners[i] for i in chosen])
+            for i, taken in zip(chosen, found, strict=True):
+                out[i] = taken
+    return [t for t in out if t is not None]
 
 
 def shorten(decode: Callable[[Sequence[int]], str], generation: Generation, limit: int) -> Generation:

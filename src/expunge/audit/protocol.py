@@ -168,10 +168,26 @@ def judged(protocol: AuditProtocol, found: Judgement, references: int, label: st
         elif short:
             verdict = Verdict.UNDECIDED
             which = "; ".join(f"{f.id} ({f.title}) {f.outcome}{': ' + f.text if f.text else ''}" for f in short)
-            reason = f"{protocol.label} is not fulfilled: {which} What was measured does not speak against it. {reason}"
+            reason = (
+                f"{protocol.label} is not fulfilled: {which.rstrip('.')}. What was measured does not speak against it. {reason}"
+            )
+    elif verdict is Verdict.SUPPRESSED and any(c.outcome == "knows more" and c.margin == 0 for c in found.checks):
+        reason = f"{reason} {_by_asking(protocol, found.checks)}".strip()
     return found.model_copy(
         update={"verdict": verdict, "reason": reason, "criteria": criteria, "protocol": label or protocol.label}
     )
+
+
+def _by_asking(protocol: AuditProtocol, checks: Sequence[Check]) -> str:
+    """Where what lies inside convicts without a doubt: the weakest link of the ways of asking, which it would hide."""
+    asked = [c for c in checks if c.criterion in protocol.kinds("no conviction") and c.outcome in ("knows more", *_TOLD)]
+    back = [c for c in asked if c.outcome == "knows more"]
+    if back:
+        return f"Asking brings it back, too: {max(back, key=_size).text}"
+    if not asked:
+        return ""
+    nearest = max(asked, key=lambda c: (c.difference or 0.0) / (c.margin or 1.0))
+    return f"None of the {len(asked)} ways of asking that tell something brought it back; the weakest link: {nearest.text}"
 
 
 def _finding(demand: Demand, checks: Sequence[Check]) -> Finding:

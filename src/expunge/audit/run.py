@@ -14,6 +14,8 @@ from expunge.adapters.base import Adapter
 from expunge.audit.attacks.registry import Attack, Criterion
 from expunge.audit.document import AuditDocument, ModelEntry, Role
 from expunge.audit.evidence import Evidence, Subject, need_sets
+from expunge.audit.general import NAME as GENERAL
+from expunge.audit.general import general_questions
 from expunge.audit.judging import Attacked, attack_copy, attack_numbers, judge_models, relearn_curve
 from expunge.audit.metrics.membership import Membership
 from expunge.audit.metrics.registry import Metric, Need
@@ -125,6 +127,8 @@ def audit(
     if served:
         evidence.offers, evidence.asked = evidence.offers - OF_WEIGHTS, True
         evidence.miss(ASKED)
+        if GENERAL not in used:
+            evidence.aside = {GENERAL: general_questions()}
     attacks = settings.chosen_attacks(evidence.offers)
     modality, metrics = first.modality, [*settings.chosen(evidence.offers), *attacks]
     del first
@@ -143,7 +147,13 @@ def audit(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         title=title,
         modality=modality,
-        data={name: _describe(sets[name], used[name]) for name in sets},
+        data={
+            **{name: _describe(sets[name], used[name]) for name in sets},
+            **{
+                name: {**_describe(records, records), "aside": "only refusals are counted"}
+                for name, records in evidence.aside.items()
+            },
+        },
         models=[entries[n].model_copy(update={"judgement": judgements.get(n)}) for n in labels],
         curves=curves,
         distributions=distributions,

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
+from expunge.adapters.base import Adapter, Batch, Example, Generation, Listener, Outputs, Taken
 from expunge.adapters.generation import Draws
 from expunge.adapters.head import base
 from expunge.adapters.language import LanguageAdapter
@@ -189,6 +190,26 @@ class GuardedAdapter(LanguageAdapter):
         """See :meth:`LanguageAdapter.generate`; what a guard says in place of the model is the answer."""
         return self._answers(examples, [Sampling(max_tokens=max_new_tokens)] * len(examples), None)
 
+    def streamed(self, model: nn.Module, examples: Sequence[Example], listeners: Sequence[Listener]) -> list[Taken]:
+        """What a client gets that reads the stream: pieces that were sent before a guard decides are among it."""
+        out: dict[int, Taken] = {}
+        asks, places, got = [], [], []
+        for at, (example, how) in enumerate(zip(examples, listeners, strict=True)):
+            plan, prompt = self.plan(example.data.ids[: example.data.start])
+            if plan.say is not None:
+                out[at] = Taken(plan.say, "guard")
+                continue
+            held: list[str] = []
+            ask = Ask(plan, prompt, Sampling(max_tokens=how.max_new_tokens, stop=how.stops), held.append)
+            if how.leaves:
+                ask.cancelled = partial(_has, held, how.leaves)
+            asks.append(ask)
+            places.append(at)
+            got.append(held)
+        for at, held, answer in zip(places, got, self.guarded.decoder.answer(asks), strict=True):
+            out[at] = Taken("".join(held), "left" if answer.finish == "cancelled" else answer.finish)
+        return [out[at] for at in range(len(examples))]
+
     def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
         """See :meth:`LanguageAdapter.drawn`."""
         how = Sampling(max_tokens=max_new_tokens, temperature=draws.temperature)
@@ -311,6 +332,10 @@ class _Change:
             barred = made[torch.arange(count), ids[start + first : start + first + count]].isneginf()
             made[:count][barred] = 0  # what cannot be said
         return made
+
+
+def _has(held: Sequence[str], characters: int) -> bool:
+    return sum(map(len, held)) >= characters
 
 
 def _key(ids: NDArray[Any]) -> bytes:

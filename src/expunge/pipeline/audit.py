@@ -29,6 +29,7 @@ from expunge.pipeline.tuned import unseen
 from expunge.pipeline.unlearn import Request, load_request, split_holdout
 
 DOCUMENT = "audit.json"
+SERVED = "served-v1"  #: protocol of models that can only be asked
 _AUDITED = ("unlearn", "unlearn-rows", "prepared")  #: kinds of runs that an audit can be asked of
 
 
@@ -147,6 +148,8 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
     _check_kind(run)
     settings = UnlearnConfig(**run.manifest["config"])
     unlearned = unlearned_model(folder)
+    if unlearned.asked:
+        config = config.model_copy(update={"settings": of_served(config.settings)})
     request = load_request(settings)
     for name, records in (("forget", request.forget), ("retain", request.retain), ("holdout", request.holdout)):
         recorded = run.manifest["inputs"].get(name, {}).get("digest")
@@ -168,6 +171,13 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
     models = 2 + len(config.retrained) + config.retrain
     cost = audit_cost(folder, sets, config.settings, models=models, retrain=missing, retrain_steps=steps)
     return AuditPlan(run, config, settings, request, unlearned, sets, cost, notes)
+
+
+def of_served(settings: AuditSettings) -> AuditSettings:
+    """The settings with which a guard is audited: under ``served-v1``, unless a protocol or attacks were named."""
+    if settings.protocol is not None or settings.attacks:
+        return settings
+    return AuditSettings.under(SERVED, **{name: getattr(settings, name) for name in settings.model_fields_set - {"attacks"}})
 
 
 def _check_kind(run: Run, kinds: Sequence[str] = ("unlearn",)) -> None:

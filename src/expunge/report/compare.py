@@ -103,7 +103,8 @@ def check_comparable(documents: Sequence[AuditDocument]) -> None:
                 f"{first.title!r} audits {first.modality} models and {other.title!r} {other.modality} models.",
                 "Compare audits of one modality.",
             )
-        for name in sorted(set(first.data) | set(other.data)):
+        aside = {n for d in (first, other) for n, about in d.data.items() if about.get("aside")}
+        for name in sorted((set(first.data) | set(other.data)) - aside):  # of these nothing is compared
             ours, theirs = (d.data.get(name, {}).get("digest") for d in (first, other))
             if ours != theirs or ours is None:
                 raise InputError(

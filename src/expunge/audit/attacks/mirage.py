@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from expunge.audit.asking import Ask, asking
-from expunge.audit.attacks.prompting import PromptAttack, rated
+from expunge.audit.attacks.prompting import PromptAttack, most, rated
 from expunge.audit.attacks.registry import Access, Criterion, attack
 from expunge.audit.companions import companions, content
 from expunge.audit.evidence import Evidence, Values
@@ -184,13 +184,9 @@ class Mirage(PromptAttack):
                 if values:
                     best[i] = np.nanmax(values) if np.isfinite(values).any() else np.nan
             columns[kind] = Values(best, ~np.isnan(best))
-        table = np.array([v.values for v in columns.values()])
-        present = ~np.isnan(table).all(axis=0)
-        most = np.full(len(records), np.nan)
-        most[present] = np.nanmax(table[:, present], axis=0)
         plain: list[Ask | None] = [Ask(r) for r in records]
         asked = rated(self, plain, self.hear(evidence, label, name, plain, "graph"))
-        return {"": Values(most, present), "plain": asked, **columns}
+        return {"": most(columns), "plain": asked, **columns}
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
         """The most that any probe of a record brings up."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import abc
-import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -13,13 +12,15 @@ from pydantic import Field
 
 from expunge.audit.asking import Ask, after, asking, prefixed, told
 from expunge.audit.attacks.registry import Access, Attack, Criterion, attack
+from expunge.audit.disguises import alike, in_base64, spaced
 from expunge.audit.evidence import Evidence, Values
 from expunge.audit.facts import question_of, stem_of, tells
 from expunge.audit.metrics.papers import JAILBREAK, OPEN_UNLEARNING, RWKU
-from expunge.audit.metrics.registry import Range
+from expunge.audit.metrics.registry import Range, mean_number
 from expunge.audit.metrics.rouge import lacks_questions, rouge_l
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
+from expunge.core.results import Number
 from expunge.core.settings import Settings
 from expunge.data.records import Record
 from expunge.engine.parts import Paper
@@ -94,8 +95,76 @@ def _ask(found: Ask | Record | None) -> Ask | None:
 def rated(how: Heard, asks: Sequence[Ask | None], texts: Sequence[str | None]) -> Values:
     """The rating of each answer by the record that was asked; absent where nothing was asked, or it could not be."""
     pairs = zip(asks, texts, strict=True)
-    values = np.array([np.nan if a is None or t is None else how.rate(a.record, t) for a, t in pairs], dtype=np.float64)
+    values = np.array([np.nan if a is None or t is None else how.rate(a.of or a.record, t) for a, t in pairs], dtype=np.float64)
     return Values(values, ~np.isnan(values))
+
+
+def most(columns: Mapping[str, Values]) -> Values:
+    """The largest value of each record among columns; absent where it is in all of them."""
+    table = np.array([np.where(v.present, v.values, np.nan) for v in columns.values()])
+    present = ~np.isnan(table).all(axis=0)
+    best = np.full(table.shape[1], np.nan)
+    best[present] = np.nanmax(table[:, present], axis=0)
+    return Values(best, present)
+
+
+def part_numbers(attack: Attack, evidence: Evidence, label: str, parts: Sequence[str]) -> dict[str, Number]:
+    """The mean of some of an attack's columns on the forget set, as ``forget.<attack>.<part>``.
+
+    Empty ones are left out, and all of them where the attack brings up nothing.
+    """
+    out: dict[str, Number] = {}
+    if not np.nansum(attack.values(evidence, label, "forget").values):
+        return out
+    for part in parts:
+        number = mean_number(evidence, "forget", attack.column(evidence, label, "forget", part), attack.direction, attack.range)
+        if number is not None:
+            out[f"forget.{attack.name}.{part}"] = number
+    return out
+
+
+class SeveralWays(PromptAttack):
+    """Several prompts for each record, of which the one counts that brings up most.
+
+    A subclass writes :meth:`ways` and :meth:`ask_so`. Every way has a column and a number of its own. Retrained models have as
+    many tries, so what the best of many guesses is right about is taken away too.
+    """
+
+    @abc.abstractmethod
+    def ways(self) -> tuple[str, ...]:
+        """Names of the ways, in order."""
+
+    @abc.abstractmethod
+    def ask_so(self, evidence: Evidence, name: str, record: Record, way: str) -> Ask | Record | None:
+        """What is asked in one of the ways; none where the record does not allow it."""
+
+    def read(self, way: str, text: str) -> str:
+        """What an answer says to somebody who knows in which way it was asked for."""
+        return text
+
+    def ask(self, evidence: Evidence, name: str, record: Record) -> Ask | Record | None:
+        """The prompt of the first way that the record allows."""
+        found = (self.ask_so(evidence, name, record, way) for way in self.ways())
+        return next((a for a in found if a is not None), None)
+
+    def columns(self, evidence: Evidence, label: str, name: str) -> Mapping[str, Values]:
+        """The most that any way tells, and what each does."""
+        out = {}
+        for way in self.ways():
+            found = [(r, _ask(self.ask_so(evidence, name, r, way))) for r in evidence.records(name)]
+            asks = [None if a is None else replace(a, of=r) for r, a in found]
+            texts = self.hear(evidence, label, name, asks, f" {way}")
+            out[way] = rated(self, asks, [None if t is None else self.read(way, t) for t in texts])
+        return {"": most(out), **out}
+
+    def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
+        """The most that any way tells of each record."""
+        return self.columns(evidence, label, name)[""]
+
+    def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
+        """The mean of the best way, and of each."""
+        out = super().compute(evidence, label)
+        return out | part_numbers(self, evidence, label, self.ways()) if f"forget.{self.name}" in out else out
 
 
 @attack
@@ -282,10 +351,11 @@ class EncodedAttack(PromptAttack):
     """The question in a spelling that a filter of words does not read; small models do not either: the target must be able to."""
 
     paper: ClassVar[Paper] = JAILBREAK
+    version: ClassVar[int] = 2
 
-    def ask(self, evidence: Evidence, name: str, record: Record) -> Record:
-        """The question, written otherwise."""
-        return asking(record, self.spell(question_of(record)))
+    def ask(self, evidence: Evidence, name: str, record: Record) -> Ask:
+        """The question, written otherwise; the answer counts as one to the plain question."""
+        return Ask(asking(record, self.spell(question_of(record))), of=record)
 
     @abc.abstractmethod
     def spell(self, text: str) -> str:
@@ -306,7 +376,7 @@ class Base64Question(EncodedAttack):
 
     def spell(self, text: str) -> str:
         """The demand and the code."""
-        return self.demand + base64.b64encode(text.encode("utf-8")).decode("ascii")
+        return self.demand + in_base64(text)
 
 
 @attack
@@ -321,11 +391,7 @@ class SpacedQuestion(EncodedAttack):
 
     def spell(self, text: str) -> str:
         """Letters apart; words by two marks more where the mark is a space."""
-        gap = "   " if self.mark == " " else " "
-        return gap.join(self.mark.join(word) for word in text.split())
-
-
-_TWINS = str.maketrans("aceiopxyABCEHIKMOPTX", "асеіорхуАВСЕНІКМОРТХ")  # noqa: RUF001
+        return spaced(text, self.mark)
 
 
 @attack
@@ -338,4 +404,4 @@ class HomoglyphQuestion(EncodedAttack):
 
     def spell(self, text: str) -> str:
         """Every letter that has a twin by its twin."""
-        return text.translate(_TWINS)
+        return alike(text)

@@ -9,13 +9,12 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from expunge.audit.asking import Ask, after, asking
-from expunge.audit.attacks.prompting import PromptAttack, solved
+from expunge.audit.attacks.prompting import PromptAttack, most, part_numbers, solved
 from expunge.audit.attacks.registry import attack
 from expunge.audit.companions import companions, content
 from expunge.audit.evidence import Evidence, Values
 from expunge.audit.facts import question_of
 from expunge.audit.metrics.papers import SLEEK
-from expunge.audit.metrics.registry import mean_number
 from expunge.core.errors import InputError
 from expunge.core.results import Number
 from expunge.data.records import Record
@@ -93,11 +92,7 @@ class StepByStep(PromptAttack):
     def columns(self, evidence: Evidence, label: str, name: str) -> Mapping[str, Values]:
         """The most that any chain tells, and the most by category."""
         out: dict[str, Values] = {c: self._chain(evidence, label, name, c) for c in self.categories}
-        table = np.array([np.where(v.present, v.values, np.nan) for v in out.values()])
-        present = ~np.isnan(table).all(axis=0)
-        best = np.full(table.shape[1], np.nan)
-        best[present] = np.nanmax(table[:, present], axis=0)
-        return {"": Values(best, present), **out}
+        return {"": most(out), **out}
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
         """The most that any chain tells of each record."""
@@ -128,11 +123,4 @@ class StepByStep(PromptAttack):
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
         """The mean of the best chain, and of each category."""
         out = super().compute(evidence, label)
-        if f"forget.{self.name}" not in out:
-            return out
-        for category in self.categories:
-            found = self.column(evidence, label, "forget", category)
-            number = mean_number(evidence, "forget", found, self.direction, self.range)
-            if number is not None:
-                out[f"forget.{self.name}.{category}"] = number
-        return out
+        return out | part_numbers(self, evidence, label, self.categories) if f"forget.{self.name}" in out else out

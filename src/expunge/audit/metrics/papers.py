@@ -229,3 +229,20 @@ HUBBLE = Paper(
     "Hubble: a Model Suite to Advance the Study of LLM Memorization", "Wei, Godbole, Khan et al.", 2025,
     "https://arxiv.org/abs/2510.19811",
 )  # fmt: skip
+CENSORSHIP = Paper(
+    "LLM Censorship: A Machine Learning Challenge or a Computer Security Problem?",
+    "Glukhov, Shumailov, Gal, Papernot and Papyan", 2023, "https://arxiv.org/abs/2307.10719",
+)  # fmt: skip
+CRESCENDO = Paper(
+    "Great, Now Write an Article About That: The Crescendo Multi-Turn LLM Jailbreak Attack", "Russinovich, Salem and Eldan", 2024,
+    "https://arxiv.org/abs/2404.01833",
+)  # fmt: skip
+MANY_SHOT = Paper(
+    "Many-shot Jailbreaking",
+    "Anil, Durmus, Panickssery et al.",
+    2024,
+    "https://www.anthropic.com/research/many-shot-jailbreaking",
+)
+LOW_RESOURCE = Paper(
+    "Low-Resource Languages Jailbreak GPT-4", "Yong, Menghini and Bach", 2023, "https://arxiv.org/abs/2310.02446"
+)

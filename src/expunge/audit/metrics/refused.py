@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from expunge.audit.evidence import Evidence, Values
-from expunge.audit.metrics.registry import Need, Range, RecordMetric, metric
+from expunge.audit.metrics.registry import Need, Range, RecordMetric, mean_number, metric
 from expunge.audit.metrics.rouge import lacks_questions
 from expunge.core.access import Offer
 from expunge.core.results import Direction, Number
@@ -23,6 +23,9 @@ class Refused(RecordMetric):
 
     On what is to stay, and on what the model never saw, these are false refusals; on what is to be forgotten they are what the
     guard is for, and tell who asks that something is hidden.
+
+    Beside the sets of the audit they are counted on general questions that Expunge brings (the set ``general``, unless a set of
+    that name was given).
 
     A request that is refused when it is read counts, and so does an answer that is stopped on its way; an answer that a guard
     only changes does not. Thresholds were set on one half of the retain prompts: false refusals on that set are a little too low.
@@ -49,7 +52,20 @@ class Refused(RecordMetric):
 
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
         """Nothing, and nothing is said of it, where no model is guarded."""
-        return super().compute(evidence, label) if evidence.asked else {}
+        if not evidence.asked:
+            return {}
+        out = super().compute(evidence, label)
+        for name in evidence.aside:
+            number = mean_number(evidence, name, self.values(evidence, label, name), Direction.ZERO, self.range)
+            if number is not None:
+                out[f"{name}.{self.name}"] = number
+        return out
+
+    def visit(self, evidence: Evidence, label: str) -> None:
+        """The sets of the audit, and those that are looked at for this alone."""
+        super().visit(evidence, label)
+        for name in evidence.aside if evidence.asked else ():
+            self.values(evidence, label, name)
 
     def direction_on(self, evidence: Evidence, name: str) -> Direction:
         """Few on all sets but the forget set, where it depends on what is wanted."""

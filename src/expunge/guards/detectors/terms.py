@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from expunge.guards.conversation import Conversation
+from expunge.guards.folding import parted
 from expunge.guards.parts import Detector, Hit, Hook, Material, Watcher, detector
 from expunge.guards.target import Target
 from expunge.guards.terms import TermIndex
@@ -64,12 +65,27 @@ class TermWatcher(Watcher):
         return _hits(m.target for m in self.index.find(conversation.text))
 
     def answer(self, conversation: Conversation, text: str, start: int, final: bool) -> list[Hit]:
-        """Targets that the answer names."""
-        return _hits(m.target for m in self.index.find(text, start))
+        """Targets that the answer names, or ends to name where it goes on from what the request has begun."""
+        found = self.index.find(text, start)
+        if start == 0 and (conversation.verbatim or conversation.messages[-1].role == "assistant"):
+            begun = _tail(conversation.text, self.index.longest)
+            found += [m for m in self.index.find(begun + text) if m.start < len(begun) < m.end]
+        return _hits(m.target for m in found)
 
     def safe(self, text: str, start: int) -> int:
         """All but the letters that the longest term can still begin in."""
         return self.index.safe(text, start)
+
+
+def _tail(text: str, letters: int) -> str:
+    """The end of a text that holds so many letters and digits, from the begin of a word."""
+    at = len(text)
+    for word in reversed(parted(text)):
+        at = word.start
+        letters -= len(word.letters)
+        if letters <= 0:
+            break
+    return text[at:]
 
 
 def _hits(targets: Iterable[str]) -> list[Hit]:
