@@ -117,6 +117,15 @@ def test_a_guard_that_has_lost_a_target_is_caught_told_and_logged(tried, forget,
         assert metric(client, 'expunge_canary_probes_total{kind="direct",result="fail"}') >= 1
         lost.add(client.served.policy.targets[made])
         until(lambda: metric(client, "expunge_canary_failing") == 0)
+        own = client.served.app.state.parts.canaries
+        asked = own._canaries._ask
+        own._canaries._ask = lambda _: 1 / 0  # nothing is answered: the guard is not tried, however often
+        until(lambda: own._schedule.failing == "CanariesFailed")
+        own._schedule._last -= 61  # as if that had gone on for a minute
+        until(lambda: metric(client, "expunge_canary_overdue") == 1)
+        assert client.get("/ready").json()["canaries"]["overdue"] is True
+        own._canaries._ask = asked
+        until(lambda: metric(client, "expunge_canary_overdue") == 0)
     said_by = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert any("1 targets fail" in line and "direct" in line for line in said_by)
     assert name not in "".join(said_by)

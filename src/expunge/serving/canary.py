@@ -30,7 +30,8 @@ from expunge.serving.schema import ChatRequest
 T = TypeVar("T")
 
 _VARIED = 0.2  #: share by which the time between two rounds varies: nobody is to know when the next one is
-_LATE = 2.0  #: times the interval without a round: it is overdue
+_LATE = 2.0  #: times the interval, and ...
+_ROUND = 60.0  #: ... seconds for a round itself: if none went well for so long, one is overdue
 
 _log = logging.getLogger("expunge.canaries")
 
@@ -53,7 +54,7 @@ class Metrics:
             "expunge_canary_failing", "Targets that a canary got at when they were last tried", registry=registry
         )
         self.overdue = Gauge(
-            "expunge_canary_overdue", "1: no round of canaries went well for twice the interval", registry=registry
+            "expunge_canary_overdue", "1: no round of canaries went well for twice the interval and a minute", registry=registry
         )
         self.last = Gauge("expunge_canary_last_timestamp_seconds", "When the last round of canaries ended", registry=registry)
         self.refused = Gauge(
@@ -115,8 +116,8 @@ class Rounds:
 
     @property
     def overdue(self) -> bool:
-        """Whether no round went well for twice the interval."""
-        return self._schedule.age > _LATE * self.settings.every
+        """Whether no round went well for twice the interval and a minute."""
+        return self._schedule.age > _LATE * self.settings.every + _ROUND
 
     def start(self) -> None:
         """Begin, from within the server's event loop; the first round comes at once."""
