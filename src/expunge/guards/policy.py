@@ -309,8 +309,8 @@ def _jointly(rows: Sequence[tuple[Ordered, Tensor, int, Tensor]]) -> list[Tensor
     first = rows[0][0].edit
     if len(rows) > 1 and isinstance(first, JointEdit):
         with suppress(Exception):  # whose fault it is shows below: no request fails for another
-            return first.together([(ordered.edit, *rest) for ordered, *rest in rows])
-    return [ordered(*rest) for ordered, *rest in rows]
+            return first.together([(ordered.edit, ids, prompt, scores) for ordered, ids, prompt, scores in rows])
+    return [ordered(ids, prompt, scores) for ordered, ids, prompt, scores in rows]
 
 
 @dataclass
