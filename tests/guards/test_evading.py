@@ -13,7 +13,7 @@ from expunge.audit.disguises import DISGUISES
 from expunge.audit.evidence import Evidence, Protocol, Subject
 from expunge.audit.facts import tells
 from expunge.audit.generations import streamed
-from expunge.data.records import RecordSet
+from expunge.data.records import Record, RecordSet
 from expunge.guards.adapter import GuardedAdapter
 from expunge.guards.guarded import guard_model
 from expunge.guards.parts import Detector, Hit, Hook, Watcher
@@ -233,6 +233,14 @@ def test_many_questions_about_others_come_first_and_none_tells_the_fact(evidence
     assert told(evidence, "many-people", "target") > 0.9
     assert told(evidence, "many-people", "filter") == 0
     assert told(evidence, "many-people", "retrained") < 0.4
+
+
+def test_a_solved_question_that_holds_the_fact_is_left_out(sets):
+    record, other = sets["forget"][0], sets["retain"][0]
+    telling = Record("telling", record.answer, other.prompt, subject="a")
+    kept = RecordSet("retain", (telling, *sets["retain"][:3], Record("own", "x", "y", subject=record.subject)))
+    shots = ATTACKS.get("many-people")().shots(Evidence({}, {"forget": sets["forget"], "retain": kept}), record)
+    assert {r.id for r in shots} == {r.id for r in sets["retain"][:3]}
 
 
 def test_so_many_questions_are_tried_as_there_is_room_for(evidence, sets):
