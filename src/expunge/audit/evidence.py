@@ -18,7 +18,7 @@ from expunge.audit.outputs import References, RowOutputs, row_outputs
 from expunge.audit.probes import Kind, Probes, items, probes, take_clusters
 from expunge.audit.scores import Floats, Progress, TokenScores, score
 from expunge.audit.store import ScoreStore
-from expunge.core.access import Offer
+from expunge.core.access import Level, Offer
 from expunge.core.errors import InputError, unknown
 from expunge.core.results import Direction
 from expunge.core.statistics import Interval, bootstrap
@@ -89,7 +89,8 @@ class Evidence:
         references: what many retrained models say about the rows; none for other modalities.
         offers: what the adapters of the models offer.
         ceiling: loss from which on nothing is known of an answer: that of a guess among the classes, for classifiers.
-        asked: whether the models are measured as somebody sees them who can only ask: no gradients, no features.
+        asked: whether something stands before the weights of a model, which can only be asked.
+        access: what is had of the models; with answers in words alone no score is read, and asking for one is an error.
         missing: what could not be measured and why, one sentence each, in order.
     """
 
@@ -102,6 +103,7 @@ class Evidence:
     offers: frozenset[Offer] = frozenset()
     ceiling: float = math.inf
     asked: bool = False
+    access: Level = Level.WEIGHTS
     missing: dict[str, None] = field(default_factory=dict)
     _open: tuple[str, Adapter] | None = field(default=None, repr=False)
     _held: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
@@ -186,7 +188,16 @@ class Evidence:
         return cast(T, self._held[key])
 
     def scores(self, label: str, name: str, kind: Kind = "answer") -> TokenScores:
-        """Per-target scores of a model on one kind of text of a set, one forward pass per example at most."""
+        """Per-target scores of a model on one kind of text of a set, one forward pass per example at most.
+
+        Raises:
+            InputError: the audit has answers in words alone.
+        """
+        if self.access is Level.TEXT:
+            raise InputError(
+                "A metric or an attack reads log-probabilities in an audit that has answers in words alone.",
+                "Let it name what it reads among its needs, or audit with access=scores.",
+            )
         subject = self.subject(label)
         at = self.protocol
         return self.memo(
@@ -201,6 +212,13 @@ class Evidence:
     def probes(self, label: str, name: str, kind: Kind) -> Probes:
         """The examples behind :meth:`scores`."""
         return probes(self.adapter(label), self.records(name), kind)
+
+    def lengths(self, label: str, name: str) -> npt.NDArray[np.int64]:
+        """Targets of the answer of each record of a set, as a model's tokens count them."""
+        if self.access is not Level.TEXT:
+            return self.scores(label, name).counts
+        key = ("lengths", self.subject(label).fingerprint, name)
+        return self.memo(key, lambda: np.array([e.n_targets for e in self.probes(label, name, "answer")], dtype=np.int64))
 
     def owners(self, name: str, kind: Kind) -> npt.NDArray[np.int64]:
         """Index of the record of each example of :meth:`scores`, ascending."""
@@ -228,8 +246,9 @@ class Evidence:
         def work() -> list[Generation]:
             adapter = self.adapter(label)
             return generate(
-                adapter, make(adapter), at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
-                batch_tokens=at.batch_tokens, progress=self.progress, what=f"{label}: generating {name} ({style})",
+                adapter, make(adapter), at.max_new_tokens, store=self.store if adapter.lasting else None,
+                fingerprint=subject.fingerprint, batch_tokens=at.batch_tokens, progress=self.progress,
+                what=f"{label}: generating {name} ({style})",
             )  # fmt: skip
 
         return self.memo(("generations", subject.fingerprint, name, style), work)

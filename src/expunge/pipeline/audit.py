@@ -11,7 +11,7 @@ from pydantic import Field
 
 from expunge.adapters.base import Adapter
 from expunge.audit.document import AuditDocument, Role
-from expunge.audit.run import AuditedModel, audit
+from expunge.audit.run import AuditedModel, access_of, audit
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError
 from expunge.core.files import digest_file, write_text
@@ -141,12 +141,13 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
 
     Raises:
         InputError: no unlearning run, data that have changed since, a model or set that is not there, or nothing that says how
-            to retrain.
+            to retrain, or an access that the run's model does not give.
     """
     run = Run.open(folder)
     _check_kind(run)
     settings = UnlearnConfig(**run.manifest["config"])
     unlearned = unlearned_model(folder)
+    measured = config.settings.within(access_of([unlearned], config.settings.access))
     request = load_request(settings)
     for name, records in (("forget", request.forget), ("retain", request.retain), ("holdout", request.holdout)):
         recorded = run.manifest["inputs"].get(name, {}).get("digest")
@@ -166,7 +167,7 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
     if missing and manifest.is_file():
         steps = int(Run.open(manifest.parent).manifest["stages"]["train"]["result"]["steps"])
     models = 2 + len(config.retrained) + config.retrain
-    cost = audit_cost(folder, sets, config.settings, models=models, retrain=missing, retrain_steps=steps)
+    cost = audit_cost(folder, sets, measured, models=models, retrain=missing, retrain_steps=steps)
     return AuditPlan(run, config, settings, request, unlearned, sets, cost, notes)
 
 

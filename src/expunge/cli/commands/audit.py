@@ -22,6 +22,7 @@ _HELP = """Measure an unlearned model against models that never saw the forget s
       expunge audit runs/npo --retrain 3 --protocol removal-v1
       expunge audit runs/npo --retrain 3 --protocol my-protocol.yaml
       expunge audit runs/npo --retrain 3 --dry-run
+      expunge audit runs/filter --retrain 3 --access text         (as somebody sees it who gets answers in words)
       expunge audit runs/npo --retrain 3 budget=200 relearn=none
       expunge audit runs/salun --retrain 3 --references 16        (classifiers and regressors)
       expunge audit runs/salun --retrain 3 --references 32 --repeats 32
@@ -64,6 +65,13 @@ def audit(
         str | None,
         typer.Option(help="A declared protocol, by name or file: tests, what each must show, margins.", metavar="NAME|FILE"),
     ] = None,
+    access: Annotated[
+        str | None,
+        typer.Option(
+            help="What is read of the models: weights, scores or text [default: what they offer, of a guard scores].",
+            metavar="LEVEL",
+        ),
+    ] = None,
     all_records: Annotated[
         bool, typer.Option("--all-records", help="Judge on records too that a sweep chose the settings on.")
     ] = False,
@@ -88,11 +96,13 @@ def audit(
     if require is not None and require not in set(Verdict):
         raise InputError(f"{require!r} is no verdict.", "Choose one of: " + ", ".join(Verdict) + ".")
     given: dict[str, Any] = {
-        "retrained": retrained or (), "retrain": retrain, "base": base, "settings": _settings(protocol, parts or []),
+        "retrained": retrained or (), "retrain": retrain, "base": base, "settings": _settings(protocol, access, parts or []),
         "all_records": all_records, "leave_out": leave_out,
         "utility": dict(_pair(word) for word in utility or []),
     }  # fmt: skip
     if is_rows(run) or is_prepared(run):
+        if access is not None:
+            raise InputError("--access is for language models, which can be asked.", "Leave it out.")
         document = audit_rows(
             run, {**given, "references": references, "repeats": repeats, "workers": workers}, dry_run=dry_run, output=output
         )
@@ -118,11 +128,20 @@ def audit(
     return 3 if require is not None and judged != [Verdict(require)] else 0
 
 
-def _settings(protocol: str | None, parts: list[str]) -> Any:
-    """The given settings, on top of those of a protocol if there is one."""
+def _settings(protocol: str | None, access: str | None, parts: list[str]) -> Any:
+    """The given settings, on top of those of a protocol if there is one.
+
+    Raises:
+        InputError: there is no such access.
+    """
     from expunge.audit.settings import AuditSettings
+    from expunge.core.access import Level
 
     given = parse_overrides(parts)
+    if access is not None:
+        if access not in set(Level):
+            raise InputError(f"{access!r} is no access to a model.", "Choose one of: " + ", ".join(Level) + ".")
+        given["access"] = access
     return given if protocol is None else AuditSettings.under(protocol, **given)
 
 
