@@ -203,11 +203,11 @@ def audit_run(made: AuditPlan, *, progress: Progress | None = None, say: Callabl
 
 def audit_stage(
     run: Run, models: Sequence[AuditedModel], sets: Mapping[str, RecordSet], settings: AuditSettings, *,
-    progress: Progress | None, title: str, notes: Sequence[str] = (),
+    progress: Progress | None, title: str, notes: Sequence[str] = (), after: Callable[[], Sequence[str]] = tuple,
 ) -> bool:  # fmt: skip
     """Leave ``audit.json`` in a run; False if what is there is of the same models, sets and settings.
 
-    ``notes`` are what the report must say first of what it does not show.
+    ``notes`` are what the report must say first of what it does not show; ``after`` is asked for more when all is measured.
     """
     inputs = {
         "models": [[m.label, resolve(m.path), weights_of(m.path)] for m in models],
@@ -217,7 +217,7 @@ def audit_stage(
 
     def work() -> dict[str, Any]:
         document = measure(models, sets, settings, progress=progress, title=title)
-        document.not_shown[:0] = notes
+        document.not_shown[:0] = [*notes, *after()]
         write_text(run.folder / DOCUMENT, document.model_dump_json(indent=2) + "\n")
         return {"verdicts": {m.label: m.judgement.verdict for m in document.models if m.judgement}}
 
