@@ -128,7 +128,7 @@ def audit(
         "url": served, "model": model_name, "target": target, "forget": forget, "retain": retain, "holdout": holdout,
         "key_env": key_env, "refusals": tuple(refusal or ()), "out": out, "resume": resume,
     }  # fmt: skip
-    more = {k: settings.pop(k) for k in ("served", "text") if served is not None and k in settings}
+    more: dict[str, Any] = {k: settings.pop(k) for k in ("served", "text") if served is not None and k in settings}
     given: dict[str, Any] = {
         "retrained": retrained or (), "retrain": retrain, "base": base, "settings": _settings(protocol, access, settings),
         "utility": dict(_pair(word) for word in utility or []),
@@ -174,7 +174,8 @@ def _audit_run(
     if is_rows(run) or is_prepared(run):
         if access is not None:
             raise InputError("--access is for language models, which can be asked.", "Leave it out.")
-        return audit_rows(run, {**given, **of_rows}, dry_run=dry_run, output=output)
+        found: AuditDocument | None = audit_rows(run, {**given, **of_rows}, dry_run=dry_run, output=output)
+        return found
     if Run.open(run) and (of_rows["references"] or of_rows["repeats"] or of_rows["workers"] != "local"):  # no run is said first
         raise InputError("--references, --repeats and --workers are for classifiers and regressors.", "Leave them out.")
     made = plan(run, AuditConfig(**given))
