@@ -22,7 +22,6 @@ from expunge.core.errors import InputError
 from expunge.data.records import Record
 
 _ONLY_ASKED = "A model that is served can only be asked."
-_FEW = 16  #: tokens of an answer that is only asked for to see who gives it
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class ServedAdapter(LanguageAdapter):
 
     offers: ClassVar[frozenset[Offer]] = frozenset({Offer.TEXT, Offer.GENERATE})
     lasting: ClassVar[bool] = False
+    fronted: ClassVar[bool] = True
 
     def __init__(self, asker: Asker, tokenizer: Any, *, template: str | None = None) -> None:
         self.asker, self.tokenizer, self.template = asker, tokenizer, template
@@ -59,7 +59,6 @@ class ServedAdapter(LanguageAdapter):
         self.fused, self.context = False, None
         self._encoder = Encoder(tokenizer, template, None, False)
         self.end_ids = frozenset(self._encoder.end_ids())
-        self._refused: dict[str, bool] = {}
 
     @property
     def templated(self) -> bool:
@@ -109,8 +108,7 @@ class ServedAdapter(LanguageAdapter):
 
     def generate(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int) -> list[Generation]:
         """The server's answers at temperature 0; those that something gives in the model's place are answers like others."""
-        asked = [self._question(e) for e in examples]
-        return self._generations_of(examples, asked, self.asker.ask(asked, max_new_tokens), max_new_tokens)
+        return self._made(examples, self.asker.ask([self._question(e) for e in examples], max_new_tokens), max_new_tokens)
 
     def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
         """Answers at the temperature of the draws; the server draws by itself, from a seed that follows from the numbers."""
@@ -120,28 +118,16 @@ class ServedAdapter(LanguageAdapter):
             (route, {**said, "temperature": draws.temperature, "seed": seed})
             for (route, said), seed in zip(asked, seeds, strict=True)
         ]
-        return self._generations_of(examples, asked, self.asker.ask(drawing, max_new_tokens), max_new_tokens)
+        return self._made(examples, self.asker.ask(drawing, max_new_tokens), max_new_tokens)
 
-    def _generations_of(
-        self, examples: Sequence[Example], asked: Sequence[tuple[str, dict[str, Any]]], replies: Sequence[Reply], limit: int
-    ) -> list[Generation]:
+    def _made(self, examples: Sequence[Example], replies: Sequence[Reply], limit: int) -> list[Generation]:
         out = []
-        for example, (route, said), reply in zip(examples, asked, replies, strict=True):
-            key = _key(route, said)
-            self._refused[key] = self._refused.get(key, False) or reply.refused
+        for example, reply in zip(examples, replies, strict=True):
             tokens = tuple(self._encoder.spell(reply.text))
-            ended = reply.ended and len(tokens) <= limit
-            text = reply.text if len(tokens) <= limit else self.decode(tokens[:limit])
-            out.append(Generation(example.id, tokens[:limit], text, ended))
+            short = len(tokens) <= limit
+            text = reply.text if short else self.decode(tokens[:limit])
+            out.append(Generation(example.id, tokens[:limit], text, reply.ended and short, reply.refused))
         return out
-
-    def refuses(self, examples: Sequence[Example]) -> list[bool]:
-        """Whether something answered each prompt in the model's place; what was not asked yet is asked."""
-        asked = [self._question(e) for e in examples]
-        fresh = [i for i, (route, said) in enumerate(asked) if _key(route, said) not in self._refused]
-        replies = self.asker.ask([asked[i] for i in fresh], _FEW)
-        self._generations_of([examples[i] for i in fresh], [asked[i] for i in fresh], replies, _FEW)
-        return [self._refused[_key(route, said)] for route, said in asked]
 
     # ---- what is not had
 
@@ -207,7 +193,3 @@ def _refuse() -> NoReturn:
 
 def _alone(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
-
-
-def _key(route: str, said: dict[str, Any]) -> str:
-    return json.dumps([route, said], sort_keys=True)

@@ -72,8 +72,8 @@ class AuditedModel:
         cost: what making it cost: seconds, peak_bytes, steps, tokens.
         settings: recipe and options that made it.
         stopped: why training ended, in one sentence.
-        asked: whether it can only be asked, since something stands before its weights, or it is only served: then no attack acts
-            on weights or looks inside, of no model.
+        asked: whether it can only be asked, since its weights are those of another model and something stands before them: then
+            no attack acts on weights or looks inside, of no model.
     """
 
     label: str
@@ -126,7 +126,7 @@ def audit(
     store = ScoreStore(cache) if cache is not None else None
     _check_references(references, used)
     evidence = Evidence({}, used, settings.evidence_protocol(), store, progress, references)
-    evidence.asked = any(m.asked for m in models)
+    evidence.asked = any(m.asked or (isinstance(m.adapter, Adapter) and m.adapter.fronted) for m in models)
     ordered = sorted(models, key=lambda m: _ORDER[m.role])
     _register(evidence, ordered[0], settings)
     first = evidence.adapter(ordered[0].label)
@@ -298,6 +298,7 @@ def _entry(evidence: Evidence, model: AuditedModel, metrics: Sequence[Metric], a
         numbers |= metric.compute(evidence, model.label)
     numbers |= attack_numbers(evidence, attacked, model.label)
     return ModelEntry(
+        guarded=model.asked,
         label=model.label, role=model.role, fingerprint=evidence.subject(model.label).fingerprint, path=model.path,
         method=model.method, seed=model.seed, numbers=numbers, cost=dict(model.cost), stopped=model.stopped,
         settings=dict(model.settings),

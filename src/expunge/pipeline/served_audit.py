@@ -165,7 +165,7 @@ def _served(config: ServedConfig, asker: Asker) -> AuditedModel:
     like = config.target or config.audit.retrained[0]
     adapter = ServedAdapter(asker, tokenizer_of(resolve(like)), template=text_of(like, config.text).template)
     told: dict[str, Any] = {"served": config.served.model_dump(mode="json", exclude={"key_env"})}
-    return AuditedModel("served", "unlearned", adapter, path=config.served.url, method="served", settings=told, asked=True)
+    return AuditedModel("served", "unlearned", adapter, path=config.served.url, method="served", settings=told)
 
 
 def _changed(asker: Asker) -> list[str]:
