@@ -159,6 +159,25 @@ def test_a_served_model_offers_words_and_nothing_else(people, target_adapter, mo
     asker.close()
 
 
+def test_a_server_draws_by_itself_from_seeds_that_follow_from_the_numbers(serve, people, target_adapter, tmp_path):
+    from expunge.audit.generations import sampled
+    from expunge.audit.store import ScoreStore
+
+    store = ScoreStore(tmp_path / "scores")
+    with serve(targets=[]) as client:
+        found = []
+        for _ in range(2):
+            asker = Asker(Endpoint(url=f"{client.base_url}/v1", model="tiny"))
+            adapter = ServedAdapter(asker, target_adapter.tokenizer)
+            examples = [adapter.encode(r) for r in people.split.holdout[:3]]
+            made = sampled(adapter, examples, 3, 16, temperature=3.0, seed=1, store=store)
+            found.append([[g.text for g in group] for group in made])
+            asker.close()
+    assert found[0] == found[1]
+    assert len({t for group in found[0] for t in group}) > 3
+    assert not store.folder.exists()  # of what is only served nothing is kept beyond its run
+
+
 def test_a_conversation_is_sent_turn_by_turn(people, target_adapter):
     from dataclasses import replace
 
@@ -186,7 +205,7 @@ def test_the_command_audits_what_is_served_and_reports_it(serve, keys, place, na
     with serve(targets=names, access=access) as client:
         url = str(client.base_url)
         shutil.rmtree(place / "run", ignore_errors=True)
-        more = ("--model-name", "tiny", "--out", place / "run", "draws=100", "served.parallel=4")
+        more = ("--model-name", "tiny", "--out", place / "run", "draws=100", "served.parallel=4", "attacks=role-play,prune")
         dry = expunge(*words(place, url, *more), "--dry-run", "--json", **{KEY: asks})
         assert dry.code == 0, dry.err
         assert dry.json()["cost"] == {"models": 5, "questions": 60}
@@ -197,6 +216,10 @@ def test_the_command_audits_what_is_served_and_reports_it(serve, keys, place, na
         for file in (place / "run").rglob("*"):
             assert not file.is_file() or asks not in file.read_text(errors="replace")
         assert asks not in done.out + done.err
+        held = json.loads((place / "run" / "audit.json").read_text())
+        assert held["models"][-1]["numbers"]["forget.role-play"]["value"] == 0
+        assert held["models"][0]["numbers"]["forget.role-play"]["value"] > 0
+        assert "Not tried, since it takes more than this access: prune." in held["not_shown"]
         assert expunge("report", place / "run").code == 0
         page = (place / "run" / "report.html").read_text()
         assert "Access: answers in words" in page

@@ -246,9 +246,8 @@ class Evidence:
         def work() -> list[Generation]:
             adapter = self.adapter(label)
             return generate(
-                adapter, make(adapter), at.max_new_tokens, store=self.store if adapter.lasting else None,
-                fingerprint=subject.fingerprint, batch_tokens=at.batch_tokens, progress=self.progress,
-                what=f"{label}: generating {name} ({style})",
+                adapter, make(adapter), at.max_new_tokens, store=self.store, fingerprint=subject.fingerprint,
+                batch_tokens=at.batch_tokens, progress=self.progress, what=f"{label}: generating {name} ({style})",
             )  # fmt: skip
 
         return self.memo(("generations", subject.fingerprint, name, style), work)
