@@ -250,6 +250,18 @@ def test_a_server_that_is_not_there_or_silent_or_another_one(monkeypatch):
     assert "no answer of a chat server" in odd.message
 
 
+def test_a_key_that_others_can_read_on_the_way_is_said(monkeypatch):
+    monkeypatch.setenv(KEY, f" {SECRET}\n")
+    told = {}
+    for url in ("http://127.0.0.1:9/v1", "https://host/v1", "http://host/v1"):
+        asker = Asker(Endpoint(url=url, model="tiny"))
+        told[url] = asker.notes
+        asker.close()
+    assert [bool(notes) for notes in told.values()] == [False, False, True]
+    assert "unencrypted" in told["http://host/v1"][0]
+    assert SECRET not in told["http://host/v1"][0]
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [

@@ -115,7 +115,7 @@ class Asker:
     def __init__(self, endpoint: Endpoint, kept: Path | None = None) -> None:
         self.endpoint = endpoint
         self._httpx = need("httpx", "Asking a server", "serve")
-        self._key = os.environ.get(endpoint.key_env) or ""
+        self._key = os.environ.get(endpoint.key_env, "").strip()
         headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
         limits = self._httpx.Limits(max_connections=endpoint.parallel)
         timeout = self._httpx.Timeout(endpoint.seconds, connect=min(10.0, endpoint.seconds), pool=None)
@@ -134,6 +134,15 @@ class Asker:
         self._client.close()
         if self._file is not None:
             self._file.close()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user must know before the work."""
+        if self._key and not self.endpoint.local and self.endpoint.url.startswith("http://"):
+            return [
+                f"The key in {self.endpoint.key_env} goes to {self.endpoint.url} unencrypted: anybody on the way can read it."
+            ]
+        return []
 
     # ---- before the work
 

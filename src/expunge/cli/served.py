@@ -43,6 +43,8 @@ def audit_served(
 
     config = served_audit.ServedConfig(**given(server, audit, more))
     made = served_audit.plan(config, server["out"], resume=server["resume"])
+    for note in made.notes:
+        output.note(note)
     output.note(f"audit: {made.text()}")
     if dry_run:
         cost = {"models": made.models, "questions": made.questions}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from expunge.adapters.endpoint import Asker, Endpoint
+from expunge.adapters.endpoint import Asker, Endpoint, Unanswered
 from expunge.adapters.loading import tokenizer_of
 from expunge.adapters.served import ServedAdapter
 from expunge.audit.document import AuditDocument
@@ -65,6 +65,7 @@ class ServedPlan:
 
     Attributes:
         questions: that are put to each model, those of attacks not counted.
+        notes: what the user must know before it begins.
     """
 
     config: ServedConfig
@@ -74,6 +75,7 @@ class ServedPlan:
     out: Path
     resume: bool
     questions: int
+    notes: Sequence[str] = ()
 
     @property
     def models(self) -> int:
@@ -121,12 +123,13 @@ def plan(config: ServedConfig, out: Path, *, resume: bool = False) -> ServedPlan
     asker = Asker(config.served)
     try:
         asker.check()
+        notes = asker.notes
     finally:
         asker.close()
     used = {n: limited(r, settings) for n, r in sets.items()}
     generates = any(Need.GENERATION in m.needs for m in settings.chosen())
     questions = sum(len(r) for n, r in used.items() if generates)
-    return ServedPlan(config, request, sets, settings, out, resume, questions)
+    return ServedPlan(config, request, sets, settings, out, resume, questions, notes)
 
 
 def audit_served(
@@ -171,7 +174,11 @@ def _served(config: ServedConfig, asker: Asker) -> AuditedModel:
 def _changed(asker: Asker) -> list[str]:
     """What speaks for it that the served model was not one and the same all the time."""
     out = []
-    count, other = asker.again(_TWICE)
+    try:
+        count, other = asker.again(_TWICE)
+    except Unanswered:
+        out.append("The server did not answer questions that were put twice: whether it answers alike each time is not known.")
+        count, other = 0, 0
     if other:
         out.append(
             f"Of {count} questions that were put twice, {other} were answered otherwise the second time, at temperature 0."
