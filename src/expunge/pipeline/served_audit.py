@@ -64,6 +64,7 @@ class ServedPlan:
     """An audit of a served model that has passed every check and has not begun.
 
     Attributes:
+        settings: of what is measured, within the access.
         questions: that are put to each model, those of attacks not counted.
         notes: what the user must know before it begins.
     """
@@ -154,7 +155,14 @@ def audit_served(
         models = [*([target_model(asked)] if config.target else []), *gold, _served(config, asker)]
         title = f"{config.served.model} at {config.served.url}"
         fresh = audit_stage(
-            run, models, made.sets, made.settings, progress=progress, title=title, notes=[_NOTE], after=lambda: _changed(asker)
+            run,
+            models,
+            made.sets,
+            config.audit.settings.model_copy(update={"access": Level.TEXT}),
+            progress=progress,
+            title=title,
+            notes=[_NOTE],
+            after=lambda: _changed(asker),
         )
     finally:
         asker.close()
