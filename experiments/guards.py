@@ -33,7 +33,7 @@ from expunge.pipeline.config import TextConfig, UnlearnConfig
 from expunge.pipeline.unlearn import execute, from_config
 from expunge.report.text import DASH
 
-PROTOCOL = "removal-v1"
+PROTOCOL = "served-v1"
 RECIPES = ("npo", "graddiff", "simnpo", "rmu", "uld", "ga-opt")  #: of the runs that are judged beside the guards
 NEEDS_MORE = {
     "neuron-adjust": "it hides skills, not facts",
@@ -86,7 +86,7 @@ def judged(course: Course, name: str, runs: Sequence[AuditedModel]) -> None:
         entry_of(f"retrained seed {s}", "retrained", plan.out / f"retrained-{s}", TextConfig(), seed=s, stage="train")
         for s in plan.retrained
     ]
-    settings = AuditSettings.under(PROTOCOL, samples_forget=0, samples_retain=0).as_asked()
+    settings = AuditSettings.under(PROTOCOL, samples_forget=0, samples_retain=0)
     audit_stage(run, [*models, *runs], audit_sets(plan), settings, progress=told(name), title=name)
 
 

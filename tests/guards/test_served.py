@@ -9,6 +9,7 @@ from expunge.audit.general import general_questions
 from expunge.audit.protocol import judged, load_protocol
 from expunge.audit.run import AuditedModel, audit
 from expunge.audit.settings import AuditSettings
+from expunge.core.access import Level
 from expunge.core.results import Check, Judgement, Verdict
 from expunge.data.records import Record, RecordSet
 from expunge.guards.adapter import GuardedAdapter
@@ -140,7 +141,7 @@ def test_the_protocol_asks_and_does_nothing_else():
     named = {"alias", "cut-short", "disguised-answer", "disguised-question", "many-people", "other-language", "over-turns"}
     assert named < set(held.attacks)
     settings = AuditSettings.under("served-v1")
-    assert settings.as_asked().protocol_label() == "served-v1"  # nothing of it is out of reach
+    assert settings.within(Level.SCORES).protocol_label() == "served-v1"  # nothing of it is out of reach
     assert settings.relearn is None
     assert not settings.quantise
 

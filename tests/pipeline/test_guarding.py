@@ -126,6 +126,20 @@ def test_a_run_of_a_guard_is_audited_and_reported_by_the_same_commands(run, expu
     assert expunge("report", str(place / "run")).code == 0
     assert "suppressed" in (place / "run" / "report.html").read_text()
     assert not any(n in (place / "run" / "manifest.json").read_text() for n in names)
+    # As somebody sees it who gets answers in words; more than a guard gives cannot be asked for.
+    done = expunge("audit", str(place / "run"), *gold, "--access", "text")
+    assert done.code == 0, done.err
+    document = json.loads((place / "run" / "audit.json").read_text())
+    judged = {m["label"]: m["judgement"] for m in document["models"]}
+    assert document["protocol"]["access"] == "text"
+    assert judged["filter"]["verdict"] == "suppressed"
+    assert "tells 100% of the forget answers" in judged["filter"]["reason"]
+    assert judged["target"]["verdict"] == "not forgotten"
+    assert not document["distributions"]
+    assert expunge("audit", str(place / "run"), *gold, "--access", "weights").code == 2
+    assert "choose scores" in expunge("audit", str(place / "run"), *gold, "--access", "weights").err
+    assert "Choose one of: weights, scores, text" in expunge("audit", str(place / "run"), "--access", "logits").err
+    assert expunge("audit", str(place / "run"), *gold).code == 0
     # Beside a method that changes weights: one table, one plot, and which of them is a guard.
     assert run("gradascent", "changed").code in (0, 3)  # stopped where more would cost too much
     assert expunge("audit", str(place / "changed"), *gold, "budget=20", "relearn=none", "quantise=none", "usual=false").code == 0

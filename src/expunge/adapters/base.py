@@ -312,6 +312,7 @@ class Adapter(abc.ABC):
 
     modality: ClassVar[str]
     offers: ClassVar[frozenset[Offer]]
+    lasting: ClassVar[bool] = True  #: whether it says tomorrow what it says today: else no answer is kept beyond a run
     fronted: ClassVar[bool] = False  #: whether something stands before the model that may answer in its place
     draws_anew: ClassVar[bool] = False  #: whether :meth:`drawing` changes an example's losses: none may be stored then
     model: nn.Module

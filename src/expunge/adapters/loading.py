@@ -78,6 +78,23 @@ def open_part(folder: Path) -> Any:
     return _open(need("transformers", "A language model"), locate(str(folder)), torch.float32, _PLAIN)
 
 
+def tokenizer_of(source: str | Path) -> Any:
+    """The tokenizer of a model, without its weights.
+
+    Args:
+        source: as in :func:`load`.
+
+    Raises:
+        InputError: not found, or without a tokenizer.
+    """
+    transformers = need("transformers", "A language model")
+    name = locate(str(source))
+    options: dict[str, Any] = {"revision": None, "trust_remote_code": False}
+    with quiet():
+        beneath = None if composite.is_composite(Path(name)) else _peft_base(name, options)
+        return _tokenizer(transformers, [name, beneath] if beneath else [name], options)
+
+
 def load_masked(source: str) -> tuple[Any, Any]:
     """A masked language model (BERT, RoBERTa) and its tokenizer, in evaluation mode.
 

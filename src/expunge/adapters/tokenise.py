@@ -121,6 +121,17 @@ class Encoder:
         marked[: len(marks)] = marks[: len(ids)]
         return Tokens(np.asarray(ids, dtype=np.int32), start, ends, marked[start:] if marked[start:].any() else None)
 
+    def opening(self, record: Record, prompt: str | None = None) -> str:
+        """The text before a record's answer, as a model is given it to go on from; nothing of plain text.
+
+        Raises:
+            InputError: a chat that cannot be rendered.
+        """
+        if record.is_text and prompt is None:
+            return ""
+        head, tail, _ = self._texts(record, record.lead + record.answer, prompt)
+        return head + tail[: tail.find(record.lead) + len(record.lead)] if record.lead else head
+
     def answered(self, tokens: Tokens, answer: str) -> Tokens:
         """The same prompt with another answer, where the record is not at hand; it ends as the old answer did.
 

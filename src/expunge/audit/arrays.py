@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from pydantic import Field
 
 from expunge.audit.attacks.relearn import RelearnPoint
@@ -69,7 +70,9 @@ class Arrays:
     Attributes:
         label: for messages.
         ids, clusters: of the forget examples (n).
-        nll: mean negative log-likelihood per answer, nats (n).
+        nll: mean negative log-likelihood per answer, nats (n); empty where answers in words are all that was had of the models.
+        told: share of each answer that the greedy answer tells, in [0, 1] (n), NaN where an answer has no words; then alone.
+        refused: 1 for each forget prompt that something answers in the model's place, else 0 (n), with ``told`` alone.
         log_truth_ratio: log of P(wrong) / P(right paraphrase) (n), NaN where an example has none; lower means knowing more.
         extraction: extraction strength or exact memorisation in [0, 1] (n).
         membership: by attack, scores of the forget examples (n) and of the holdout examples (h), higher = less member-like.
@@ -87,7 +90,9 @@ class Arrays:
     label: str
     ids: Sequence[str]
     clusters: Sequence[str]
-    nll: Floats
+    nll: Floats = field(default_factory=lambda: np.empty(0))
+    told: Floats | None = None
+    refused: Floats | None = None
     log_truth_ratio: Floats | None = None
     extraction: Floats | None = None
     membership: Mapping[str, tuple[Floats, Floats]] = field(default_factory=dict)
@@ -115,3 +120,8 @@ class Case:
     def everyone(self) -> list[Arrays]:
         """The subject, the retrained models and the target, in this order."""
         return [self.subject, *self.retrained, self.target]
+
+    @property
+    def in_words(self) -> bool:
+        """Whether answers in words are all that was had of the models."""
+        return self.target.told is not None

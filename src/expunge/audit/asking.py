@@ -52,8 +52,7 @@ def after(record: Record, turns: Sequence[tuple[str, str]]) -> Record:
 
 def is_chat(adapter: Adapter) -> bool:
     """Whether the model's prompts go through a chat template of its tokenizer."""
-    tokenizer = getattr(adapter, "tokenizer", None)
-    return getattr(adapter, "template", None) is None and bool(getattr(tokenizer, "chat_template", None))
+    return bool(getattr(adapter, "templated", False))
 
 
 def fitted(adapter: Adapter, record: Record) -> Record:

@@ -32,6 +32,7 @@ _FEW_ANSWERS = 4  # a subject with fewer answers can be mostly right by guessing
 _KNOWN = 0.25  # by so much the target's probability of an answer must exceed the retrained models' to count as its knowledge
 _REMEMBERED_NOISE = 0.02  # assumed training noise of a share of answers, where chance successes are rare
 _ATTACKED_NOISE = 0.1  # the same under an attack: a few steps on, answers come back all at once, and models differ by when
+_WORDS_NOISE = 0.1  # the same of answers in words, where a guess that is right is as good as knowing
 _UTILITY_NOISE = 0.1  # assumed training noise of utility, as a share of the accepted loss
 
 
@@ -52,22 +53,58 @@ class Losses:
     clusters: Clusters
 
 
+@dataclass(frozen=True)
+class Held:
+    """How much of the same answers several models hold, each in [0, 1]; see :class:`Losses` for the attributes."""
+
+    subject: Floats
+    retrained: Sequence[Floats]
+    target: Floats
+    basis: Sequence[Floats]
+    clusters: Clusters
+
+    @classmethod
+    def by(cls, losses: Losses) -> Held:
+        """By probability."""
+        retrained, basis = ([np.exp(-r) for r in side] for side in (losses.retrained, losses.basis))
+        return cls(np.exp(-losses.subject), retrained, np.exp(-losses.target), basis, losses.clusters)
+
+
 def outputs(case: Case) -> list[Check]:
     """What the model's outputs on the forget set say."""
-    return [_kind(c) for c in _outputs(case)]
+    return [_kind(c) for c in (_words(case) if case.in_words else _outputs(case))]
 
 
 def _outputs(case: Case) -> list[Check]:
     limits, controls = case.limits, [r.nll for r in case.retrained]
     losses = Losses(case.subject.nll, controls, case.target.nll, controls, case.subject.clusters)
     every = [_likelihood("likelihood", "of the answers", losses, limits, limits.far_margin)]
-    every.append(_remembered("remembered", "", losses, limits))
+    held = Held.by(losses)
+    every.append(_remembered("remembered", "", held, limits, _REMEMBERED_NOISE))
     every += _secondary(case)
+    return _judged(every, held, limits)
+
+
+def _judged(every: Sequence[Quantity], held: Held, limits: Thresholds) -> list[Check]:
+    """The checks of quantities that share a level, and whole subjects that are left."""
     counted = [q for q in every if q.informative(limits)]
     alpha = limits.alpha / max(1, len(counted))
-    checks = [check(q, limits, alpha) if q in counted else uninformative(q, len(controls)) for q in every]
-    left = _left_behind(losses)
+    checks = [check(q, limits, alpha) if q in counted else uninformative(q, len(held.retrained)) for q in every]
+    left = _left_behind(held)
     return [*checks, left] if left else checks
+
+
+def _words(case: Case) -> list[Check]:
+    """The same of answers in words: how much of each answer is told."""
+    limits = case.limits
+    values = [a.told for a in case.everyone if a.told is not None]
+    keep = np.all([np.isfinite(v) for v in values], axis=0)
+    if keep.sum() < 2:
+        return [Check(name="answers", outcome="not run", text="Fewer than two forget answers have words that can be compared.")]
+    own, *controls, full = (v[keep] for v in values)
+    held = Held(own, controls, full, controls, np.asarray(case.subject.clusters, dtype=str)[keep])
+    every = list(_means("answers", "Mean share of the answers that is told", values, case, far=limits.far_margin, toward=1))
+    return _judged([*every, _remembered("remembered", "", held, limits, _WORDS_NOISE)], held, limits)
 
 
 def attacks(case: Case) -> list[Check]:
@@ -77,7 +114,7 @@ def attacks(case: Case) -> list[Check]:
     checks = [_relearning(case), *(_rounding(b, case) for b in bits)]
     if not bits:
         checks.append(Check(name="quantisation", outcome="not run", text="Rounding of the weights was not tried."))
-    return [_kind(c) for c in (*checks, *_reading(case))] + list(attempts(case))
+    return [_kind(c) for c in (*checks, *_reading(case), *_refusals(case))] + list(attempts(case))
 
 
 def _kind(check: Check) -> Check:
@@ -112,29 +149,30 @@ class _Known:
     An answer is remembered if its probability lies nearer to the target's than to the mean of the retrained models.
     """
 
-    def __init__(self, losses: Losses) -> None:
-        self.target = np.exp(-losses.target)
-        self.seeds = [np.exp(-r) for r in losses.basis]
+    def __init__(self, held: Held) -> None:
+        self.target, self.seeds = held.target, held.basis
         self.counts: NDArray[np.bool_] = self.target - np.mean(self.seeds, axis=0) > _KNOWN
 
     def by(self, values: Floats, without: int | None = None) -> NDArray[np.bool_]:
-        """Per answer, from NLL ``values``. A retrained model is placed by the others (``without`` itself), as the subject is: its
-        own guesses must not move the line that it is held against."""
+        """Per answer, from how much of it is held.
+
+        A retrained model is placed by the others (``without`` itself), as the subject is: its own guesses must not move the line
+        that it is held against.
+        """
         others = [s for i, s in enumerate(self.seeds) if i != without] or self.seeds
-        return np.asarray(np.exp(-values) > (self.target + np.mean(others, axis=0)) / 2)
+        return np.asarray(values > (self.target + np.mean(others, axis=0)) / 2)
 
 
-def _remembered(name: str, what: str, losses: Losses, limits: Thresholds) -> Quantity:
-    known = _Known(losses)
+def _remembered(name: str, what: str, held: Held, limits: Thresholds, noise: float) -> Quantity:
+    known = _Known(held)
     sentence = f"Share of answers remembered{what and ' ' + what}"
     if known.counts.sum() < _FEW_KNOWN:
-        empty = Contrast(0.0, 0.0, math.nan, 1.0, 0.0, 1.0, len(losses.retrained), 0, 0)
+        empty = Contrast(0.0, 0.0, math.nan, 1.0, 0.0, 1.0, len(held.retrained), 0, 0)
         return Quantity(name, sentence, empty, math.nan, 1, math.nan, math.inf)
-    noise = _ATTACKED_NOISE if what else _REMEMBERED_NOISE
-    own = known.by(losses.subject)[known.counts].astype(np.float64)
-    controls = [known.by(r, i)[known.counts].astype(np.float64) for i, r in enumerate(losses.retrained)]
+    own = known.by(held.subject)[known.counts].astype(np.float64)
+    controls = [known.by(r, i)[known.counts].astype(np.float64) for i, r in enumerate(held.retrained)]
     everything = np.ones_like(own)
-    names = np.asarray(losses.clusters, dtype=str)[known.counts]
+    names = np.asarray(held.clusters, dtype=str)[known.counts]
     gap = gap_of(everything, controls, toward=1)
     found = contrast(own, controls, names, gap, toward=1, noise=noise)
     stands = contrast(everything, controls, names, gap, toward=1, noise=noise)
@@ -180,10 +218,10 @@ def _means(name: str, what: str, values: Sequence[Floats], case: Case, *, far: f
     yield Quantity(name, what, found, stands.noise(), toward, near, beyond)
 
 
-def _left_behind(losses: Losses) -> Check | None:
+def _left_behind(held: Held) -> Check | None:
     """Whole subjects that are still known although the mean is fine; with fewer than two it says what "remembered" says."""
-    known = _Known(losses)
-    names = np.asarray(losses.clusters, dtype=str)
+    known = _Known(held)
+    names = np.asarray(held.clusters, dtype=str)
     groups = {str(c): np.flatnonzero((names == c) & known.counts) for c in np.unique(names)}
     groups = {c: rows for c, rows in groups.items() if len(rows) >= _FEW_ANSWERS}
     if len(groups) < 2:
@@ -192,8 +230,8 @@ def _left_behind(losses: Losses) -> Check | None:
     def kept(remembered: NDArray[np.bool_]) -> list[str]:
         return [c for c, rows in groups.items() if remembered[rows].mean() > 0.5]
 
-    control = max(len(kept(known.by(r, i))) for i, r in enumerate(losses.retrained))
-    found = kept(known.by(losses.subject))
+    control = max(len(kept(known.by(r, i))) for i, r in enumerate(held.retrained))
+    found = kept(known.by(held.subject))
     listed = ", ".join(found[:3]) + (" and others" if len(found) > 3 else "")
     text = (
         f"Of {len(groups)} subjects {len(found)} are still mostly known{f' ({listed})' if found else ''}, "
@@ -279,9 +317,29 @@ def _reading(case: Case) -> list[Check]:
     return [_attack("reading out", _both("under a last layer fitted anew", losses, limits), limits)]
 
 
+def _refusals(case: Case) -> Iterator[Check]:
+    """Prompts that something answers in the model's place, beyond what retrained models show; nothing where none is."""
+    own, controls = case.subject.refused, [r.refused for r in case.retrained if r.refused is not None]
+    if own is None or not own.any() or len(controls) < len(case.retrained):
+        return
+    margin = case.limits.remembered
+    found = contrast(own, controls, case.subject.clusters, 1.0, toward=1, noise=_REMEMBERED_NOISE)
+    low, high = found.interval(1 - 2 * case.limits.alpha)
+    outcome: Literal["hides", "equivalent", "undecided"] = "undecided"
+    if found.difference > margin and found.p_more() < case.limits.alpha:
+        outcome = "hides"
+    elif high < margin:
+        outcome = "equivalent"
+    text = (
+        f"{own.mean():.0%} of the forget prompts are answered in the model's place, of retrained models "
+        f"{float(np.mean(controls)):.0%} (accepted are {margin:.0%}): what hides an answer has not removed it."
+    )
+    yield Check(name="refusals", outcome=outcome, difference=found.difference, low=low, high=high, margin=margin, text=text)
+
+
 def _both(when: str, losses: Losses, limits: Thresholds) -> list[Quantity]:
     """An attack's result as a mean NLL and as a share of answers remembered."""
-    return [_likelihood(when, when, losses, limits, None), _remembered(when, when, losses, limits)]
+    return [_likelihood(when, when, losses, limits, None), _remembered(when, when, Held.by(losses), limits, _ATTACKED_NOISE)]
 
 
 def _attack(name: str, found: Sequence[Quantity], limits: Thresholds, spoilt: Collection[str] = ()) -> Check:

@@ -18,7 +18,7 @@ from expunge.audit.outputs import References, RowOutputs, row_outputs
 from expunge.audit.probes import Kind, Probes, items, probes, take_clusters
 from expunge.audit.scores import Floats, Progress, TokenScores, score
 from expunge.audit.store import ScoreStore
-from expunge.core.access import Offer
+from expunge.core.access import Level, Offer
 from expunge.core.errors import InputError, unknown
 from expunge.core.results import Direction
 from expunge.core.statistics import Interval, bootstrap
@@ -90,7 +90,8 @@ class Evidence:
         offers: what the adapters of the models offer.
         ceiling: loss from which on nothing is known of an answer: that of a guess among the classes, for classifiers.
         aside: sets that are only looked at to see whether something answers in a model's place; nothing is scored on them.
-        asked: whether the models are measured as somebody sees them who can only ask: no gradients, no features.
+        asked: whether something stands before the weights of a model, which can only be asked.
+        access: what is had of the models; with answers in words alone no score is read, and asking for one is an error.
         missing: what could not be measured and why, one sentence each, in order.
     """
 
@@ -104,6 +105,7 @@ class Evidence:
     ceiling: float = math.inf
     aside: Mapping[str, RecordSet[Any]] = field(default_factory=dict)
     asked: bool = False
+    access: Level = Level.WEIGHTS
     missing: dict[str, None] = field(default_factory=dict)
     _open: tuple[str, Adapter] | None = field(default=None, repr=False)
     _held: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
@@ -188,7 +190,16 @@ class Evidence:
         return cast(T, self._held[key])
 
     def scores(self, label: str, name: str, kind: Kind = "answer") -> TokenScores:
-        """Per-target scores of a model on one kind of text of a set, one forward pass per example at most."""
+        """Per-target scores of a model on one kind of text of a set, one forward pass per example at most.
+
+        Raises:
+            InputError: the audit has answers in words alone.
+        """
+        if self.access is Level.TEXT:
+            raise InputError(
+                "A metric or an attack reads log-probabilities in an audit that has answers in words alone.",
+                "Let it name what it reads among its needs, or audit with access=scores.",
+            )
         subject = self.subject(label)
         at = self.protocol
         return self.memo(
@@ -203,6 +214,13 @@ class Evidence:
     def probes(self, label: str, name: str, kind: Kind) -> Probes:
         """The examples behind :meth:`scores`."""
         return probes(self.adapter(label), self.records(name), kind)
+
+    def lengths(self, label: str, name: str) -> npt.NDArray[np.int64]:
+        """Targets of the answer of each record of a set, as a model's tokens count them."""
+        if self.access is not Level.TEXT:
+            return self.scores(label, name).counts
+        key = ("lengths", self.subject(label).fingerprint, name)
+        return self.memo(key, lambda: np.array([e.n_targets for e in self.probes(label, name, "answer")], dtype=np.int64))
 
     def owners(self, name: str, kind: Kind) -> npt.NDArray[np.int64]:
         """Index of the record of each example of :meth:`scores`, ascending."""

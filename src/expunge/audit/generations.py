@@ -38,7 +38,7 @@ def generate(
         adapter: holds the model.
         examples: whose prompts are continued; their targets are ignored.
         max_new_tokens: limit per continuation, the end token not counted.
-        store: where generations are kept; None keeps none.
+        store: where generations are kept; None keeps none, and none are kept of a model that may be another one tomorrow.
         fingerprint: the adapter's fingerprint, if it is known already.
         batch_tokens: padded tokens per batch of scoring; a batch of prompts may have four times as many, new ones included.
         shard_examples: examples per file.
@@ -48,6 +48,7 @@ def generate(
     Returns:
         One generation per example, in order, each of at most ``max_new_tokens`` tokens.
     """
+    store = store if adapter.lasting else None
     signature = compute_signature(adapter, batch_tokens)
     identity = fingerprint or (adapter.fingerprint() if store is not None else "")
     out: list[Generation] = []
@@ -104,6 +105,7 @@ def sampled(
     Returns:
         ``n`` generations per example, in order.
     """
+    store = store if adapter.lasting else None
     signature = compute_signature(adapter, batch_tokens)
     identity = fingerprint or (adapter.fingerprint() if store is not None else "")
     out: list[list[Generation]] = []

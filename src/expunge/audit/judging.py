@@ -20,6 +20,7 @@ from expunge.audit.metrics.distances import LooksSeen
 from expunge.audit.metrics.fluency import degenerate
 from expunge.audit.metrics.memorisation import ExtractionStrength
 from expunge.audit.metrics.probability import OptionProbability, Probability
+from expunge.audit.metrics.refused import Refused
 from expunge.audit.metrics.registry import Need, RecordMetric
 from expunge.audit.metrics.rouge import RougeRecall, lacks_questions
 from expunge.audit.metrics.truth_ratio import TruthRatio
@@ -27,8 +28,9 @@ from expunge.audit.protocol import judged
 from expunge.audit.scores import Floats, score
 from expunge.audit.settings import AuditSettings
 from expunge.audit.store import compute_signature, examples_digest
+from expunge.audit.telling import told
 from expunge.audit.verdict import Arrays, Sample, judge
-from expunge.core.access import Offer
+from expunge.core.access import Level, Offer
 from expunge.core.results import Direction, Judgement, Number
 from expunge.core.statistics import bootstrap
 
@@ -93,7 +95,8 @@ def judge_models(
     for label in labels:
         others = [arrays[g] for g in evidence.labels("retrained", but=label)]
         asked = settings.protocol
-        found = judge(arrays[label], others, arrays[target or label], settings.thresholds, protocol=asked)
+        against = arrays[target or label]
+        found = judge(arrays[label], others, against, settings.thresholds, protocol=asked, access=evidence.access)
         out[label] = found if asked is None else judged(asked, found, len(gold), settings.protocol_label())
     return out
 
@@ -105,6 +108,8 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
     and how much less likely it is says more of the length of training than of knowledge. Without this a class that a retrained
     model finds e^-10 likely and another model e^-4 would seem to be known.
     """
+    if evidence.access is Level.TEXT:
+        return _in_words(evidence, label, attacked)
     records = evidence.records("forget")
     ratio = TruthRatio()
     membership = {}
@@ -131,6 +136,21 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
         attempts={a.name: _attempt(a, evidence, label) for a in attacked.tried if not a.lacks(evidence, "forget")},
         read_out=_capped_sample(attacked.read_out.get(label), evidence.ceiling),
         quantised={b: np.minimum(v, evidence.ceiling) for b, v in attacked.quantised.get(label, {}).items()},
+    )
+
+
+def _in_words(evidence: Evidence, label: str, attacked: Attacked) -> Arrays:
+    """The same of answers in words, and of nothing else."""
+    found = told(evidence, label, "forget")
+    return Arrays(
+        label=label,
+        ids=[r.id for r in evidence.records("forget")],
+        clusters=evidence.clusters("forget"),
+        told=np.where(found.present, found.values, np.nan),
+        refused=Refused().values(evidence, label, "forget").values if evidence.asked else np.zeros(len(found.values)),
+        utility=_utilities(evidence, label, generated=True),
+        degenerate=_degenerate(evidence, label),
+        attempts={a.name: _attempt(a, evidence, label) for a in attacked.tried if not a.lacks(evidence, "forget")},
     )
 
 
@@ -237,6 +257,8 @@ def _useful(evidence: Evidence, name: str, goal: str, generated: bool) -> list[R
         rows: RecordMetric = Accuracy() if Offer.LOGITS in evidence.offers else Skill()
         return [] if rows.lacks(evidence, name) else [rows]
     options, rouge = OptionProbability(), RougeRecall()
+    if evidence.access is Level.TEXT:
+        return [] if rouge.lacks(evidence, name) else [rouge]
     first: RecordMetric = options if goal == "utility" and not options.lacks(evidence, name) else Probability()
     return [first, rouge] if generated and not rouge.lacks(evidence, name) else [first]
 

@@ -33,8 +33,8 @@ from expunge.core.settings import Settings, load_yaml
 Needs = Literal["equivalence", "no conviction", "report"]
 
 #: Of the checks on outputs these can acquit; the others can only convict.
-PRIMARY = ("likelihood", "remembered", "looks seen")
-_CONVICTED = ("knows more", "knows less")
+PRIMARY = ("likelihood", "answers", "remembered", "looks seen")
+_CONVICTED = ("knows more", "knows less", "hides")
 _ENOUGH = {
     "equivalence": ("held",),
     "no conviction": ("held", "tells nothing"),

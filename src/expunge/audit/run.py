@@ -26,7 +26,8 @@ from expunge.audit.probes import Kind, take_clusters
 from expunge.audit.scores import Progress
 from expunge.audit.settings import AuditSettings
 from expunge.audit.store import ScoreStore, compute_signature
-from expunge.core.access import OF_WEIGHTS, Offer
+from expunge.audit.telling import told
+from expunge.core.access import OF_SCORES, Level, Offer
 from expunge.core.errors import InputError
 from expunge.core.results import Number
 from expunge.data.records import RecordSet
@@ -47,9 +48,16 @@ NOT_SHOWN_TEXT = ("Degenerate text is told by repetition and emptiness; word sal
 
 
 ASKED = (
-    "A model here can only be asked: something stands before weights that are those of another model. It was measured with the "
-    "access of somebody who gets answers and log-probabilities; nothing acted on weights. What is hidden so is not removed."
+    "A model here can only be asked: something stands before its weights, or it is only served. What is hidden so is not removed."
 )
+_READ = {
+    Level.SCORES: "This audit has the access of somebody who gets answers and log-probabilities: nothing acted on weights or "
+    "looked inside, of no model. Nothing can be called forgotten so.",
+    Level.TEXT: "This audit has the access of somebody who gets answers in words: no log-probability was read, nothing acted on "
+    "weights or looked inside, of no model. Likelihoods, truth ratios, extraction strength and membership were not measured, and "
+    "nothing can be called forgotten so.",
+}
+_LESS = (Level.WEIGHTS, Level.SCORES, Level.TEXT)
 
 
 @dataclass(frozen=True)
@@ -108,27 +116,24 @@ def audit(
 
     Raises:
         InputError: no forget set, an empty set, labels that are not unique, a text that does not fit into a model's context,
-            or models of different precision, device or attention kernel (their scores are not comparable).
+            an access that the models do not offer, or models of different precision, device or attention kernel (their scores are
+            not comparable).
     """
     started = time.perf_counter()
     settings = settings or AuditSettings()
     _check(models, sets)
-    served = any(m.asked for m in models)
-    if served:
-        settings = settings.as_asked()
+    given = settings
+    settings = settings.within(access_of(models, settings.access))
     used = {name: limited(records, settings) for name, records in sets.items()}
     store = ScoreStore(cache) if cache is not None else None
     _check_references(references, used)
     evidence = Evidence({}, used, settings.evidence_protocol(), store, progress, references)
+    evidence.asked = any(m.asked or (isinstance(m.adapter, Adapter) and m.adapter.fronted) for m in models)
     ordered = sorted(models, key=lambda m: _ORDER[m.role])
     _register(evidence, ordered[0], settings)
     first = evidence.adapter(ordered[0].label)
     evidence.of_modality(first)
-    if served:
-        evidence.offers, evidence.asked = evidence.offers - OF_WEIGHTS, True
-        evidence.miss(ASKED)
-        if GENERAL not in used:
-            evidence.aside = {GENERAL: general_questions()}
+    _limit(evidence, models, given, settings)
     attacks = settings.chosen_attacks(evidence.offers)
     modality, metrics = first.modality, [*settings.chosen(evidence.offers), *attacks]
     del first
@@ -142,7 +147,7 @@ def audit(
     shown = [s for name, count in asked.items() for s in samples(evidence, name, count, labels)]
     membership = [m for m in metrics if isinstance(m, Membership)]
     curves = relearn_curve(evidence, attacked, labels) + [c for m in membership for c in roc_curves(evidence, m, labels)]
-    distributions = [loss_distribution(evidence, label) for label in labels]
+    distributions = [] if evidence.access is Level.TEXT else [loss_distribution(evidence, label) for label in labels]
     return AuditDocument(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         title=title,
@@ -163,6 +168,53 @@ def audit(
         signature=signature,
         cost={"seconds": time.perf_counter() - started},
     )
+
+
+def access_of(models: Sequence[AuditedModel], wanted: Level | None = None) -> Level:
+    """What is had of the models: what was asked for, or as much as all of them offer.
+
+    Raises:
+        InputError: more was asked for than one of them offers.
+    """
+    most, least = Level.WEIGHTS, ""
+    for model in models:
+        own = Level.SCORES if model.asked else Level.WEIGHTS
+        if isinstance(model.adapter, Adapter) and Offer.TEXT in model.adapter.offers and not model.adapter.offers >= OF_SCORES:
+            own = Level.TEXT
+        if _LESS.index(own) > _LESS.index(most):
+            most, least = own, model.label
+    if wanted is not None and _LESS.index(wanted) < _LESS.index(most):
+        raise InputError(
+            f"The model {least!r} gives no access to {wanted}: it can only be asked.", f"Leave the access out, or choose {most}."
+        )
+    return wanted or most
+
+
+def _limit(evidence: Evidence, models: Sequence[AuditedModel], given: AuditSettings, settings: AuditSettings) -> None:
+    """Let the evidence be what the access allows, and say what is not measured so.
+
+    Raises:
+        InputError: the models give no answers in words.
+    """
+    access = settings.access or Level.WEIGHTS
+    if evidence.asked:
+        evidence.miss(ASKED)
+        if GENERAL not in evidence.sets:
+            evidence.aside = {GENERAL: general_questions()}
+    if access is Level.WEIGHTS:
+        return
+    if Offer.TEXT not in evidence.offers:
+        raise InputError(
+            f"An access to {access} is for models that answer in words, which these do not.", "Leave the access out."
+        )
+    for model in models:
+        if isinstance(model.adapter, Adapter):
+            evidence.offers &= model.adapter.offers
+    evidence.offers, evidence.access = access.of(evidence.offers), access
+    evidence.miss(_READ[access])
+    left = [n for n in given.attacks if n != "all" and n not in settings.attacks]
+    if left:
+        evidence.miss(f"Not tried, since it takes more than this access: {', '.join(left)}.")
 
 
 def limited(records: RecordSet[Any], settings: AuditSettings) -> RecordSet[Any]:
@@ -201,7 +253,7 @@ def _gather(
     signature: dict[str, str] = {}
     for model in models:
         found = _register(evidence, model, settings)
-        _comparable(signature or found, found, model.label)
+        _comparable(evidence, signature or found, found, model.label)
         signature = signature or found
         visit(evidence, model.label, metrics)
         attack_copy(evidence, model.label, settings, attacked)
@@ -216,8 +268,14 @@ def _register(evidence: Evidence, model: AuditedModel, settings: AuditSettings) 
     return compute_signature(adapter, settings.batch_tokens)
 
 
-def _comparable(first: Mapping[str, str], other: Mapping[str, str], label: str) -> None:
+def _comparable(evidence: Evidence, first: Mapping[str, str], other: Mapping[str, str], label: str) -> None:
     for key in _COMPARABLE:
+        if first[key] != other[key] and evidence.access is Level.TEXT:
+            evidence.miss(
+                f"The model {label!r} was not computed as the models before it ({key}): where two words are nearly as likely it "
+                "may choose the other one."
+            )
+            return
         if first[key] != other[key]:
             raise InputError(
                 f"The model {label!r} is computed with {key} {other[key]}, the models before it with {first[key]}.",
@@ -229,13 +287,17 @@ def visit(evidence: Evidence, label: str, metrics: Sequence[Metric]) -> None:
     """Gather all that ``metrics`` read of a model, in one pass over each set."""
     needs = {n for m in metrics for n in m.needs}
     kinds: dict[Need, Kind] = {Need.PARAPHRASE: "paraphrase", Need.PERTURBED: "perturbed"}
+    words = evidence.access is Level.TEXT
     for name in evidence.sets:
-        evidence.scores(label, name)
+        if not words:
+            evidence.scores(label, name)
         for need, kind in kinds.items():
-            if need in needs and evidence.has(name, kind):
+            if not words and need in needs and evidence.has(name, kind):
                 evidence.scores(label, name, kind)
-        if Need.GENERATION in needs and name != "holdout" and not lacks_questions(evidence, name):
+        if (words or Need.GENERATION in needs) and name != "holdout" and not lacks_questions(evidence, name):
             evidence.generations(label, name)
+    if words and evidence.subject(label).role != "base":
+        told(evidence, label, "forget")
     for metric in metrics:
         metric.visit(evidence, label)
 
@@ -311,7 +373,7 @@ def _general(models: Sequence[AuditedModel], sets: Mapping[str, RecordSet[Any]],
         out.append("There is no retrained model: nothing here can show that something was forgotten.")
     elif retrained == 1:
         out.append("There is one retrained model: how much retrained models differ among themselves is not known.")
-    if "holdout" not in sets:
+    if "holdout" not in sets and settings.access is not Level.TEXT:
         out.append("There is no holdout set: membership attacks and PrivLeak could not be run.")
     if "retain" not in sets:
         out.append("There is no retain set: lost usefulness could not be measured.")

@@ -10,14 +10,19 @@ from expunge.audit.arrays import Thresholds
 from expunge.audit.attacks.registry import ATTACKS, Access, Attack, fitting
 from expunge.audit.attacks.relearn import RelearnSettings
 from expunge.audit.evidence import Protocol
-from expunge.audit.metrics.registry import METRICS, Metric
+from expunge.audit.metrics.registry import METRICS, OF_TEXT, Metric
 from expunge.audit.protocol import AuditProtocol, load_protocol
-from expunge.core.access import OF_WEIGHTS, Offer
+from expunge.core.access import Level, Offer
 from expunge.core.errors import InputError, unknown
 from expunge.core.settings import Settings
 
 _HARMLESS = ("protocol", "batch_tokens", "shard_examples", "samples_forget", "samples_retain")
 QUICK_ATTACKS = ("loss", "zlib", "min-k", "min-k-plus-plus", "reference")
+_OPEN = {  #: attacks that an access allows, by what an attacker must have; of the usual ones see :meth:`AuditSettings.within`
+    Level.WEIGHTS: frozenset(Access),
+    Level.SCORES: frozenset({Access.TEXT, Access.SCORES}),
+    Level.TEXT: frozenset({Access.TEXT}),
+}
 
 
 class AuditSettings(Settings):
@@ -25,6 +30,11 @@ class AuditSettings(Settings):
 
     name: ClassVar[str] = "audit"
 
+    access: Level | None = Field(
+        None,
+        description="what is read of every model: weights, scores (answers and log-probabilities) or text (answers in words); "
+        "none: what all of them offer",
+    )
     metrics: tuple[str, ...] = Field((), description="metrics to compute; none given: all that fit any records")
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="settings of metrics by name, such as truth-ratio: {mean: arithmetic}"
@@ -104,17 +114,20 @@ class AuditSettings(Settings):
         options = {n: {"attacks": QUICK_ATTACKS} for n in ("membership", "privleak") if n in asked}
         return cls(**{"relearn": None, "quantise": (), "read_out": False, "usual": False, "options": options, **changes})
 
-    def as_asked(self) -> AuditSettings:
-        """The same for models that can only be asked: without all that acts on weights or looks inside."""
-        usable = [
-            n for n, kind in ATTACKS.items() if kind.access in (Access.TEXT, Access.SCORES) and not kind.offers & OF_WEIGHTS
-        ]
+    def within(self, access: Level) -> AuditSettings:
+        """The same for somebody who has no more of the models than ``access``; it is stated in what comes back.
+
+        Below the weights nothing acts on them or looks inside. The attacks that cost next to nothing stay where they can be
+        tried: they tell what the auditor knows of a model because he has its files.
+        """
+        if access is Level.WEIGHTS:
+            return self.model_copy(update={"access": access})
         named = ATTACKS.names() if "all" in self.attacks else self.attacks
-        attacks = tuple(n for n in named if n in usable)
+        attacks = tuple(n for n in named if _allows(access, ATTACKS.get(n)))
         kept = {k: v for k, v in self.attack_options.items() if k in attacks or not attacks}
-        return self.model_copy(
-            update={"relearn": None, "quantise": (), "read_out": False, "attacks": attacks, "attack_options": kept}
-        )  # fmt: skip
+        update = {"relearn": None, "quantise": (), "read_out": False, "attacks": attacks, "attack_options": kept}
+        made = self.model_copy(update={"access": access, **update})
+        return made.model_copy(update={"options": {k: v for k, v in self.options.items() if made._reads(METRICS.get(k))}})
 
     @classmethod
     def under(cls, protocol: AuditProtocol | str, **changes: Any) -> AuditSettings:
@@ -136,6 +149,8 @@ class AuditSettings(Settings):
             return ""
         declared = AuditSettings.under(self.protocol)
         changed = [k for k in type(self).model_fields if k not in _HARMLESS and getattr(self, k) != getattr(declared, k)]
+        if self.access is Level.WEIGHTS and declared.access is None:
+            changed.remove("access")
         return self.protocol.label + (f" (changed: {', '.join(changed)})" if changed else "")
 
     def chosen(self, offers: frozenset[Offer] | None = None) -> list[Metric]:
@@ -149,12 +164,15 @@ class AuditSettings(Settings):
         """
         for name in self.metrics:
             missing = sorted(METRICS.get(name).offers - offers) if offers is not None else []
-            if missing:
+            if missing or not self._reads(METRICS.get(name)):
                 raise InputError(
-                    f"The metric {name!r} needs {', '.join(missing)}, which these models do not offer.",
+                    f"The metric {name!r} needs {', '.join(missing) or 'log-probabilities'}, which "
+                    + (
+                        "these models do not offer." if self.access is not Level.TEXT else "nobody has who gets answers in words."
+                    ),
                     "See `expunge metrics`, or name no metrics: then all that fit are computed.",
                 )
-        usual = [n for n, kind in METRICS.items() if not kind.on_request]
+        usual = [n for n, kind in METRICS.items() if not kind.on_request and self._reads(kind)]
         names = self.metrics or tuple(n for n in usual if offers is None or METRICS.get(n).offers <= offers)
         for name in self.options:
             if name not in (self.metrics or usual):
@@ -183,6 +201,10 @@ class AuditSettings(Settings):
                 raise unknown("attack of this audit", name, names)
         return [ATTACKS.get(n)(**self.attack_options.get(n, {})) for n in dict.fromkeys(names)]
 
+    def _reads(self, kind: type[Metric]) -> bool:
+        """Whether the access allows what a metric reads."""
+        return self.access is not Level.TEXT or OF_TEXT.issuperset(kind.needs)
+
     def evidence_protocol(self) -> Protocol:
         """How evidence is gathered; generations are as long as the longest that any metric reads."""
         asking = (*self.chosen(), *self.chosen_attacks())
@@ -191,3 +213,8 @@ class AuditSettings(Settings):
             batch_tokens=self.batch_tokens, shard_examples=self.shard_examples, max_new_tokens=max(limits, default=1),
             draws=self.draws, level=self.level, seed=self.seed,
         )  # fmt: skip
+
+
+def _allows(access: Level, kind: type[Attack]) -> bool:
+    """Whether somebody with an access can try an attack."""
+    return kind.access in _OPEN[access] and access.of(kind.offers) == kind.offers

@@ -29,6 +29,15 @@ For rows there is a third primary quantity where reference models were trained: 
 is under models that saw the row than under models that did not (LiRA). Of rows drawn at random a network may be as sure without
 having seen them; the mean NLL then tells nothing, and only this does. One of both must tell the target from retrained models.
 
+**Below the weights.** Who audits with less than the weights can convict and not acquit: weights that nobody touches may hold what
+they do not say. Where log-probabilities are had too, all is as above but the last verdict, and *undecided* says that no more can
+be shown. Where answers in words are all there is, no likelihood, truth ratio, extraction or membership is read. Primary are
+``answers``, the mean share of the words of each answer that the greedy answer tells (ROUGE-L recall), and ``remembered``, the
+share of answers of which it tells as much as the target, or nearly; ``left behind`` convicts as before. An answer that something
+gives *in the model's place* (``refusals``: a guard says so, or the server marks it) is neither knowledge nor forgetting: where a
+share of the forget prompts is answered so beyond what retrained models do, the model is at best *suppressed*. So is one whose
+files hold the target unchanged, which the auditor sees who has the files.
+
 Margins are shares of the gap between target and retrained models on the same quantity, so that they mean the same for every
 model size. On the knowing side the margin grows to the prediction band of one further retrained model where several seeds
 show that training noise is that large, up to a cap. On the far side it is wider, since NLL has no upper end and grows there
@@ -47,13 +56,22 @@ import numpy as np
 from expunge.audit import checks
 from expunge.audit.arrays import Arrays, Case, Sample, Thresholds
 from expunge.audit.protocol import PRIMARY, AuditProtocol
+from expunge.core.access import Level
 from expunge.core.errors import InputError
 from expunge.core.results import Check, Judgement, Verdict
 
 __all__ = ["PRIMARY", "Arrays", "Sample", "Thresholds", "judge"]
 
-_FAR = ("likelihood", "truth ratio", "membership", "looks seen")  #: quantities whose far side convicts of over-unlearning
-_TELLING = ("likelihood", "looks seen")  #: one of these must tell target and retrained models apart
+_FAR = (
+    "likelihood",
+    "answers",
+    "truth ratio",
+    "membership",
+    "looks seen",
+)  #: quantities whose far side convicts of over-unlearning
+_HAD = {Level.SCORES: "with answers and log-probabilities alone", Level.TEXT: "with answers in words alone"}
+_BELOW = "its weights may still hold what it does not say."
+_TELLING = ("likelihood", "answers", "looks seen")  #: one of these must tell target and retrained models apart
 
 
 def judge(
@@ -63,6 +81,7 @@ def judge(
     thresholds: Thresholds | None = None,
     *,
     protocol: AuditProtocol | None = None,
+    access: Level = Level.WEIGHTS,
 ) -> Judgement:
     """Judge one model; the module's docstring says how.
 
@@ -73,6 +92,7 @@ def judge(
         thresholds: defaults if none are given.
         protocol: what it says of its criteria: those that only report decide nothing, those that need no conviction do not
             have to be shown equivalent. None: every attack that was run must acquit.
+        access: what was had of the models; below the weights nothing can be called forgotten.
 
     Raises:
         InputError: the arrays are not about the same examples, or a retrained model or the target has losses that are not finite.
@@ -88,7 +108,7 @@ def judge(
     _validate(subject, retrained, target)
     case = Case(subject, tuple(retrained), target, limits)
     utility = checks.utility(case)
-    if not np.isfinite(subject.nll).all():
+    if not case.in_words and not np.isfinite(subject.nll).all():
         broken = Check(
             name="likelihood", outcome="worse", text="Losses on the forget answers are not finite: the model is destroyed."
         )
@@ -98,7 +118,10 @@ def judge(
     soft = protocol.kinds("no conviction") if protocol is not None else frozenset()
     quiet = protocol.kinds("report") if protocol is not None else frozenset()
     told = [c for c in outputs if c.criterion not in quiet], [c for c in attacks if c.criterion not in quiet]
-    verdict, reason = _decide(*told, utility, limits, soft)
+    verdict, reason = _decide(*told, utility, limits, soft, below=access is not Level.WEIGHTS)
+    if verdict is Verdict.FORGOTTEN and access is not Level.WEIGHTS:
+        verdict = Verdict.UNDECIDED
+        reason = f"Asked, it gives itself away by nothing, and {_HAD[access]} no more can be shown: {_BELOW} {reason}"
     note = _noise_note(len(retrained), limits)
     return Judgement(
         verdict=verdict, reason=f"{reason} {note}".strip(), checks=(*outputs, *attacks, *utility), thresholds=written
@@ -106,8 +129,9 @@ def judge(
 
 
 def _decide(
-    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds, soft: frozenset[str]
-) -> tuple[Verdict, str]:
+    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds, soft: frozenset[str],
+    *, below: bool,
+) -> tuple[Verdict, str]:  # fmt: skip
     more = [c for c in outputs if c.outcome == "knows more"]
     worse = [c for c in utility if c.outcome == "worse"]
     if worse:
@@ -119,6 +143,9 @@ def _decide(
     if more:
         return Verdict.NOT_FORGOTTEN, f"It still knows what retrained models do not: {_worst(more).text}"
     back = [c for c in attacks if c.outcome == "knows more"]
+    hidden = [c for c in attacks if c.outcome == "hides"]
+    if hidden and not back:
+        return Verdict.SUPPRESSED, f"It is kept from answering, and what stands behind is not shown: {hidden[0].text}"
     if back:
         return Verdict.SUPPRESSED, f"Its outputs hide what its weights still hold: {_worst(back).text}"
     less = [c for c in outputs if c.outcome == "knows less" and c.name.startswith(_FAR)]
@@ -127,12 +154,13 @@ def _decide(
             Verdict.DAMAGED,
             f"Over-unlearned, not private: it can be told from models that never saw the data: {_worst(less).text}",
         )
-    return _acquit(outputs, attacks, utility, limits, soft)
+    return _acquit(outputs, attacks, utility, limits, soft, below=below)
 
 
 def _acquit(
-    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds, soft: frozenset[str]
-) -> tuple[Verdict, str]:
+    outputs: Sequence[Check], attacks: Sequence[Check], utility: Sequence[Check], limits: Thresholds, soft: frozenset[str],
+    *, below: bool,
+) -> tuple[Verdict, str]:  # fmt: skip
     open_checks = [c for c in (*outputs, *attacks) if c.outcome == "undecided"]
     blocking = [c for c in open_checks if (c.name in PRIMARY or c in attacks) and c.criterion not in soft]
     if blocking:
@@ -140,14 +168,14 @@ def _acquit(
     if all(c.outcome == "not run" for c in utility):
         return Verdict.UNDECIDED, "Its outputs are like those of retrained models, but utility was not measured."
     run = [c for c in attacks if c.outcome not in ("not run", "shown")]
-    if not run and limits.require_attacks and not _by_rows(outputs, attacks):
+    if not run and limits.require_attacks and not below and not _by_rows(outputs, attacks):
         return Verdict.UNDECIDED, "Its outputs are like those of retrained models, but no attack on its weights was run."
     thin = [c.name for c in (*open_checks, *(c for c in utility if c.outcome == "undecided"))]
     open_text = f" Not settled: {', '.join(thin)}." if thin else ""
     held = " and ".join(c.name for c in run)
     weakest = max((c for c in (*outputs, *attacks) if c.outcome == "equivalent" and c.margin), key=_nearness)
     text = f"It cannot be told from retrained models at the stated margins{f', nor under {held}' if held else ''}."
-    if not held:
+    if not held and not below:
         text += " (Under the attacks on weights that were tried even the target cannot be told from them.)"
     return Verdict.FORGOTTEN, f"{text} Weakest link: {weakest.text}{open_text}"
 
@@ -194,7 +222,10 @@ def _validate(subject: Arrays, retrained: Sequence[Arrays], target: Arrays) -> N
     for other in (subject, *retrained, target):
         if list(other.ids) != list(target.ids) or list(other.clusters) != list(target.clusters):
             raise InputError(f"{other.label!r} and {target.label!r} were not measured on the same forget examples.")
-        columns = [other.nll, other.log_truth_ratio, other.extraction, *(m[0] for m in other.membership.values())]
+        if (other.told is None) != (target.told is None):
+            raise InputError(f"{other.label!r} and {target.label!r} were not measured with the same access.")
+        said = [other.nll] if other.told is None else [other.told, other.refused]
+        columns = [*said, other.log_truth_ratio, other.extraction, *(m[0] for m in other.membership.values())]
         if any(c is not None and len(c) != n for c in (*columns, *other.quantised.values())):
             raise InputError(f"The measurements of {other.label!r} differ in length from its {n} forget examples.")
         if any(len(m[1]) != len(other.holdout_clusters) for m in other.membership.values()):

@@ -28,6 +28,22 @@ class Offer(enum.StrEnum):
 OF_WEIGHTS = frozenset({Offer.FEATURES, Offer.VALUES, Offer.RECEIVED, Offer.MAPS, Offer.ASSISTANT, Offer.ROWS, Offer.EACH})
 
 
+#: What scores of tokens are needed for, beside it: who gets answers in words has none of it.
+OF_SCORES = frozenset({Offer.LOSSES, Offer.LOGITS})
+
+
+class Level(enum.StrEnum):
+    """How much of a model somebody has who audits it, from most to least."""
+
+    WEIGHTS = "weights"  #: the model itself: what acts on weights and looks inside
+    SCORES = "scores"  #: answers in words and log-probabilities
+    TEXT = "text"  #: answers in words
+
+    def of(self, offers: frozenset[Offer]) -> frozenset[Offer]:
+        """What is left of a model's offers."""
+        return offers - {Level.WEIGHTS: frozenset(), Level.SCORES: OF_WEIGHTS, Level.TEXT: OF_WEIGHTS | OF_SCORES}[self]
+
+
 class Stream(enum.StrEnum):
     """Which examples a term reads."""
 

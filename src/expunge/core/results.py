@@ -95,7 +95,7 @@ class Check(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    outcome: Literal["equivalent", "knows more", "knows less", "worse", "undecided", "shown", "not run"]
+    outcome: Literal["equivalent", "knows more", "knows less", "hides", "worse", "undecided", "shown", "not run"]
     difference: float | None = None  #: unlearned minus retrained, in the metric's own unit
     low: float | None = None
     high: float | None = None

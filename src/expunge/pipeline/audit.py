@@ -11,7 +11,7 @@ from pydantic import Field
 
 from expunge.adapters.base import Adapter
 from expunge.audit.document import AuditDocument, Role
-from expunge.audit.run import AuditedModel, audit
+from expunge.audit.run import AuditedModel, access_of, audit
 from expunge.audit.settings import AuditSettings
 from expunge.core.errors import InputError
 from expunge.core.files import digest_file, write_text
@@ -142,7 +142,7 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
 
     Raises:
         InputError: no unlearning run, data that have changed since, a model or set that is not there, or nothing that says how
-            to retrain.
+            to retrain, or an access that the run's model does not give.
     """
     run = Run.open(folder)
     _check_kind(run)
@@ -150,6 +150,7 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
     unlearned = unlearned_model(folder)
     if unlearned.asked:
         config = config.model_copy(update={"settings": of_served(config.settings)})
+    measured = config.settings.within(access_of([unlearned], config.settings.access))
     request = load_request(settings)
     for name, records in (("forget", request.forget), ("retain", request.retain), ("holdout", request.holdout)):
         recorded = run.manifest["inputs"].get(name, {}).get("digest")
@@ -169,12 +170,12 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
     if missing and manifest.is_file():
         steps = int(Run.open(manifest.parent).manifest["stages"]["train"]["result"]["steps"])
     models = 2 + len(config.retrained) + config.retrain
-    cost = audit_cost(folder, sets, config.settings, models=models, retrain=missing, retrain_steps=steps)
+    cost = audit_cost(folder, sets, measured, models=models, retrain=missing, retrain_steps=steps)
     return AuditPlan(run, config, settings, request, unlearned, sets, cost, notes)
 
 
 def of_served(settings: AuditSettings) -> AuditSettings:
-    """The settings with which a guard is audited: under ``served-v1``, unless a protocol or attacks were named."""
+    """The settings with which a guard is audited, or what is only served: ``served-v1``, unless attacks or a protocol are named."""
     if settings.protocol is not None or settings.attacks:
         return settings
     return AuditSettings.under(SERVED, **{name: getattr(settings, name) for name in settings.model_fields_set - {"attacks"}})
@@ -212,11 +213,11 @@ def audit_run(made: AuditPlan, *, progress: Progress | None = None, say: Callabl
 
 def audit_stage(
     run: Run, models: Sequence[AuditedModel], sets: Mapping[str, RecordSet], settings: AuditSettings, *,
-    progress: Progress | None, title: str, notes: Sequence[str] = (),
+    progress: Progress | None, title: str, notes: Sequence[str] = (), after: Callable[[], Sequence[str]] = tuple,
 ) -> bool:  # fmt: skip
     """Leave ``audit.json`` in a run; False if what is there is of the same models, sets and settings.
 
-    ``notes`` are what the report must say first of what it does not show.
+    ``notes`` are what the report must say first of what it does not show; ``after`` is asked for more when all is measured.
     """
     inputs = {
         "models": [[m.label, resolve(m.path), weights_of(m.path)] for m in models],
@@ -226,7 +227,7 @@ def audit_stage(
 
     def work() -> dict[str, Any]:
         document = measure(models, sets, settings, progress=progress, title=title)
-        document.not_shown[:0] = notes
+        document.not_shown[:0] = [*notes, *after()]
         write_text(run.folder / DOCUMENT, document.model_dump_json(indent=2) + "\n")
         return {"verdicts": {m.label: m.judgement.verdict for m in document.models if m.judgement}}
 

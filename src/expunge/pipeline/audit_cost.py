@@ -10,6 +10,7 @@ from typing import Any
 from expunge.audit.metrics.registry import Need
 from expunge.audit.run import limited
 from expunge.audit.settings import AuditSettings
+from expunge.core.access import Level
 from expunge.core.files import size
 from expunge.data.records import RecordSet
 from expunge.pipeline.guarding import is_guarded, target_of
@@ -72,7 +73,8 @@ def audit_cost(
             prompt = "\n".join([content for _, content in r.messages]) or r.prompt
             wrong = r.perturbed if Need.PERTURBED in needs else ()
             right = (r.paraphrase,) if r.paraphrase and Need.PARAPHRASE in needs else ()
-            texts += [f"{prompt} {answer}".strip() for answer in (r.answer, *right, *wrong)]
+            scored = () if settings.access is Level.TEXT else (r.answer, *right, *wrong)
+            texts += [f"{prompt} {answer}".strip() for answer in scored]
     asked = [r for name, records in used.items() if name != "holdout" for r in records if not r.is_text]
     relearn = settings.relearn
     model = text_model(run / "model")

@@ -41,12 +41,8 @@ def open_adapter(source: str, text: TextConfig, *, dropout: bool = False) -> Lan
     """
     from expunge.adapters.loading import load
 
-    held = text
+    held = text_of(source, text)
     manifest = Path(source) / "manifest.json"
-    if manifest.is_file() and text.template is None:
-        config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
-        own = config.get("text") or (config.get("texts") or {}).get("text") or {}  # texts: of a prepared run
-        held = text.model_copy(update={"template": own.get("template")})
     place = Path(resolve(source))
     if is_guarded(place):
         return _guarded(place, json.loads(manifest.read_text(encoding="utf-8"))["config"], held, dropout)
@@ -55,6 +51,16 @@ def open_adapter(source: str, text: TextConfig, *, dropout: bool = False) -> Lan
         resolve(source), dtype=held.dtype, template=held.template, max_length=held.max_length, truncate=held.truncate,
         dropout=dropout,
     )  # fmt: skip
+
+
+def text_of(source: str, text: TextConfig) -> TextConfig:
+    """How text is formed for a model: with the template that its run was made with, unless another one is given."""
+    manifest = Path(source) / "manifest.json"
+    if not manifest.is_file() or text.template is not None:
+        return text
+    config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
+    own = config.get("text") or (config.get("texts") or {}).get("text") or {}  # texts: of a prepared run
+    return text.model_copy(update={"template": own.get("template")})
 
 
 def _guarded(place: Path, config: dict[str, Any], text: TextConfig, dropout: bool) -> LanguageAdapter:

@@ -252,6 +252,15 @@ def shared(answer: str, gold: str, prompt: str = "") -> tuple[tuple[str, bool], 
     return tuple(out)
 
 
+def access(document: AuditDocument) -> str:
+    """What was had of the models, in words; nothing where an older audit does not say."""
+    return {
+        "weights": "Access: the weights.",
+        "scores": "Access: answers and log-probabilities, as somebody has who can only ask.",
+        "text": "Access: answers in words, as somebody has who can only ask.",
+    }.get(str(document.protocol.get("access")), "")
+
+
 def headline(document: AuditDocument) -> str:
     """One sentence on all verdicts."""
     unlearned = [m for m in document.models if m.role == "unlearned"]

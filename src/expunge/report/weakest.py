@@ -7,7 +7,7 @@ import math
 from expunge.audit.document import AuditDocument, ModelEntry
 from expunge.core.results import Check, Judgement, Verdict
 
-_FAILED = ("knows more", "knows less", "worse")
+_FAILED = ("knows more", "knows less", "hides", "worse")
 
 
 def used(check: Check) -> float:
@@ -46,7 +46,8 @@ def weakest(judgement: Judgement) -> Check | None:
 
 def only_doubts(document: AuditDocument) -> bool:
     """Whether every control that did not come out is undecided: too little evidence, and nothing that contradicts the audit."""
-    wrong = [m.judgement.verdict for m in document.models if m.judgement is not None and _fault(m)]
+    below = below_weights(document)
+    wrong = [m.judgement.verdict for m in document.models if m.judgement is not None and _fault(m, below)]
     return all(verdict is Verdict.UNDECIDED for verdict in wrong)
 
 
@@ -54,17 +55,25 @@ def control_faults(document: AuditDocument) -> list[str]:
     """One sentence per control whose verdict is not what it must be.
 
     A target model (trained on the forget set) must be judged not forgotten, a retrained one forgotten; where either fails,
-    the verdicts beside it cannot be trusted. An audit without a gold standard has no controls.
+    the verdicts beside it cannot be trusted. With less access than the weights nothing is called forgotten: a retrained model is
+    then undecided at best. An audit without a gold standard has no controls.
     """
-    return [fault for model in document.models if (fault := _fault(model))]
+    below = below_weights(document)
+    return [fault for model in document.models if (fault := _fault(model, below))]
 
 
-def _fault(model: ModelEntry) -> str:
+def below_weights(document: AuditDocument) -> bool:
+    """Whether the audit had less of the models than their weights."""
+    return document.protocol.get("access", "weights") not in (None, "weights")
+
+
+def _fault(model: ModelEntry, below: bool) -> str:
     if model.judgement is None or model.judgement.verdict is Verdict.NO_GOLD:
         return ""
     verdict = model.judgement.verdict
     if model.role == "target" and verdict is not Verdict.NOT_FORGOTTEN:
         return f"The target model {model.label!r}, which was trained on the forget set, is judged {verdict.value!r}."
-    if model.role == "retrained" and verdict is not Verdict.FORGOTTEN:
+    fine = (Verdict.FORGOTTEN, Verdict.UNDECIDED) if below else (Verdict.FORGOTTEN,)
+    if model.role == "retrained" and verdict not in fine:
         return f"The retrained model {model.label!r}, which never saw the forget set, is judged {verdict.value!r}."
     return ""

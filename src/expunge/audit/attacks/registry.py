@@ -111,7 +111,7 @@ class Attack(RecordMetric, abc.ABC):
 
     def _stored(self, evidence: Evidence, label: str, name: str, depends: Mapping[str, Any]) -> dict[str, Values]:
         store, at = evidence.store, evidence.protocol
-        if store is None:
+        if store is None or not evidence.adapter(label).lasting:
             return self._told(evidence, label, name)
         key = store.key(
             "attack", evidence.subject(label).fingerprint, compute_signature(evidence.adapter(label), at.batch_tokens),

@@ -101,7 +101,7 @@ class VerbatimMemorisation(RecordMetric):
             ]
         else:
             texts = answers(evidence, label, name, self.max_new_tokens)
-        fits = (evidence.scores(label, name).counts[asked] <= self.max_new_tokens).tolist()
+        fits = (evidence.lengths(label, name)[asked] <= self.max_new_tokens).tolist()
         golds = [r.answer if fit else self._shortened(evidence, label, r) for fit, r in zip(fits, chosen, strict=True)]
         values[asked] = rouge_values(texts, golds, lambda p, g: verbatim_memorisation(p, g, self.tokeniser)).values
         return Values(values, ~np.isnan(values))

@@ -32,6 +32,10 @@ class Need(enum.StrEnum):
     RETRAINED = "a retrained model"
 
 
+#: What is to be had of answers in words, and of the data: a metric that reads nothing else reads no log-probability.
+OF_TEXT = frozenset({Need.GENERATION, Need.RETAIN, Need.HOLDOUT, Need.RETRAINED})
+
+
 class Metric(Settings, abc.ABC):
     """A quantity computed from shared evidence; its fields are its parameters.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from expunge.cli.output import Output
 from expunge.core.errors import InputError
 from expunge.core.results import Verdict
 from expunge.core.settings import parse_overrides
+
+if TYPE_CHECKING:
+    from expunge.audit.document import AuditDocument
 
 _HELP = """Measure an unlearned model against models that never saw the forget set, attack it, and give a verdict.
 
@@ -22,10 +25,17 @@ _HELP = """Measure an unlearned model against models that never saw the forget s
       expunge audit runs/npo --retrain 3 --protocol removal-v1
       expunge audit runs/npo --retrain 3 --protocol my-protocol.yaml
       expunge audit runs/npo --retrain 3 --dry-run
+      expunge audit runs/filter --retrain 3 --access text         (as somebody sees it who gets answers in words)
       expunge audit runs/npo --retrain 3 budget=200 relearn=none
       expunge audit runs/salun --retrain 3 --references 16        (classifiers and regressors)
       expunge audit runs/salun --retrain 3 --references 32 --repeats 32
       expunge audit runs/sisa --retrain 3                         (a prepared run, after deletions)
+
+    \b
+    What is only served, asked in words (the key comes from EXPUNGE_SERVED_KEY):
+      expunge audit --served http://127.0.0.1:8000/v1 --model-name tiny --target runs/target --forget forget.jsonl
+          --retain retain.jsonl --retrained runs/retrained-1 --retrained runs/retrained-2 --out runs/served
+      expunge audit --served https://host/v1 ... --out runs/served --resume served.parallel=2 served.seconds=300
 
     \b
     With no retrained model the verdict is "no gold standard": nothing can then be called forgotten. Two or more show how
@@ -40,7 +50,7 @@ def register(app: typer.Typer) -> None:
 
 
 def audit(
-    run: Annotated[Path, typer.Argument(help="Folder of an unlearning run.")],
+    run: Annotated[Path | None, typer.Argument(help="Folder of an unlearning run.")] = None,
     parts: Annotated[list[str] | None, typer.Argument(help="key=value settings of the audit.", metavar="[SETTINGS]...")] = None,
     retrained: Annotated[
         list[str] | None, typer.Option(help="A model trained without the forget set; repeatable.", metavar="MODEL")
@@ -64,6 +74,35 @@ def audit(
         str | None,
         typer.Option(help="A declared protocol, by name or file: tests, what each must show, margins.", metavar="NAME|FILE"),
     ] = None,
+    access: Annotated[
+        str | None,
+        typer.Option(
+            help="What is read of the models: weights, scores or text [default: what they offer, of a guard scores].",
+            metavar="LEVEL",
+        ),
+    ] = None,
+    served: Annotated[
+        str | None, typer.Option(help="Audit what is served at this address instead of a run, up to /v1.", metavar="URL")
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="Served: name of the model, as the server lists it.", metavar="NAME")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Served: the model before anything was forgotten.", metavar="MODEL")] = None,
+    forget: Annotated[str | None, typer.Option(help="Served: what was to be forgotten.", metavar="DATA")] = None,
+    retain: Annotated[str | None, typer.Option(help="Served: what was to be kept.", metavar="DATA")] = None,
+    holdout: Annotated[str | None, typer.Option(help="Served: what no model was trained on.", metavar="DATA")] = None,
+    key_env: Annotated[
+        str | None,
+        typer.Option(help="Served: environment variable that holds the key [default: EXPUNGE_SERVED_KEY].", metavar="NAME"),
+    ] = None,
+    refusal: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Served: a text that is said in the model's place, beside those the server marks; repeatable.", metavar="TEXT"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Served: folder for the audit.", metavar="RUN")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Served: go on with an audit that was broken off.")] = False,
     all_records: Annotated[
         bool, typer.Option("--all-records", help="Judge on records too that a sweep chose the settings on.")
     ] = False,
@@ -74,12 +113,8 @@ def audit(
     require: Annotated[str | None, typer.Option(help="Verdict to ask for, e.g. forgotten.", metavar="VERDICT")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Audit one run."""
-    from expunge.cli.rows import audit_rows
-    from expunge.core.runs import Run
-    from expunge.pipeline.audit import AuditConfig, audit_run, plan
-    from expunge.pipeline.prepared_runs import is_prepared
-    from expunge.pipeline.row_audit import is_rows
+    """Audit one run, or what is served."""
+    from expunge.cli.served import audit_served, split_words
     from expunge.report.terminal import print_summary, summary_json
 
     output = Output(json)
@@ -87,42 +122,86 @@ def audit(
         raise InputError("--all-records and --leave-out exclude each other.", "Give one of them.")
     if require is not None and require not in set(Verdict):
         raise InputError(f"{require!r} is no verdict.", "Choose one of: " + ", ".join(Verdict) + ".")
+    words, run = split_words(parts or [], run, served)
+    settings = parse_overrides(words)
+    server = {
+        "url": served, "model": model_name, "target": target, "forget": forget, "retain": retain, "holdout": holdout,
+        "key_env": key_env, "refusals": tuple(refusal or ()), "out": out, "resume": resume,
+    }  # fmt: skip
+    more: dict[str, Any] = {k: settings.pop(k) for k in ("served", "text") if served is not None and k in settings}
     given: dict[str, Any] = {
-        "retrained": retrained or (), "retrain": retrain, "base": base, "settings": _settings(protocol, parts or []),
-        "all_records": all_records, "leave_out": leave_out,
+        "retrained": retrained or (), "retrain": retrain, "base": base, "settings": _settings(protocol, access, settings),
         "utility": dict(_pair(word) for word in utility or []),
     }  # fmt: skip
-    if is_rows(run) or is_prepared(run):
-        document = audit_rows(
-            run, {**given, "references": references, "repeats": repeats, "workers": workers}, dry_run=dry_run, output=output
-        )
-        if document is None:
-            return 0
+    of_run = {"all_records": all_records, "leave_out": leave_out}
+    of_rows = {"references": references, "repeats": repeats, "workers": workers}
+    if served is not None:
+        if any(of_run.values()) or references or repeats or workers != "local":
+            raise InputError("--all-records, --leave-out, --references, --repeats and --workers are for runs.", "Leave them out.")
+        document = audit_served(server, given, more, dry_run=dry_run, output=output)
+        folder = out
     else:
-        if Run.open(run) and (references or repeats or workers != "local"):  # that there is no run is said first
-            raise InputError("--references, --repeats and --workers are for classifiers and regressors.", "Leave them out.")
-        made = plan(run, AuditConfig(**given))
-        for note in made.notes:
-            output.note(note)
-        output.note(f"audit: {made.cost.text()}")
-        if dry_run:
-            output.result({"cost": made.cost.json(), "sets": {name: len(records) for name, records in made.sets.items()}})
-            return 0
-        with output.progress("audit") as progress:
-            document = audit_run(made, progress=progress, say=output.note)
+        for name, value in server.items():
+            if value:
+                option = "model-name" if name == "model" else "refusal" if name == "refusals" else name.replace("_", "-")
+                raise InputError(f"--{option} is for what is served.", "Give the address by --served, or leave it out.")
+        if run is None:
+            raise InputError(
+                "There is nothing to audit.", "Give the folder of a run, or --served URL; see `expunge audit --help`."
+            )
+        document = _audit_run(run, {**given, **of_run}, of_rows, access=access, dry_run=dry_run, output=output)
+        folder = run
+    if document is None or folder is None:
+        return 0
     output.result(summary_json([document]))
     if not json:
         print_summary([document])
-        output.say(f"Document: {run / 'audit.json'}   Next: expunge report {run}")
+        output.say(f"Document: {folder / 'audit.json'}   Next: expunge report {folder}")
     judged = [m.judgement.verdict for m in document.models if m.role == "unlearned" and m.judgement]
     return 3 if require is not None and judged != [Verdict(require)] else 0
 
 
-def _settings(protocol: str | None, parts: list[str]) -> Any:
-    """The given settings, on top of those of a protocol if there is one."""
-    from expunge.audit.settings import AuditSettings
+def _audit_run(
+    run: Path, given: dict[str, Any], of_rows: dict[str, Any], *, access: str | None, dry_run: bool, output: Output
+) -> AuditDocument | None:
+    """The audit of a run; nothing of a dry run, which says what it would cost."""
+    from expunge.cli.rows import audit_rows
+    from expunge.core.runs import Run
+    from expunge.pipeline.audit import AuditConfig, audit_run, plan
+    from expunge.pipeline.prepared_runs import is_prepared
+    from expunge.pipeline.row_audit import is_rows
 
-    given = parse_overrides(parts)
+    if is_rows(run) or is_prepared(run):
+        if access is not None:
+            raise InputError("--access is for language models, which can be asked.", "Leave it out.")
+        found: AuditDocument | None = audit_rows(run, {**given, **of_rows}, dry_run=dry_run, output=output)
+        return found
+    if Run.open(run) and (of_rows["references"] or of_rows["repeats"] or of_rows["workers"] != "local"):  # no run is said first
+        raise InputError("--references, --repeats and --workers are for classifiers and regressors.", "Leave them out.")
+    made = plan(run, AuditConfig(**given))
+    for note in made.notes:
+        output.note(note)
+    output.note(f"audit: {made.cost.text()}")
+    if dry_run:
+        output.result({"cost": made.cost.json(), "sets": {name: len(records) for name, records in made.sets.items()}})
+        return None
+    with output.progress("audit") as progress:
+        return audit_run(made, progress=progress, say=output.note)
+
+
+def _settings(protocol: str | None, access: str | None, given: dict[str, Any]) -> Any:
+    """The given settings, on top of those of a protocol if there is one.
+
+    Raises:
+        InputError: there is no such access.
+    """
+    from expunge.audit.settings import AuditSettings
+    from expunge.core.access import Level
+
+    if access is not None:
+        if access not in set(Level):
+            raise InputError(f"{access!r} is no access to a model.", "Choose one of: " + ", ".join(Level) + ".")
+        given["access"] = access
     return given if protocol is None else AuditSettings.under(protocol, **given)
 
 
