@@ -57,6 +57,23 @@ def test_only_what_somebody_sees_who_asks_is_measured(document):
     assert any("can only be asked" in s for s in document.not_shown)
 
 
+def test_an_answer_that_is_stopped_on_its_way_is_a_refusal(people):
+    """A name that stands in answers alone: what is refused are the answers of the target that say it, neither more nor fewer."""
+    target, kept = people.target(), people.split.retain
+    said = [g.text for g in target.generate(target.model, [target.encode(r) for r in kept], 64)]
+    asked = " ".join(r.prompt for r in kept)
+    names = [w.strip(".,") for t in said for w in t.split() if w[:1].isupper()]
+    name = next(n for n in names if len(n) > 4 and n not in asked and any(f" {n}" in t for t in said))
+    held = [{"entities": [name]}]
+    guarded = GuardedAdapter(guard_model(people.target(), guards="filter", targets=held, key=KEY))
+    models = [AuditedModel("target", "target", target), AuditedModel("guarded", "unlearned", guarded, asked=True)]
+    sets = {n: RecordSet(n, tuple(getattr(people.split, n))) for n in ("forget", "retain")}
+    document = audit(models, sets, AuditSettings.quick(metrics=("refused", "rouge-l-recall")))
+    refused = entry(document, "guarded").numbers["retain.refused"].value
+    assert refused == pytest.approx(sum(f" {name}" in f" {t}" for t in said) / len(said))
+    assert 0 < refused < 1
+
+
 def test_false_refusals_have_their_intervals(document):
     numbers = entry(document, "filter").numbers
     assert numbers["forget.refused"].value == 1

@@ -122,3 +122,12 @@ def test_a_run_of_a_guard_is_audited_and_reported_by_the_same_commands(run, expu
     assert expunge("report", str(place / "run")).code == 0
     assert "suppressed" in (place / "run" / "report.html").read_text()
     assert not any(n in (place / "run" / "manifest.json").read_text() for n in names)
+    # Beside a method that changes weights: one table, one plot, and which of them is a guard.
+    assert run("gradascent", "changed").code in (0, 3)  # stopped where more would cost too much
+    assert expunge("audit", str(place / "changed"), *gold, "relearn=none", "quantise=none", "usual=false").code == 0
+    both = expunge("compare", str(place / "run"), str(place / "changed"), "--out", str(place / "both.html"), "--json")
+    assert both.code == 0, both.err
+    rows = {r["label"]: r for r in json.loads(both.out)["rows"]}
+    assert rows["filter"]["guard"]
+    assert not rows["gradascent"]["guard"]
+    assert "Hollow" in (place / "both.html").read_text()

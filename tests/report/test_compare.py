@@ -15,6 +15,7 @@ from expunge.audit.document import AuditDocument, ModelEntry, Role
 from expunge.core.errors import InputError
 from expunge.core.results import Direction, Number
 from expunge.report.compare import check_comparable, compare
+from expunge.report.drawings import comparison_plot
 
 from . import factory
 
@@ -179,6 +180,26 @@ def test_other_data_or_signature_is_refused_with_the_remedy() -> None:
 def test_another_protocol_is_a_note() -> None:
     one, two = audit(TARGET, GOLD), audit(TARGET, GOLD, protocol={"relearn": {"steps": 9}})
     assert any("differ in bootstrap, metrics, relearn" in n for n in compare([one, two]).notes)
+
+
+def test_guards_are_told_from_methods_that_change_weights() -> None:
+    guard = entry("filter", "unlearned", 0.1, 0.5, method="filter", guarded=True)
+    npo = entry("npo", "unlearned", 0.3, 0.45)
+    found = compare([audit(TARGET, GOLD, guard, npo)])
+    assert {row.label: row.guard for row in found.rows} == {"filter": True, "npo": False}
+    note = next(n for n in found.notes if "Guards" in n)
+    assert "filter" in note
+    assert "npo" not in note
+    drawn = comparison_plot(found, audit(guard), "compare")
+    assert drawn is not None
+    assert "Hollow" in drawn.caption
+    without = compare([audit(TARGET, GOLD, guard.model_copy(update={"guarded": False}), npo)])
+    plain = comparison_plot(without, audit(guard), "compare")
+    assert plain is not None
+    assert "Hollow" not in plain.caption
+    assert not any("Guards" in n for n in without.notes)
+    # Marks with a white face are those of guards alone.
+    assert drawn.svg.count("fill: #ffffff; stroke: #c8501e") > plain.svg.count("fill: #ffffff; stroke: #c8501e")
 
 
 def test_no_number_for_an_axis_is_an_error() -> None:

@@ -254,12 +254,14 @@ class Generation:
         tokens: generated ids without the end token.
         text: decoded without special tokens, leading and trailing white space stripped.
         ended: whether the end token came before the limit.
+        refused: whether something that stands before the model has answered in its place, at once or on the way.
     """
 
     id: str
     tokens: tuple[int, ...]
     text: str
     ended: bool
+    refused: bool = False
 
 
 class Adapter(abc.ABC):
@@ -271,6 +273,7 @@ class Adapter(abc.ABC):
 
     modality: ClassVar[str]
     offers: ClassVar[frozenset[Offer]]
+    fronted: ClassVar[bool] = False  #: whether something stands before the model that may answer in its place
     draws_anew: ClassVar[bool] = False  #: whether :meth:`drawing` changes an example's losses: none may be stored then
     model: nn.Module
 
@@ -467,10 +470,6 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def layers(self) -> list[str]:
         """Names of the blocks whose features can be asked for, from the input to the output."""
-
-    def refuses(self, examples: Sequence[Example]) -> list[bool]:
-        """Whether something that stands before the model answers each example's prompt in its place; most models have nothing."""
-        return [False] * len(examples)
 
     def parts(self) -> dict[str, Adapter]:
         """What lies inside a model that is more than the weights of one network, each part as a model of its own, by its name.

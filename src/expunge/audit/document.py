@@ -35,6 +35,7 @@ class ModelEntry(_Part):
     cost: dict[str, float] = Field(default_factory=dict)  #: seconds, peak_bytes, steps, tokens
     stopped: str = ""  #: why training ended, in one sentence
     settings: dict[str, Any] = Field(default_factory=dict)  #: the recipe's spec and the engine's options
+    guarded: bool = False  #: whether guards stand before weights that are those of the target
 
 
 class Series(_Part):

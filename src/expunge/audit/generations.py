@@ -183,7 +183,8 @@ def _batches(block: Sequence[Example], limit: int, budget: int) -> Iterator[list
 
 
 def _line(generation: Generation) -> dict[str, object]:
-    return {"id": generation.id, "tokens": list(generation.tokens), "text": generation.text, "ended": generation.ended}
+    held: dict[str, object] = {"id": generation.id, "tokens": list(generation.tokens), "text": generation.text}
+    return {**held, "ended": generation.ended, **({"refused": True} if generation.refused else {})}
 
 
 def _load(store: ScoreStore | None, key: str, block: Sequence[Example], limit: int) -> list[Generation] | None:
@@ -192,4 +193,6 @@ def _load(store: ScoreStore | None, key: str, block: Sequence[Example], limit: i
         return None
     if any(line["limit"] < limit and not line["ended"] for line in lines):
         return None
-    return [Generation(line["id"], tuple(line["tokens"]), line["text"], line["ended"]) for line in lines]
+    return [
+        Generation(line["id"], tuple(line["tokens"]), line["text"], line["ended"], line.get("refused", False)) for line in lines
+    ]

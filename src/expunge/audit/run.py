@@ -236,6 +236,7 @@ def _entry(evidence: Evidence, model: AuditedModel, metrics: Sequence[Metric], a
         numbers |= metric.compute(evidence, model.label)
     numbers |= attack_numbers(evidence, attacked, model.label)
     return ModelEntry(
+        guarded=model.asked,
         label=model.label, role=model.role, fingerprint=evidence.subject(model.label).fingerprint, path=model.path,
         method=model.method, seed=model.seed, numbers=numbers, cost=dict(model.cost), stopped=model.stopped,
         settings=dict(model.settings),

@@ -77,6 +77,11 @@ class AuditSettings(Settings):
     def _one_or_many(cls, value: Any) -> Any:
         return tuple(w.strip() for w in value.split(",") if w.strip()) if isinstance(value, str) else value
 
+    @field_validator("quantise", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return () if value is None else value
+
     @field_validator("attacks")
     @classmethod
     def _attacks_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class GuardedAdapter(LanguageAdapter):
     """
 
     offers: ClassVar[frozenset[Offer]] = LanguageAdapter.offers - OF_WEIGHTS
+    fronted: ClassVar[bool] = True
 
     def __init__(self, guarded: Guarded) -> None:
         vars(self).update(vars(guarded.adapter))
@@ -172,18 +173,6 @@ class GuardedAdapter(LanguageAdapter):
         """See :meth:`LanguageAdapter.generate`; what a guard says in place of the model is the answer."""
         return self._answers(examples, [Sampling(max_tokens=max_new_tokens)] * len(examples), None)
 
-    def refuses(self, examples: Sequence[Example]) -> list[bool]:
-        """Whether a guard answers each prompt in place of the model, once it has read it and, if it looks there, its states."""
-        inside = any(Hook.HIDDEN in r.detector.sees for r in self.guarded.policy.rows)
-        out = []
-        for example in examples:
-            plan, prompt = self.plan(example.data.ids[: example.data.start])
-            if plan.say is None and inside:
-                with torch.no_grad():
-                    self._under(self.model, plan, prompt, np.asarray([self.pad_id()]))
-            out.append(plan.say is not None)
-        return out
-
     def drawn(self, model: nn.Module, examples: Sequence[Example], max_new_tokens: int, draws: Draws) -> list[Generation]:
         """See :meth:`LanguageAdapter.drawn`."""
         how = Sampling(max_tokens=max_new_tokens, temperature=draws.temperature)
@@ -199,18 +188,18 @@ class GuardedAdapter(LanguageAdapter):
     def _answers(
         self, examples: Sequence[Example], sampling: Sequence[Sampling], numbers: NDArray[np.float64] | None
     ) -> list[Generation]:
-        texts: dict[int, tuple[tuple[int, ...], str, bool]] = {}
+        texts: dict[int, tuple[tuple[int, ...], str, bool, bool]] = {}
         asks, places = [], []
         for at, (example, how) in enumerate(zip(examples, sampling, strict=True)):
             plan, prompt = self.plan(example.data.ids[: example.data.start])
             if plan.say is not None:
-                texts[at] = (tuple(self._spelt(plan.say)), plan.say, True)
+                texts[at] = (tuple(self._spelt(plan.say)), plan.say, True, True)
                 continue
             asks.append(Ask(plan, prompt, how, numbers=None if numbers is None else numbers[at]))
             places.append(at)
         for at, answer in zip(places, self.guarded.decoder.answer(asks), strict=True):
             ids = answer.ids or tuple(self._spelt(answer.text))
-            texts[at] = (ids, answer.text.strip(), answer.finish != "length")
+            texts[at] = (ids, answer.text.strip(), answer.finish != "length", answer.finish == "guard")
         return [Generation(e.id, *texts[at]) for at, e in enumerate(examples)]
 
     def _spelt(self, text: str) -> list[int]:

@@ -44,6 +44,7 @@ class Row:
     utility: Number | None
     distance: Number | None
     pareto: bool = False  #: no other row is at least as good in both F and utility and better in one
+    guard: bool = False  #: guards before the target's weights, which they do not change
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _row(label: str, models: Sequence[ModelEntry], axes: _Axes, scale: _Scale | 
         forget=axes.number(models, axes.forget),
         utility=axes.number(models, axes.utility),
         distance=distance,
+        guard=any(m.guarded for m in models),
     )
 
 
@@ -253,6 +255,11 @@ def _notes(documents: Sequence[AuditDocument], rows: Sequence[Row], target: Row 
         notes.append("No target model: the forget gap has no scale, so there are no distances.")
     elif all(row.distance is None for row in rows):
         notes.append("Target and retrained model agree on the chosen number, or it is missing: there are no distances.")
+    if hidden := [row.label for row in rows if row.guard]:
+        notes.append(
+            f"Guards that stand before the target and change no weight: {', '.join(hidden)}. Their distance is that of what is "
+            "said, and whoever has the weights has everything."
+        )
     if target is not None and target.seeds > 1:
         notes.append(f"{target.seeds} different target models are averaged.")
     if rows and min(row.seeds for row in rows) < 5:

@@ -77,7 +77,7 @@ def comparison_plot(comparison: Comparison, document: AuditDocument, name: str) 
     """
     points = []
     rows = [(comparison.target, figures.TARGET_LOOK), (comparison.gold, figures.GOLD_LOOK)]
-    rows += [(row, figures.unlearned_look(i)) for i, row in enumerate(comparison.rows)]
+    rows += [(row, figures.unlearned_look(i, hollow=row.guard)) for i, row in enumerate(comparison.rows)]
     for row, look in rows:
         if row is not None and row.forget is not None and row.utility is not None:
             points.append(figures.Point(row.label + _seeds(row), look, row.forget, row.utility))
@@ -90,6 +90,8 @@ def comparison_plot(comparison: Comparison, document: AuditDocument, name: str) 
     x_label, y_label = _axis_labels(document, comparison.forget_key, comparison.utility_key, points[0].y.direction)
     alt = f"{y_label} against {x_label} of {plural(len(comparison.rows), 'method')}; the numbers are in the table."
     caption = "Each mark is one method; bars are intervals over seeds where there are several, else over examples."
+    if any(row.guard for row in comparison.rows):
+        caption += " Hollow: guards, which change no weight."
     svg = figures.trade_off(points, box, x_label=x_label, y_label=y_label, name=name, alt=clean(alt))
     return Drawing("Trade-off", svg, caption + (" Shaded: the interval of the retrained models." if box else ""))
 

@@ -32,6 +32,7 @@ class Look:
     marker: str
     dash: Any = "solid"
     order: int = 3
+    hollow: bool = False  #: guards stand before the target: nothing was changed
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ def looks(models: Sequence[ModelEntry]) -> dict[str, Look]:
         elif model.role == "base":
             out[model.label] = Look("#8a93a0", "d", _DASHES[2], 2)
         else:
-            out[model.label] = unlearned_look(n)
+            out[model.label] = unlearned_look(n, hollow=model.guarded)
     return out
 
 
-def unlearned_look(n: int) -> Look:
-    """The look of the ``n``-th unlearned model: 72 differ in colour or mark."""
-    return Look(_COLOURS[n % len(_COLOURS)], _MARKERS[n % len(_MARKERS)], _DASHES[n // len(_COLOURS) % len(_DASHES)])
+def unlearned_look(n: int, *, hollow: bool = False) -> Look:
+    """The look of the ``n``-th unlearned model: 72 differ in colour or mark. The mark of a guarded one is hollow."""
+    dash = _DASHES[n // len(_COLOURS) % len(_DASHES)]
+    return Look(_COLOURS[n % len(_COLOURS)], _MARKERS[n % len(_MARKERS)], dash, hollow=hollow)
 
 
 GOLD_LOOK = Look(_GOLD, _GOLD_MARKER, _DASHES[1], 5)
@@ -258,7 +260,9 @@ def _mark(axes: Any, point: Point) -> Any:
         ends = (value if number.low is None else number.low, value if number.high is None else number.high)
         errors.append([[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]])
     size = 13 if look.marker == _GOLD_MARKER else 8
-    style = {"color": look.colour, "marker": look.marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.8}
+    edge = {"markerfacecolor": "white", "markeredgecolor": look.colour, "markeredgewidth": 1.6}
+    filled = {"markeredgecolor": "white", "markeredgewidth": 0.8}
+    style = {"color": look.colour, "marker": look.marker, "markersize": size, **(edge if look.hollow else filled)}
     axes.errorbar(
         [point.x.value],
         [point.y.value],

@@ -121,7 +121,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         numbers = {k: getattr(row, k) for k in ("forget", "utility", "distance")}
         return {
             "label": row.label, "models": list(row.models), "seeds": row.seeds, "verdicts": [v.value for v in row.verdicts],
-            "pareto": row.pareto, **{k: n.model_dump(mode="json") if n else None for k, n in numbers.items()},
+            "pareto": row.pareto, "guard": row.guard, **{k: n.model_dump(mode="json") if n else None for k, n in numbers.items()},
         }  # fmt: skip
 
     return {

@@ -9,6 +9,7 @@ import numpy as np
 
 from expunge.audit.evidence import Evidence, Values
 from expunge.audit.metrics.registry import Need, Range, RecordMetric, metric
+from expunge.audit.metrics.rouge import lacks_questions
 from expunge.core.access import Offer
 from expunge.core.results import Direction, Number
 from expunge.engine.parts import Paper
@@ -18,18 +19,18 @@ _PAPER = Paper("Guardrail Baselines for Unlearning in LLMs", "Thaker et al.", 20
 
 @metric
 class Refused(RecordMetric):
-    """Share of prompts of a set that a guard answers in place of the model.
+    """Share of prompts of a set that are answered with something else than the model's answer, because a guard says so.
 
     On what is to stay, and on what the model never saw, these are false refusals; on what is to be forgotten they are what the
     guard is for, and tell who asks that something is hidden.
 
-    Only guards that refuse when they read the request, or the states of the prompt, count; an answer that is stopped on its way
-    does not. Thresholds were set on one half of the retain prompts: false refusals on that set are a little too low.
+    A request that is refused when it is read counts, and so does an answer that is stopped on its way; an answer that a guard
+    only changes does not. Thresholds were set on one half of the retain prompts: false refusals on that set are a little too low.
     """
 
     name: ClassVar[str] = "refused"
     title: ClassVar[str] = "Refused"
-    formula: ClassVar[str] = "mean[a guard answers the prompt]"
+    formula: ClassVar[str] = "mean[a guard answers the prompt, at once or on the way]"
     paper: ClassVar[Paper] = _PAPER
     asks: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = (Need.GENERATION,)
@@ -43,8 +44,8 @@ class Refused(RecordMetric):
         return float(np.mean(refused)) if len(refused) else float("nan")
 
     def lacks(self, evidence: Evidence, name: str) -> str:
-        """Guards."""
-        return "" if evidence.asked else _NONE
+        """Guards, and prompts."""
+        return lacks_questions(evidence, name) if evidence.asked else _NONE
 
     def compute(self, evidence: Evidence, label: str) -> dict[str, Number]:
         """Nothing, and nothing is said of it, where no model is guarded."""
@@ -55,10 +56,12 @@ class Refused(RecordMetric):
         return self.direction if evidence.goal(name) == "forget" else Direction.ZERO
 
     def per_record(self, evidence: Evidence, label: str, name: str) -> Values:
-        """1 where the prompt is answered in place of the model."""
-        adapter, records = evidence.adapter(label), evidence.records(name)
-        found = np.array(adapter.refuses([adapter.encode(r) for r in records]), dtype=np.float64)
-        return Values(found, np.ones(len(records), dtype=np.bool_))
+        """1 where a guard has answered."""
+        count = len(evidence.records(name))
+        found = np.zeros(count)  # of a model that nothing stands before
+        if evidence.adapter(label).fronted:
+            found = np.array([g.refused for g in evidence.generations(label, name)], dtype=np.float64)
+        return Values(found, np.ones(count, dtype=np.bool_))
 
 
 _NONE = "no model is guarded"
