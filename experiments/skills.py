@@ -123,8 +123,8 @@ class Plan:
 
     out: Path
     cases: tuple[Case, ...] = tuple(CASES.values())
-    seeds: tuple[int, ...] = (1, 2, 3)
-    retrained: tuple[int, ...] = (11, 12, 13)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    retrained: tuple[int, ...] = (11, 12, 13, 14, 15)
     model: str = "llama-tiny"
     schedule: Mapping[str, Any] = field(default_factory=lambda: {"lr": 4e-3, "epochs": 40, "batch": 32})
     recipes: tuple[str, ...] = ("graddiff", "npo", "task-vector")
@@ -408,7 +408,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/skills"), help="folder of the runs")
     parser.add_argument("--page", type=Path, help="Markdown file for the tables")
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=list(CASES), help="what is removed")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each case, at least 2")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of each case, at least 2")
     parser.add_argument("--only-page", action="store_true", help="run nothing: write the page from what there is")
     given = parser.parse_args(words)
     seeds = tuple(range(1, max(2, given.seeds) + 1))
