@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+import expunge
 from expunge.adapters.language import LanguageAdapter
 from expunge.core.errors import InputError
 from expunge.core.runs import Run
@@ -16,7 +17,7 @@ from expunge.data.people import world
 from expunge.data.records import Record, RecordSet
 from expunge.guards.detectors.key_space import KeySpace
 from expunge.guards.guarded import guard_model
-from expunge.guards.policy import SORRY
+from expunge.guards.policy import SORRY, Policy
 from expunge.guards.request import skills_in
 from expunge.pipeline.config import TextConfig
 from expunge.pipeline.guarding import half_of, hidden_by, shield
@@ -125,9 +126,9 @@ def test_what_is_opened_again_answers_as_before_and_holds_no_record(run, cases, 
     told = []
     for _ in range(2):
         adapter = open_adapter(str(folder), TextConfig())
-        told.append((said(adapter, asked), adapter.fingerprint(), adapter.refuses([adapter.encode(r) for r in asked])))
+        told.append((said(adapter, asked), adapter.fingerprint()))
     assert told[0] == told[1]
-    assert told[0][2] == [method == "key-space"] * 8 + [False] * 8
+    assert [g.text == SORRY for g in told[0][0]] == [method == "key-space"] * 8 + [False] * 8
     held = (folder / "model" / "guard.json").read_text() + (folder / "manifest.json").read_text()
     assert not any(r.prompt in held for r in cases[method].forget)
     notes = Run.open(folder).manifest["stages"]["unlearn"]["result"]["notes"]
@@ -247,3 +248,28 @@ def test_what_passes_the_box_of_one_half_is_told(skills):
     assert "Of 35 ordinary prompts" in told[200]
     assert 5 <= int(told[200].split("no box was made, ")[1].split()[0]) <= 8
     assert KeySpace(alpha=1e-6).fit(made.policy.material).promise.startswith("Of 200 probe texts 200 lie outside")
+
+
+def test_a_guard_file_brings_probes_as_records(skills):
+    pytest.importorskip("fastapi")
+    from expunge.serving.config import Guards
+    from expunge.serving.server import material
+
+    source = "skills:{}?n=120&shortest=3&longest=3"
+    held = Guards(
+        guards=["key-space", {"guard": "neuron-adjust", "action.share": 0.4}], targets=[{"id": "c", "skills": "copy"}],
+        probes={"copy": source.format("copy"), "": source.format("reverse")},
+    )  # fmt: skip
+    made = material(held, b"a key for guards of skills, 32 bytes", skills.adapter)
+    assert all(isinstance(r, Record) and r.answer for r in made.probes["copy"])
+    policy = Policy(held.guards, made)
+    assert set(policy.targets) == {"c"}
+    assert not material(held.model_copy(update={"probes": {}}), b"x" * 32, skills.adapter).probes
+    with pytest.raises(InputError, match="no probe texts of the skill 'copy'"):
+        Policy(held.guards[:1], material(held.model_copy(update={"probes": {}}), b"x" * 32, skills.adapter))
+
+
+def test_a_guard_changes_no_model_that_python_could_return(skills, cases):
+    case = cases["key-space"]
+    with pytest.raises(InputError, match=r"expunge\.guard"):
+        expunge.unlearn(skills.adapter.model, skills.adapter.tokenizer, case.forget, case.retain, method="key-space")
