@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.lines import Line, cell, row, spread
-from experiments.skills import Case, Ground, Plan
+from experiments.skills import CASES, Case, Ground, Plan
 from experiments.verdicts import counted, link
 from expunge.audit.document import ModelEntry
 from expunge.core.files import write_text
@@ -48,6 +48,8 @@ def gaps(plan: Plan) -> dict[str, str]:
         "recipes": ", ".join(f"`{r}`" for r in plan.recipes),
         "failed": "\n".join(failures(cases)) or "Nothing failed.",
         "shares": " and ".join(f"{100 * g.case.share:g} % for {g.case.name}" for g in cases),
+        **{f"probes_{c.name}": str(c.asked) for c in CASES.values()},
+        "controls": "; ".join(f"{g.case.name}: {counted(audited(g, 'recipes').get('retrained', []))}" for g in cases),
         "read": "\n".join(reading(g) for g in cases), "minutes": f"{seconds(plan) / 60:.0f}",
     }  # fmt: skip
 

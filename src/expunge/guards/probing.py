@@ -28,8 +28,8 @@ Form = Literal["requests", "texts"]
 Side = Literal["input", "output"]
 _BATCH = 16  #: probe texts in one pass
 _EXAMPLES = "examples of "  #: before the id of a target whose own examples are probes
-#: Records from which on they are probes of a skill. Of new questions one in ``n + 1`` lies farther out than all of ``n`` probes,
-#: so with fewer than these more than one in twenty would pass a box around them.
+#: Records from which on they are probes of a skill. Of new questions one in ``n + 1`` is more unusual than all of ``n``, and more
+#: lie outside a box that owes its place and its sides to those ``n``: with fewer than these a box says nothing of the skill.
 LEAST = 20
 
 
