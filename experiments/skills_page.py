@@ -50,7 +50,7 @@ def gaps(plan: Plan) -> dict[str, str]:
         "shares": " and ".join(f"{100 * g.case.share:g} % for {g.case.name}" for g in cases),
         **{f"probes_{c.name}": str(c.asked) for c in CASES.values()},
         "controls": "; ".join(f"{g.case.name}: {counted(audited(g, 'recipes').get('retrained', []))}" for g in cases),
-        "read": "\n".join(reading(g) for g in cases), "minutes": f"{seconds(plan) / 60:.0f}",
+        "minutes": f"{seconds(plan) / 60:.0f}",
     }  # fmt: skip
 
 
@@ -65,23 +65,6 @@ def described(case: Case) -> str:
         f"other one: *{example.question_paraphrase}*). The request holds {case.asked} questions of each in one wording; judged "
         f"are {case.judged} others, {judged}."
     )
-
-
-def reading(ground: Ground) -> str:
-    """What the first table says, as an item of a list that is made of its numbers."""
-    held = loaded(ground, "answers")
-    if not held:
-        return f"- **{ground.case.name}**: not done yet."
-
-    def mean(label: str, name: str, kind: str = "right") -> str:
-        values = [h[label][kind][name] for h in held if label in h]
-        return f"{sum(values) / len(values):.0%}" if values else DASH
-
-    said = []
-    for label in (n for n in held[0] if n not in ("target", "retrained")):
-        lost = f"{mean(label, 'hidden')} of the removed skill is left, {mean(label, 'hidden, reworded')} in other words"
-        said.append(f"`{label}`: {lost}, and {mean(label, 'kept')} of the kept one, {mean(label, 'facts')} of the facts")
-    return f"- **{ground.case.name}**. {'; '.join(said)}."
 
 
 def section(ground: Ground) -> str:
