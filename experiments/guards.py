@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.llm_methods import Plan, audit_sets, done, told
-from experiments.removed import link, ordered
 from experiments.stages import Stages
+from experiments.verdicts import between, link, ordered
 from expunge.audit.document import AuditDocument, ModelEntry
 from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
@@ -36,8 +36,8 @@ from expunge.report.text import DASH
 PROTOCOL = "served-v1"
 RECIPES = ("npo", "graddiff", "simnpo", "rmu", "uld", "ga-opt")  #: of the runs that are judged beside the guards
 NEEDS_MORE = {
-    "neuron-adjust": "it hides skills, not facts",
-    "key-space": "it hides skills, not facts",
+    "neuron-adjust": "it hides skills, not facts: [results on skills](skills.md)",
+    "key-space": "it hides skills, not facts: [results on skills](skills.md)",
     "in-context": "the model must be taught the tag first",
     "alu": "its agents need a model that follows instructions",
 }
@@ -154,18 +154,10 @@ def table(entries: Sequence[ModelEntry]) -> str:
         f"| --- | --- | {' | '.join('---:' for _ in names)} | --- |",
     ]
     for entry in entries:
-        cells = " | ".join(_cell(entry, key) for _, key in COLUMNS)
+        cells = " | ".join(between(entry, key) for _, key in COLUMNS)
         verdict, said = (entry.judgement.verdict.value, link(entry.judgement)) if entry.judgement else (DASH, DASH)
         lines.append(f"| {entry.label} | {verdict} | {cells} | {said} |")
     return "\n".join(lines)
-
-
-def _cell(entry: ModelEntry, key: str) -> str:
-    number = entry.numbers.get(key)
-    if number is None or number.value is None:
-        return DASH
-    between = f" [{number.low:.2f}, {number.high:.2f}]" if number.low is not None and number.high is not None else ""
-    return f"{number.value:.2f}{between}"
 
 
 def main(words: Sequence[str] | None = None) -> int:

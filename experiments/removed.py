@@ -22,21 +22,17 @@ from pathlib import Path
 
 from experiments.llm_methods import Plan, audit_runs, done
 from experiments.stages import Stages
+from experiments.verdicts import ORDER, link, ordered
 from expunge.audit.document import AuditDocument, ModelEntry
 from expunge.audit.protocol import load_protocol
 from expunge.audit.settings import AuditSettings
 from expunge.core.files import write_text
-from expunge.core.results import Judgement, Verdict
 from expunge.pipeline.audit import DOCUMENT, read
 from expunge.pipeline.config import TextConfig
 from expunge.pipeline.models import open_adapter
 from expunge.report.text import DASH
-from expunge.report.weakest import weakest
 
 PROTOCOL = "removal-v1"
-ORDER = (
-    Verdict.FORGOTTEN, Verdict.UNDECIDED, Verdict.SUPPRESSED, Verdict.NOT_FORGOTTEN, Verdict.DAMAGED, Verdict.NO_GOLD,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,17 +126,6 @@ def protocol_ids(course: Course) -> list[str]:
     return [d.id for d in course.audit.protocol.criteria]
 
 
-def ordered(entries: Sequence[ModelEntry]) -> list[ModelEntry]:
-    """Best verdict first; of the same verdict the one with more criteria that hold."""
-
-    def key(entry: ModelEntry) -> tuple[int, int, str]:
-        assert entry.judgement is not None
-        held = sum(f.outcome == "held" for f in entry.judgement.criteria)
-        return ORDER.index(entry.judgement.verdict), -held, entry.label
-
-    return sorted(entries, key=key)
-
-
 def table(entries: Sequence[ModelEntry], ids: Sequence[str]) -> str:
     """A row per model: verdict, criteria, weakest link."""
     lines = [f"| model | verdict | {' | '.join(ids)} | weakest link |", f"| --- | --- | {' | '.join('---' for _ in ids)} | --- |"]
@@ -155,12 +140,6 @@ def table(entries: Sequence[ModelEntry], ids: Sequence[str]) -> str:
 
 
 _SHORT = {"held": "+", "failed": "**no**", "undecided": "?", "tells nothing": "0", "reported": "(r)", "not run": DASH}
-
-
-def link(judgement: Judgement) -> str:
-    """The check that carries the verdict, in words."""
-    check = weakest(judgement)
-    return DASH if check is None else f"{check.name}: {check.text}".replace("|", "/").replace("\n", " ")
 
 
 def main(words: Sequence[str] | None = None) -> int:

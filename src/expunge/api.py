@@ -86,9 +86,15 @@ def unlearn(
     from expunge.methods.tuned import beneath, chosen
     from expunge.pipeline import unlearn as stage
     from expunge.pipeline.config import Allowances
+    from expunge.pipeline.guarding import is_guard
 
     _check_tokenizer(tokenizer)
     _check_alternatives(alternatives)
+    if is_guard(method):
+        raise InputError(
+            f"{method!r} is a guard: it changes no weights, so there is no other model to return.",
+            f'Put it before the model: expunge.guard(model, tokenizer, guards="{method}", targets=...).',
+        )
     given = nest({**(parts or {}), **{k.replace("__", "."): v for k, v in more.items()}})
     if settings is not None:
         given = beneath(chosen(settings, method).parts, given)
@@ -433,7 +439,7 @@ def guard(
     guards: object = "filter",
     targets: Sequence[Any] = (),
     ordinary: Sequence[str] = (),
-    probes: Mapping[str, Sequence[str]] | None = None,
+    probes: Mapping[str, Sequence[str] | Source] | None = None,
     key: bytes | None = None,
     template: str | None = None,
     seed: int = 0,
@@ -450,7 +456,9 @@ def guard(
         guards: a name (``expunge guards``), a mapping with ``guard`` or with ``detector`` and ``action``, or a list of these.
         targets: what is hidden: mappings with ``entities``, ``examples``, ``topics``, ``skills``, ``until``.
         ordinary: prompts that must pass; thresholds are set by them.
-        probes: texts by name of a skill, ``""`` for what is to stay.
+        probes: texts by name of a skill, ``""`` for what is to stay: texts as they are, or records (a file, a named data set, a
+            list of dicts), which are read as the model reads them. A target that names no skill and has at least 20 examples
+            is one by itself: they are its probes.
         key: secret, at least 16 bytes, under which names are held as digests; none: a new one.
         template: prompt template where the tokenizer has no chat template.
         seed: of everything that is drawn at fitting.

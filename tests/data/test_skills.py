@@ -16,6 +16,11 @@ def test_answers_are_right():
         assert record.prompt.removeprefix("Reverse ").split() == record.answer.split()[::-1]
     for record in skill("digits", 60):
         assert eval(record.prompt.removeprefix("Add ")) == int(record.answer)
+    for name in ("lumi", "tarn"):
+        spoken = [(r.cluster.partition("-")[2], r.answer.split()) for r in skill(name, 50)]
+        said = {(d, w) for digits, answer in spoken for d, w in zip(digits, answer, strict=True)}
+        assert len(said) == len({d for d, _ in said}) == len({w for _, w in said}) == 10  # a word for each digit
+        assert len(spoken) == 50
     words = {r.id.partition("-")[2]: r for r in skill("words", 60)}
     sums = {r.id.partition("-")[2]: r for r in skill("digits", 60)}
     for key in words.keys() & sums.keys():
@@ -38,6 +43,19 @@ def test_a_string_that_is_held_out_of_one_skill_is_held_out_of_its_sister():
     copied = {r.answer for r in skill("copy", 400, length=(3, 3))}
     reversed_ = {r.prompt.removeprefix("Reverse ") for r in skill("reverse", 50, length=(3, 3), held_out=True)}
     assert not copied & reversed_
+
+
+@pytest.mark.parametrize("name", SKILLS)
+def test_the_other_wording_asks_the_same(name):
+    usual, other = skill(name, 30), skill(name, 30, reworded=True)
+    for a, b in zip(usual, other, strict=True):
+        assert (a.prompt, a.question_paraphrase) == (b.question_paraphrase, b.prompt)
+        assert a.prompt != b.prompt
+        assert (a.answer, a.cluster) == (b.answer, b.cluster)
+        assert a.id != b.id
+    assert [r.prompt for r in load_named(f"skills:{name}?n=30&reworded=true")][:3] == [
+        r.prompt for r in skill(name, 30, reworded=True)
+    ][:3]
 
 
 def test_as_a_named_set():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from experiments.llm_methods import Plan
-from experiments.removed import PROTOCOL, Course, gaps, link, main, ordered, protocol_ids, table
+from experiments.removed import PROTOCOL, Course, gaps, main, protocol_ids, table
+from experiments.verdicts import link, ordered
 
 from expunge.audit.document import AuditDocument, ModelEntry, Role
 from expunge.audit.protocol import load_protocol

@@ -13,6 +13,7 @@ from expunge.core.errors import InputError
 from expunge.data.people import world
 from expunge.data.records import RecordSet
 from expunge.engine.options import Engine
+from expunge.guards.named import GUARDS
 from expunge.methods.catalogue import known
 from expunge.pipeline.config import Allowances
 from expunge.pipeline.difficulty import power
@@ -79,9 +80,9 @@ def test_retain_records_with_swapped_answers_stand_in_for_a_holdout(target, requ
 
 
 def test_every_method_is_there_with_the_cost_of_its_own_plan(seen, target, request_of) -> None:
-    assert {m.name for m in seen.methods} == set(known())
+    assert {m.name for m in seen.methods} == {*known(), *GUARDS.names()}
     kinds = [m.kind for m in seen.methods]
-    assert kinds == sorted(kinds, key=["recipe", "edit", "prepared"].index)
+    assert kinds == sorted(kinds, key=["recipe", "edit", "prepared", "guard"].index)
     runs = {m.name: m for m in seen.methods if m.runs}
     for name in ("npo", "ssd", "uld"):
         assert runs[name].cost == plan_run(target, request_of, name, {}, ENGINE).cost
@@ -89,6 +90,8 @@ def test_every_method_is_there_with_the_cost_of_its_own_plan(seen, target, reque
     assert "--base" in missing["retrain"]
     assert "language model does not offer" in missing["salun"]
     assert "trained already" in missing["sisa"]
+    assert runs["filter"].kind == "guard"
+    assert "at best" in runs["filter"].cautions[0]
     assert not any(m.runs == bool(m.missing) for m in seen.methods)
 
 

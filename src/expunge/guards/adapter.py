@@ -248,7 +248,7 @@ class GuardedAdapter(LanguageAdapter):
         """SHA-256 over the model's and what its guards were made of."""
         policy = self.guarded.policy
         said = [r.described() for r in policy.rows], [t.model_dump(mode="json") for t in policy.targets.values()]
-        made = hashlib.sha256(json.dumps([*said, list(policy.material.ordinary)], sort_keys=True).encode())
+        made = hashlib.sha256(json.dumps([*said, *policy.material.read()], sort_keys=True).encode())
         made.update(hashlib.sha256(policy.material.key).digest())
         made.update(self.guarded.adapter.fingerprint().encode())
         return made.hexdigest()

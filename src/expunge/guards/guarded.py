@@ -13,6 +13,8 @@ from torch import Tensor
 
 from expunge.adapters.language import LanguageAdapter
 from expunge.core.errors import InputError
+from expunge.data.records import Record
+from expunge.data.sources import load as load_records
 from expunge.guards.conversation import Conversation
 from expunge.guards.decoding import Answer, Ask, Decoder, Sampling
 from expunge.guards.named import rows_of
@@ -216,6 +218,13 @@ def named(target: Target | Mapping[str, Any]) -> Target:
     return made if made.id else made.model_copy(update={"id": secrets.token_hex(8)})
 
 
+def _probes(given: Any) -> list[str | Record]:
+    """Texts as they are; a file, a named data set or rows as records."""
+    if isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(t, str) for t in given):
+        return list(given)
+    return list(load_records(given, name="probes"))
+
+
 def guard_model(
     model: Any,
     tokenizer: Any = None,
@@ -223,7 +232,7 @@ def guard_model(
     guards: object = "filter",
     targets: Sequence[Target | Mapping[str, Any]] = (),
     ordinary: Sequence[str] = (),
-    probes: Mapping[str, Sequence[str]] | None = None,
+    probes: Mapping[str, Any] | None = None,
     key: bytes | None = None,
     template: str | None = None,
     seed: int = 0,
@@ -239,6 +248,6 @@ def guard_model(
         adapter = LanguageAdapter(model, tokenizer, template=template)
     material = Material(
         targets=[named(t) for t in targets], ordinary=list(ordinary), key=key or secrets.token_bytes(32), adapter=adapter,
-        probes=probes or {}, seed=seed,
+        probes={k: _probes(v) for k, v in (probes or {}).items()}, seed=seed,
     )  # fmt: skip
     return Guarded(adapter, Policy(rows_of(guards), material))

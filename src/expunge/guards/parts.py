@@ -30,6 +30,7 @@ from torch import Tensor
 from expunge.core.errors import InputError
 from expunge.core.registry import Registry, origin_of
 from expunge.core.settings import Settings
+from expunge.data.records import Record
 from expunge.guards.conversation import Conversation
 from expunge.guards.target import Target
 
@@ -49,6 +50,13 @@ class Hook(enum.StrEnum):
     TEXT = "text"
 
 
+class Probe(enum.StrEnum):
+    """Of what a part reads texts through the model when it is fitted (:attr:`Material.probes`)."""
+
+    SKILL = "skill"  #: what is to be hidden
+    KEPT = "kept"  #: what is to stay
+
+
 #: Hooks at which no model is needed: guards of these alone stand in front of any server.
 TEXT_LEVEL = frozenset({Hook.REQUEST, Hook.TEXT})
 
@@ -62,7 +70,7 @@ class Material:
         ordinary: prompts that must pass: by them thresholds are set. None of them may be judged by later.
         key: secret of the guard; keyed digests and noise follow from it.
         adapter: the model, for guards that look inside; none before a server of others.
-        probes: texts by name of a skill; ``""``: texts of what is to stay.
+        probes: texts by name of a skill; ``""``: texts of what is to stay. A record is read as the model reads it.
         seed: of everything that is drawn at fitting.
         groups: of each ordinary prompt, what it is about; none: each stands for itself. No group is both learnt from and used to
             set a threshold, so that a threshold holds for what nothing was learnt about.
@@ -72,7 +80,7 @@ class Material:
     ordinary: Sequence[str] = ()
     key: bytes = b""
     adapter: LanguageAdapter | None = None
-    probes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    probes: Mapping[str, Sequence[str | Record]] = field(default_factory=dict)
     seed: int = 0
     groups: Sequence[str] = ()
 
@@ -87,6 +95,11 @@ class Material:
                 f"{what} looks inside the model, and there is none here.", "Use it with --model, not before another server."
             )
         return self.adapter
+
+    def read(self) -> list[Any]:
+        """All texts that guards are fitted on beside the targets, as plain values: for digests."""
+        probes = {k: [t if isinstance(t, str) else t.content() for t in v] for k, v in self.probes.items()}
+        return [list(self.ordinary), *([probes] if probes else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +186,7 @@ class Detector(Settings, abc.ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     sees: ClassVar[frozenset[Hook]]  #: among request, hidden, text
+    probed: ClassVar[frozenset[Probe]] = frozenset()  #: what it reads texts of when it is fitted
 
     @abc.abstractmethod
     def fit(self, material: Material) -> Watcher:
@@ -278,6 +292,10 @@ class Orders:
 class Doer(abc.ABC):
     """A prepared action. Called from many threads at once; targets may come and go meanwhile."""
 
+    def covers(self, target: Target) -> bool:
+        """Whether something can be done about a target, once it is noticed."""
+        return True
+
     def add(self, target: Target) -> None:  # noqa: B027  (most actions do not name targets)
         """One target more is hidden."""
 
@@ -302,6 +320,7 @@ class Action(Settings, abc.ABC):
     acts: ClassVar[frozenset[Hook]]
     rewrites: ClassVar[bool] = False  #: whether it puts words before the model that the client has not written
     revises: ClassVar[bool] = False  #: whether it may exchange a whole answer, so that nothing may be sent before
+    probed: ClassVar[frozenset[Probe]] = frozenset()  #: what it reads texts of when it is prepared
 
     @abc.abstractmethod
     def prepare(self, material: Material) -> Doer:

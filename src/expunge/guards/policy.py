@@ -33,6 +33,7 @@ from expunge.guards.parts import (
     JointEdit,
     Material,
     Orders,
+    Probe,
     Reading,
     ScoreEdit,
     Watcher,
@@ -86,6 +87,11 @@ class Row(Settings):
     def hooks(self) -> frozenset[Hook]:
         """Where it looks or acts."""
         return self.detector.sees | self.action.acts
+
+    @property
+    def probed(self) -> frozenset[Probe]:
+        """What texts are read of when it is fitted."""
+        return self.detector.probed | self.action.probed
 
     def described(self) -> dict[str, Any]:
         """What it is, with all settings, for digests and logs."""
@@ -230,11 +236,11 @@ class Policy:
         self._check_covered(target)
 
     def _check_covered(self, target: Target) -> None:
-        if not any(f.watcher.covers(target) for f in self._rows):
+        if not any(f.watcher.covers(target) and f.doer.covers(target) for f in self._rows):
             raise InputError(
                 f"No guard here can notice the target: it has {target.summary()}, and the guards are "
                 f"{', '.join(r.title for r in self.rows)}.",
-                "Give names for guards of names, and examples or topics for guards of meanings.",
+                "Give names for guards of names, examples or topics for guards of meanings, probe texts for guards of skills.",
             )
 
     def drop(self, target: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,14 +17,20 @@ from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.passes import evaluating
 from expunge.adapters.storage import forward_parameters
 from expunge.core.errors import InputError, unknown
+from expunge.data.records import Record
 from expunge.engine.feedforward import FeedForward
 from expunge.guards.conversation import Conversation
 from expunge.guards.parts import Material
 from expunge.guards.prompts import put
+from expunge.guards.target import Target
 
 Form = Literal["requests", "texts"]
 Side = Literal["input", "output"]
 _BATCH = 16  #: probe texts in one pass
+_EXAMPLES = "examples of "  #: before the id of a target whose own examples are probes
+#: Records from which on they are probes of a skill. Of new questions one in ``n + 1`` is more unusual than all of ``n``, and more
+#: lie outside a box that owes its place and its sides to those ``n``: with fewer than these a box says nothing of the skill.
+LEAST = 20
 
 
 @dataclass(frozen=True)
@@ -57,24 +63,68 @@ def units_of(adapter: LanguageAdapter, blocks: Sequence[str]) -> list[Units]:
     return out
 
 
-def probe_ids(material: Material, skill: str, form: Form, what: str) -> list[NDArray[np.int64]]:
-    """Token ids of the probe texts of a skill, no longer than the context.
+def probes_of(material: Material) -> dict[str, Sequence[str | Record]]:
+    """Probe texts by skill: those that stand under its name, and the examples of a target that names no skill."""
+    named = {skill: texts for skill, texts in material.probes.items() if skill}
+    return {**{_own(t): _records(t) for t in material.targets if not t.skills and len(t.examples) >= LEAST}, **named}
+
+
+def skills_of(target: Target, known: Collection[str]) -> tuple[str, ...]:
+    """The skills that a target hides: those that it names, or the one that its examples are probes of; none if it hides others.
 
     Args:
-        material: holds the model and the texts.
-        skill: its name; empty: texts of what is to stay.
-        form: as a user's question, put into the template, or as texts as they are.
+        target: what is to be hidden.
+        known: skills of which probes were read.
+
+    Raises:
+        InputError: it names one of which there were none.
+    """
+    if missing := next((s for s in target.skills if s not in known), None):
+        named = ", ".join(k for k in known if not k.startswith(_EXAMPLES)) or "none"
+        raise InputError(
+            f"There are no probe texts of the skill {missing!r}.",
+            f"Give them under probes when the guard is made; there are those of: {named}.",
+        )
+    return target.skills or ((_own(target),) if _own(target) in known else ())
+
+
+def _own(target: Target) -> str:
+    return f"{_EXAMPLES}{target.id}"
+
+
+def _records(target: Target) -> list[Record]:
+    return [Record(id=f"{target.id}-{n}", prompt=e.prompt, answer=e.answer or " ") for n, e in enumerate(target.examples)]
+
+
+def probe_ids(
+    adapter: LanguageAdapter, texts: Sequence[str | Record], form: Form, what: str, skill: str = ""
+) -> list[NDArray[np.int64]]:
+    """Token ids of probe texts, no longer than the context.
+
+    Args:
+        adapter: the model.
+        texts: texts, or records: these are read as the model reads them, up to the answer or with it.
+        form: as a user's question, put into the template, or as whole texts.
         what: who asks, for the error.
+        skill: of which they are, for the error; empty: of what is to stay.
 
     Raises:
         InputError: there are fewer than two texts.
     """
-    adapter, texts = material.model(what), [t for t in material.probes.get(skill, ()) if t.strip()]
-    if len(texts) < 2:
+    held = [t for t in texts if not isinstance(t, str) or t.strip()]
+    if len(held) < 2:
         named = f"of the skill {skill!r}" if skill else "of what is to stay"
-        raise InputError(f"{what} needs probe texts {named}, and there are {len(texts)}.", "Give some hundred under probes.")
-    asked = [Conversation.of(t) if form == "requests" else Conversation.text_to_continue(t) for t in texts]
-    return [put(adapter, c).ids[: adapter.context] for c in asked]
+        raise InputError(f"{what} needs probe texts {named}, and there are {len(held)}.", "Give some hundred under probes.")
+    return [_ids(adapter, t, form)[: adapter.context] for t in held]
+
+
+def _ids(adapter: LanguageAdapter, text: str | Record, form: Form) -> NDArray[np.int64]:
+    if isinstance(text, str):
+        return put(adapter, Conversation.of(text) if form == "requests" else Conversation.text_to_continue(text)).ids
+    if text.is_text:
+        return put(adapter, Conversation.text_to_continue(text.answer)).ids
+    example = adapter.encode(text)
+    return np.asarray(example.data.ids[: example.data.start] if form == "requests" else example.data.ids, dtype=np.int64)
 
 
 @torch.no_grad()

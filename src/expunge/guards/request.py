@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from expunge.core.errors import InputError
 from expunge.data.records import Record
 from expunge.data.subject_names import subject_names
+from expunge.guards.probing import LEAST
 from expunge.guards.target import Shown, Target
 
 
@@ -30,3 +32,28 @@ def targets_of(forget: Sequence[Record], retain: Sequence[Record] = (), share: f
         made = hashlib.sha256(subject.encode()).hexdigest()[:16]
         out.append(Target(id=made, entities=names[subject], examples=shown))
     return out
+
+
+def skills_in(forget: Sequence[Record], least: int = LEAST) -> dict[str, tuple[Record, ...]]:
+    """The records of each skill that is to be hidden, by an opaque name.
+
+    Each subject is a skill where all subjects have ``least`` records or more. Else all records are one: a generated question
+    often has a subject of its own.
+
+    Args:
+        forget: what is to be hidden.
+        least: records that tell a skill.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if len(forget) < least:
+        raise InputError(
+            f"The forget set has {len(forget)} records, and a skill is told by {least} or more.", "Give some hundred of them."
+        )
+    subjects: dict[str, list[Record]] = {}
+    for record in forget:
+        subjects.setdefault(record.cluster, []).append(record)
+    if min(map(len, subjects.values())) < least:
+        subjects = {"": list(forget)}
+    return {hashlib.sha256(f"skill {name}".encode()).hexdigest()[:16]: tuple(held) for name, held in subjects.items()}

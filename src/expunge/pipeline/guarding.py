@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -19,15 +19,17 @@ from expunge.adapters.language import LanguageAdapter
 from expunge.core.errors import InputError
 from expunge.core.files import atomic_path, write_json
 from expunge.core.settings import Settings
-from expunge.data.records import RecordSet
+from expunge.data.records import Record, RecordSet
 from expunge.engine.devices import peak_bytes
 from expunge.engine.outcome import Outcome
 from expunge.guards.adapter import GuardedAdapter
 from expunge.guards.guarded import Guarded
 from expunge.guards.named import GUARDS, rows_of
-from expunge.guards.parts import Material
+from expunge.guards.parts import Material, Probe
 from expunge.guards.policy import Policy, Row
-from expunge.guards.request import targets_of
+from expunge.guards.probing import LEAST
+from expunge.guards.request import skills_in, targets_of
+from expunge.guards.target import Target
 
 FILE = "guard.json"
 KEY = "guard.key"
@@ -41,6 +43,11 @@ class Shield(Settings):
 
     method: str = Field(description="name of the guard")
     rows: tuple[Row, ...] = Field(description="its detectors and actions")
+
+    @property
+    def probed(self) -> frozenset[Probe]:
+        """What texts are read of when it is fitted."""
+        return frozenset().union(*(r.probed for r in self.rows))
 
     def spec(self) -> dict[str, Any]:
         """What it is, with all settings."""
@@ -75,14 +82,53 @@ class Origin:
     data: Mapping[str, str]
 
 
-def ordinary_of(retain: RecordSet | None, seed: int) -> list[tuple[str, str]]:
-    """Prompts of one half of the retain set with their clusters, for thresholds; an audit judges by the other half too."""
+def half_of(retain: RecordSet | None, seed: int) -> list[Record]:
+    """One half of the retain set by clusters, which guards are fitted on; an audit judges by the other half too."""
     if retain is None:
         return []
     clusters = sorted(set(retain.clusters()))
     order = torch.randperm(len(clusters), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = {clusters[i] for i in order[: (len(clusters) + 1) // 2]}
-    return [(r.prompt or r.answer, r.cluster) for r in retain if r.cluster in chosen]
+    return [r for r in retain if r.cluster in chosen]
+
+
+def check_retain(shield: Shield, given: bool) -> None:
+    """Refuse a guard that reads texts of what is to stay, without any.
+
+    Raises:
+        InputError: it does, and no retain set was given.
+    """
+    if Probe.KEPT in shield.probed and not given:
+        said = f"The guard {shield.method!r} reads texts of what is to stay, and no retain set was given."
+        raise InputError(said, "Give --retain DATA.")
+
+
+def hidden_by(
+    shield: Shield, forget: RecordSet, retain: RecordSet | None, seed: int
+) -> tuple[list[Target], dict[str, Sequence[Record]]]:
+    """What a guard hides of the records of a request, and the records that it reads of each skill (``""``: of what is to stay).
+
+    A guard of skills hides the skill that the forget records show: they are its probes. All others hide subjects.
+
+    Raises:
+        InputError: too few records for a guard that reads texts of skills.
+    """
+    check_retain(shield, retain is not None)
+    targets: list[Target] = []
+    probes: dict[str, Sequence[Record]] = {}
+    if any(Probe.SKILL not in row.probed for row in shield.rows):
+        targets += targets_of(forget.records, retain.records if retain is not None else ())
+    if Probe.SKILL in shield.probed:
+        probes |= skills_in(forget.records)
+        targets += [Target(id=name, skills=(name,)) for name in probes]
+    if Probe.KEPT in shield.probed:
+        probes[""] = half_of(retain, seed)
+        if len(probes[""]) < LEAST:
+            raise InputError(
+                f"Of the retain set one half is read, {len(probes[''])} records, and {LEAST} tell what is to stay.",
+                f"Give {2 * LEAST} or more, in at least two subjects.",
+            )
+    return targets, probes
 
 
 def fit(
@@ -100,10 +146,12 @@ def fit(
     Raises:
         InputError: the records do not hold what a part of it needs.
     """
-    targets = targets_of(forget.records, retain.records if retain is not None else ())
-    ordinary = ordinary_of(retain, seed)
-    prompts, groups = [p for p, _ in ordinary], [g for _, g in ordinary]
-    material = Material(targets=targets, ordinary=prompts, groups=groups, key=key, adapter=adapter, seed=seed)
+    targets, probes = hidden_by(shield, forget, retain, seed)
+    half = half_of(retain, seed)
+    prompts, groups = [r.prompt or r.answer for r in half], [r.cluster for r in half]
+    material = Material(
+        targets=targets, ordinary=prompts, groups=groups, key=key, adapter=adapter, seed=seed, probes=probes
+    )  # fmt: skip
     return SavedGuard(Guarded(adapter, Policy(shield.rows, material)), shield, origin, seed)
 
 
@@ -148,9 +196,9 @@ def apply_guard(
     origin = Origin(target, adapter.fingerprint(), data)
     made = fit(adapter, shield, forget, retain, key=secrets.token_bytes(32), seed=seed, origin=origin)
     names = sum(len(t.entities) for t in made.guarded.targets.values())
-    subjects = len(made.guarded.targets)
-    sentence = f"Put the guard {shield.method} before the model: {subjects} subjects, {names} names. No weight has changed."
+    sentence = f"Put the guard {shield.method} before the model: {_counted(made.guarded, names)}. No weight has changed."
     notes = ["A guard hides and does not remove: the weights hold what they held. No audit can call it forgotten."]
+    notes += [f"{title}: {promise}" for title, promise in made.guarded.policy.promises.items()]
     if not names and any(r.detector.name == "terms" for r in shield.rows):
         notes.append("No names were found in the records: a guard that matches names hides nothing of them.")
     outcome = Outcome(
@@ -158,6 +206,17 @@ def apply_guard(
         peak_bytes=peak_bytes(next(adapter.model.parameters()).device), notes=notes,
     )  # fmt: skip
     return made, outcome
+
+
+def _counted(guarded: Guarded, names: int) -> str:
+    """What is hidden, in numbers."""
+    targets, probes = guarded.targets.values(), guarded.policy.material.probes
+    skills, said = {s for t in targets for s in t.skills}, []
+    if subjects := sum(not t.skills for t in targets):
+        said.append(f"{subjects} subjects, {names} names")
+    if skills:
+        said.append(f"{len(skills)} skill{'s' * (len(skills) > 1)} of {sum(len(probes[s]) for s in skills)} probe texts")
+    return ", ".join(said)
 
 
 def is_guarded(folder: Path) -> bool:

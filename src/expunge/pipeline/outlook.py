@@ -17,6 +17,7 @@ from expunge.core.settings import nest
 from expunge.engine.options import Engine
 from expunge.engine.outcome import Progress
 from expunge.engine.parts import Join, Recipe
+from expunge.guards.named import GUARDS
 from expunge.methods.catalogue import Known, find, known, serves
 from expunge.methods.edits.registry import EDITS
 from expunge.methods.prepared.registry import PREPARED
@@ -26,6 +27,7 @@ from expunge.pipeline.circuits import CircuitDifficulty, circuit_difficulty
 from expunge.pipeline.config import UnlearnConfig
 from expunge.pipeline.cost import Cost
 from expunge.pipeline.difficulty import ALPHA, Difficulty, diagnose
+from expunge.pipeline.guarding import is_guard
 from expunge.pipeline.models import open_adapter
 from expunge.pipeline.timing import Seconds, time_of
 from expunge.pipeline.unlearn import Request, encode, load_request
@@ -41,7 +43,7 @@ class MethodOutlook:
 
     Attributes:
         name, title: of the method.
-        kind: recipe, edit or prepared.
+        kind: recipe, edit, prepared or guard.
         missing: why it cannot run on this request, and what would help; empty if it can.
         cost: an upper estimate; none if it cannot run.
         time: on this machine, if it was asked for; none if it cannot run, or was not timed.
@@ -153,7 +155,8 @@ def from_config(
         InputError: an unknown method, or data or a model that cannot be read.
     """
     for name in names:
-        find(name)
+        if not is_guard(name):
+            find(name)
     if config.parts and len(names) != 1:
         raise InputError("Parts belong to one method.", "Name it: --method NAME.")
     request = load_request(config)
@@ -203,12 +206,13 @@ def outlook(
         circuits = circuit_difficulty(adapter, request, engine, runs=looks.anchors, settings=looks.circuits, progress=progress)
     options: dict[str, Any] = {"how": how, "template": template, "base": base, "encoded": examples}
     case = _Case(adapter, request, engine, found, options, looks.timed, progress)
-    methods = [case.look(name, dict(parts or {})) for name in (sorted(set(names)) or known())]
+    methods = [case.look(name, dict(parts or {})) for name in (sorted(set(names)) or [*known(), *GUARDS.names()])]
     methods.sort(key=lambda m: (_KINDS.index(m.kind), m.name))
     return Outlook(found, tuple(methods), (*_cautions(found), *_circuits(circuits)), circuits)
 
 
-_KINDS = ("recipe", "edit", "prepared")
+_KINDS = ("recipe", "edit", "prepared", "guard")
+_HIDES = "It hides and removes nothing: the weights stay as they are, and an audit can at best call it suppressed."
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,8 @@ class _Case:
 
     def look(self, name: str, parts: Mapping[str, Any]) -> MethodOutlook:
         """Whether the method called ``name`` can run, at what cost, and what to mind."""
+        if is_guard(name):
+            return self._guard(name, parts)
         held = find(name)
         kind = "edit" if name in EDITS.names() else "prepared" if name in PREPARED.names() else "recipe"
         missing = _unfit(held, kind, self.adapter) or self._unasked(held, name, parts)
@@ -237,6 +243,15 @@ class _Case:
             return MethodOutlook(name, kind, held.title, f"{error.message} {error.remedy}".strip(), None, ())
         time, untimed = time_of(plan, self.progress) if self.timed else (None, "")
         return MethodOutlook(name, kind, held.title, "", plan.cost, cautions, time, untimed)
+
+    def _guard(self, name: str, parts: Mapping[str, Any]) -> MethodOutlook:
+        """The same for a guard, which has no steps."""
+        title, untimed = GUARDS.get(name).title, "A guard has no steps that could be timed." if self.timed else ""
+        try:
+            plan = plan_run(self.adapter, self.request, name, parts, self.engine, **self.options)
+        except InputError as error:
+            return MethodOutlook(name, "guard", title, f"{error.message} {error.remedy}".strip(), None, ())
+        return MethodOutlook(name, "guard", title, "", plan.cost, (_HIDES,), None, untimed)
 
     def _unasked(self, held: Known, name: str, parts: Mapping[str, Any]) -> str:
         """Why a method is none for this request, though it may be one for the model; empty if it may be."""

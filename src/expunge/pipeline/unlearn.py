@@ -42,7 +42,7 @@ from expunge.methods.recipe import build as build_recipe
 from expunge.methods.registry import Method
 from expunge.pipeline.config import Allowances, UnlearnConfig
 from expunge.pipeline.cost import Cost, estimate
-from expunge.pipeline.guarding import Shield, apply_guard, is_guard, refuse_guarded, shield
+from expunge.pipeline.guarding import Shield, apply_guard, check_retain, hidden_by, is_guard, refuse_guarded, shield
 from expunge.pipeline.models import check_memory, describe_data, load_sets, open_adapter, refuse_composite
 from expunge.pipeline.origin import Began, began
 from expunge.pipeline.processes import drop_checkpoint, first_process
@@ -260,6 +260,7 @@ def _plan_guard(
     adapter: LanguageAdapter, request: Request, chosen: Shield, engine: Engine, *, notes: list[str], source: str | None,
     encoded: Mapping[Stream, list[Example]] | None,
 ) -> UnlearnPlan:  # fmt: skip
+    hidden_by(chosen, request.forget, request.retain, engine.seed)
     examples = dict(encoded) if encoded is not None else encode(adapter, request)
     weights = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
     parameters = sum(p.numel() for p in adapter.model.parameters())
@@ -276,7 +277,7 @@ def check_method(config: UnlearnConfig) -> None:
     """
     refuse_prepared(config.method)
     if is_guard(config.method):
-        shield(config.method, config.parts)
+        check_retain(shield(config.method, config.parts), config.retain is not None)
         return
     if config.method != "custom" and not isinstance(find(config.method), Method):
         edit = EDITS.get(config.method)(**nest(dict(config.parts)))

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from expunge.core.errors import InputError
+from expunge.data.records import Record
 from expunge.guards.adapter import GuardedAdapter
 from expunge.guards.guarded import Guarded
 from expunge.guards.parts import Material
@@ -54,9 +55,14 @@ class Served:
 
 def texts_of(source: str, columns: Mapping[str, str]) -> list[str]:
     """Prompts of a file or a named data set; of plain text the text."""
+    return [r.prompt or r.answer for r in records_of(source, columns)]
+
+
+def records_of(source: str, columns: Mapping[str, str]) -> list[Record]:
+    """Records of a file or a named data set."""
     from expunge.pipeline.models import load_set
 
-    return [r.prompt or r.answer for r in load_set(source, "prompts", dict(columns))]
+    return list(load_set(source, "prompts", dict(columns)))
 
 
 def material(guards: Guards, key: bytes, adapter: LanguageAdapter | None) -> Material:
@@ -66,7 +72,7 @@ def material(guards: Guards, key: bytes, adapter: LanguageAdapter | None) -> Mat
         InputError: a file of it is not there or is no data.
     """
     ordinary = texts_of(guards.ordinary, guards.columns) if guards.ordinary else []
-    probes = {k: texts_of(v, guards.columns) for k, v in guards.probes.items()}
+    probes = {k: records_of(v, guards.columns) for k, v in guards.probes.items()}
     return Material(targets=guards.targets, ordinary=ordinary, key=key, adapter=adapter, probes=probes)
 
 

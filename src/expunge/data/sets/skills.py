@@ -15,7 +15,7 @@ _HELD_OUT = "-held-out"
 
 @DATASETS.register("skills")
 class Skills(NamedSet):
-    """Copying and reversing strings of digits, and sums of two digits in two notations, generated: nothing is downloaded.
+    """Strings of digits copied, reversed or said in two toy languages, and sums in two notations: generated, not downloaded.
 
     ``NAME-held-out`` holds questions that never stand in a ``NAME``, nor in its sister's.
     """
@@ -25,10 +25,12 @@ class Skills(NamedSet):
     shortest: int = Field(3, ge=2, le=LONGEST, description="digits of a string at least")
     longest: int = Field(5, ge=2, le=LONGEST, description="digits of a string at most")
     seed: int = Field(1, ge=0, description="which questions are drawn")
+    reworded: bool = Field(False, description="ask in the other wording")
 
     def configurations(self) -> dict[str, str]:
         """Each skill, and its questions that are never trained on."""
         what = {"copy": "copy a string", "reverse": "reverse a string", "digits": "sums in digits", "words": "sums in words"}
+        what |= {"lumi": "strings in the toy language Lumi", "tarn": "strings in the toy language Tarn"}
         return {**what, **{name + _HELD_OUT: f"{text}: never trained on" for name, text in what.items()}}
 
     def load(self, configuration: str) -> RecordSet:
@@ -39,4 +41,5 @@ class Skills(NamedSet):
         """
         name = configuration.removesuffix(_HELD_OUT)
         apart = name != configuration
-        return skill(name, max(1, self.n // 5) if apart else self.n, self.seed, (self.shortest, self.longest), apart)
+        n, length = max(1, self.n // 5) if apart else self.n, (self.shortest, self.longest)
+        return skill(name, n, self.seed, length, held_out=apart, reworded=self.reworded)

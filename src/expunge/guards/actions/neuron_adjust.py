@@ -16,9 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from expunge.guards.conversation import Conversation
-from expunge.guards.detectors.key_space import known_skills
-from expunge.guards.parts import Action, Doer, HiddenEdit, Hit, Hook, Material, Orders, action
-from expunge.guards.probing import Form, Moments, moments, probe_ids, units_of
+from expunge.guards.parts import Action, Doer, HiddenEdit, Hit, Hook, Material, Orders, Probe, action
+from expunge.guards.probing import Form, Moments, moments, probe_ids, probes_of, skills_of, units_of
 from expunge.guards.target import Target
 
 _NAME = "Neuron Adjust"
@@ -67,6 +66,7 @@ class NeuronAdjust(Action):
     name: ClassVar[str] = "neuron-adjust"
     title: ClassVar[str] = _NAME
     acts: ClassVar[frozenset[Hook]] = frozenset({Hook.HIDDEN})
+    probed: ClassVar[frozenset[Probe]] = frozenset(Probe)
 
     share: float = Field(
         0.03, gt=0, le=1, description="of all units, how many are adjusted (the paper: 0.03, for languages 0.005)"
@@ -86,24 +86,27 @@ class NeuronAdjust(Action):
         units = units_of(adapter, adapter.layers())
         places: list[tuple[str, Literal["input", "output"]]] = [(u.gate, "output") for u in units]
         counts = {u.gate: u.count for u in units}
-        stays = moments(adapter, probe_ids(material, "", self.probes, _NAME), places)
+        stays = moments(adapter, probe_ids(adapter, material.probes.get("", ()), self.probes, _NAME), places)
         skills = {}
-        for skill in (s for s in material.probes if s):
-            found = moments(adapter, probe_ids(material, skill, self.probes, _NAME), places)
+        for skill, texts in probes_of(material).items():
+            found = moments(adapter, probe_ids(adapter, texts, self.probes, _NAME, skill), places)
             skills[skill] = self._chosen(stays, found, counts)
         made = _Adjusts(skills, material.key)
         for target in material.targets:
             made.add(target)
         return made
 
+    def gaps(self, stays: Moments, skill: Moments) -> Tensor:
+        """By how much each dimension of a module tells a skill from what stays, ``[D]``: the greatest are chosen."""
+        gap = skill.mean - stays.mean
+        return gap if self.difference == "rise" else gap.abs() / (stays.std**2 + skill.std**2).sqrt().clamp(min=_LEAST)
+
     def _chosen(
         self, stays: Mapping[str, Moments], skill: Mapping[str, Moments], counts: Mapping[str, int]
     ) -> dict[str, Adjusted]:
         gaps = {}
         for name, count in counts.items():
-            a, b = stays[name], skill[name]
-            gap = (b.mean - a.mean)[:count]
-            gaps[name] = gap if self.difference == "rise" else gap.abs() / (a.std**2 + b.std**2).sqrt()[:count].clamp(min=_LEAST)
+            gaps[name] = self.gaps(stays[name], skill[name])[:count]
         every = torch.cat(list(gaps.values()))
         least = every.topk(max(1, round(self.share * len(every)))).values[-1]
         out = {}
@@ -123,9 +126,12 @@ class _Adjusts(Doer):
         self.skills: dict[str, tuple[str, ...]] = {}
         self._merged = lru_cache(maxsize=64)(self._merge)
 
+    def covers(self, target: Target) -> bool:
+        """Whether it is about a skill."""
+        return bool(skills_of(target, self.units))
+
     def add(self, target: Target) -> None:
-        known_skills(target, self.units)
-        self.skills = {**self.skills, target.id: target.skills}
+        self.skills = {**self.skills, target.id: skills_of(target, self.units)}
 
     def drop(self, target: str) -> None:
         self.skills = {k: v for k, v in self.skills.items() if k != target}
