@@ -4,7 +4,7 @@ Usage, from the repository root, after that experiment::
 
     OMP_NUM_THREADS=1 python -m experiments.guards --data FOLDER --out runs/llm-methods --page PAGE.md
 
-All are judged by removal-v1 with the access of somebody who only asks: answers, log-probabilities of answers, prompts. Guards are
+All are judged by served-v1, with the access of somebody who only asks: answers, log-probabilities of answers, prompts. Guards are
 fitted on the request alone (forget and retain records), with their published or default settings; nothing is swept. Each audit is
 a run folder (``guards/NAME``): what is done is not done again, what failed stands as failed.
 """
@@ -97,9 +97,8 @@ def experiment(course: Course, stages: Stages) -> None:
             name, lambda n=name: judged(course, n, [unlearned_model(guard_run(course, n), n)]), course.folder / f"{name}.failed"
         )  # type: ignore[misc]
     runs = [p for m in course.recipes if done(p := course.plan.out / "methods" / m / "seed-1")]
-    if runs and course.guards:
-        # A guard among them makes it an audit of models that can only be asked.
-        models = [unlearned_model(guard_run(course, course.guards[0])), *(unlearned_model(p, p.parent.name) for p in runs)]
+    if runs:
+        models = [unlearned_model(p, p.parent.name) for p in runs]
         stages.do("recipes", lambda: judged(course, "recipes", models), course.folder / "recipes.failed")
 
 
@@ -142,7 +141,7 @@ COLUMNS = (  # title, number
     ("forget ROUGE-L", "forget.rouge-l-recall"), ("forget probability", "forget.probability"),
     ("paraphrased", "forget.paraphrased-question"),
     ("retain ROUGE-L", "retain.rouge-l-recall"), ("refused: forget", "forget.refused"), ("retain", "retain.refused"),
-    ("holdout", "holdout.refused"), ("world facts", "world_facts.refused"),
+    ("holdout", "holdout.refused"), ("world facts", "world_facts.refused"), ("general", "general.refused"),
 )  # fmt: skip
 
 

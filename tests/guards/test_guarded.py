@@ -184,6 +184,8 @@ class Blank(Action):
             def orders(self, conversation, hits):
                 if action.where == "embeddings":
                     return Orders(embeddings=Zero(SEEN))
+                if action.where == "nothing":  # forbids all tokens, after a few
+                    return Orders(scores=lambda ids, prompt, s: s if len(ids) < prompt + 4 else torch.full_like(s, -torch.inf))
                 if action.where == "scores":
                     return Orders(scores=lambda ids, prompt, scores: -scores)
                 return Orders(hidden=(HiddenEdit(BLOCK, "output", lambda states, first: torch.zeros_like(states)),))
@@ -356,3 +358,18 @@ def test_an_answer_that_is_over_does_not_wait_for_the_batch(guarded, people):
         assert own[-1] is given[at]  # nothing comes after
         assert "".join(own[:-1]) == answers[at].text
     assert events.index((0, given[0])) < max(n for n, (at, _) in enumerate(events) if at == 1)
+
+
+def test_where_no_token_is_left_that_request_alone_is_refused(guarded, people):
+    flagged, others = people.split.retain[0], people.split.retain[20:23]
+    made = guarded([Row(detector=NameDetector(word=name_of(flagged)), action=Blank(where="nothing"))], targets=[])
+    asked = [others[0].prompt, flagged.prompt, others[1].prompt, others[2].prompt]
+    plain = guarded(targets=[]).answers(asked, SHORT)
+    heard = [[] for _ in asked]
+    plans = [made.policy.open(Conversation.of(a)) for a in asked]
+    answers = made.obeyed(plans, [SHORT] * 4, [h.append for h in heard])
+    assert answers[1].finish == "guard"
+    assert plans[1].failed == [("scores", "NothingLeft")]
+    for at in (0, 2, 3):
+        assert answers[at].text == plain[at].text == "".join(heard[at])
+    assert made.answers([flagged.prompt], SHORT)[0].text == SORRY

@@ -196,6 +196,37 @@ def test_wrong_examples_come_first_then_right_ones_then_the_question():
     assert kept.count(RIGHT[0].prompt) == 1
 
 
+def test_examples_leave_room_for_an_answer_and_one_wrong_one_stays(target_adapter, people):
+    """More examples than the context holds: right ones go first, then wrong ones but the first."""
+    forget, kept = people.split.forget, people.split.retain
+    shown = tuple(Shown(prompt=r.prompt, answer=r.answer) for r in forget[1:9])
+    right = tuple(Shown(prompt=r.prompt, answer=r.answer) for r in kept[:50])
+    targets = [Target(id="t", entities=(name_of(forget[0]),), examples=shown)]
+
+    def plan(**settings):
+        action = Flip(examples=right, **settings)
+        made = guard_model(target_adapter, guards=[{"detector": "terms", "action": action}], targets=targets, key=KEY)
+        found = made.policy.open(Conversation.of(forget[0].prompt))
+        assert found.failed == []
+        text = found.conversation.text
+        return (
+            text,
+            [sum(e.prompt in text for e in some) for some in (shown, right)],
+            len(put(target_adapter, found.conversation).ids),
+        )
+
+    room, context = target_adapter.context // 4, target_adapter.context
+    text, (wrong, correct), size = plan(flipped=1, right=50, room=room)
+    assert wrong == 1
+    assert 0 < correct < 50
+    assert size + room <= context
+    assert text.endswith(forget[0].prompt)
+    assert plan(flipped=1, right=correct, room=room)[0] == text
+    text, (wrong, correct), size = plan(flipped=8, right=50, room=context - 40)
+    assert correct == 0
+    assert 1 <= wrong < 8
+
+
 def test_right_examples_are_the_models_own_answers(target_adapter, people):
     forget = people.split.forget
     target = Target(

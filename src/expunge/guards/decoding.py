@@ -202,6 +202,9 @@ class _Choose(LogitsProcessor):
         ]
         for at, changed in zip(going, scored(asked), strict=True):
             row = self.rows[at]
+            if not bool(torch.isfinite(changed).any()):
+                row.ask.plan.stuck()
+                continue
             chosen[at] = drawn(changed, row.ask.sampling, row.number())
             if row.ask.scores:
                 row.logs.append(float(torch.log_softmax(changed, -1)[chosen[at]]))

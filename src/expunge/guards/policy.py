@@ -360,6 +360,16 @@ class Plan:
 
         self._each(Hook.HIDDEN, seen)
 
+    def stuck(self) -> None:
+        """Refuse, since guards on scores leave no token that could be said."""
+        self.failed.append(("scores", "NothingLeft"))
+        self.say = SORRY if self.say is None else self.say
+
+    @property
+    def begun(self) -> bool:
+        """Whether something of an answer has been let pass: then it cannot be begun again."""
+        return self._passed > 0
+
     def release(self, text: str, final: bool) -> int:
         """Look at an answer as far as it is known; how many characters of it may be sent.
 

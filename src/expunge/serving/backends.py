@@ -162,6 +162,10 @@ class LocalBackend(Backend):
             return await job.done
         except InputError as error:
             raise Refused(400, error.message) from None
+        except (Refused, Preempted):
+            raise
+        except Exception as error:  # its words may quote the request
+            raise Refused(500, f"The model failed: {type(error).__name__}.") from None
 
     def cleaned(self, conversation: Conversation) -> Conversation:
         """See :class:`Backend`."""
@@ -209,12 +213,11 @@ class LocalBackend(Backend):
                 over=None if alone else [j.end for j in jobs], scores=any(j.scores for j in jobs),
             )  # fmt: skip
         except Exception as error:  # one that cannot be answered must not take the others with it
-            if len(jobs) == 1:
-                jobs[0].end(error)
-            else:
-                for job in jobs:
-                    if not job.ended:
-                        self._answer([job])
+            for job in [j for j in jobs if not j.ended]:
+                if len(jobs) == 1 or job.plan.begun:  # what was sent once must not be sent again
+                    job.end(error)
+                else:
+                    self._answer([job])
             return
         for job, answer in zip(jobs, answers, strict=True):
             early = alone and answer.finish == "cancelled" and not job.cancelled()

@@ -9,12 +9,14 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field, field_validator
 
+from expunge.adapters.language import LanguageAdapter
 from expunge.core.errors import InputError
 from expunge.data.records import Record
 from expunge.guards.actions.tag import nearest
 from expunge.guards.conversation import Conversation
 from expunge.guards.folding import words
 from expunge.guards.parts import Action, Doer, Hit, Hook, Material, Orders, action
+from expunge.guards.prompts import put
 from expunge.guards.target import Shown, Target
 
 
@@ -41,6 +43,11 @@ class Flip(Action):
         "{prompt}\n{answer}\n\n", description="how an example is written; {prompt} and {answer} stand for its parts"
     )
     max_tokens: int = Field(48, ge=1, description="of the model's own answers")
+    room: int = Field(
+        128,
+        ge=1,
+        description="tokens of the model's context that stay free for the answer: examples that leave less are left out",
+    )
 
     @field_validator("line")
     @classmethod
@@ -55,7 +62,7 @@ class Flip(Action):
         Raises:
             InputError: there are too few right ones, or a target has no examples.
         """
-        made = _Flips(self, self._right(material), material.key)
+        made = _Flips(self, self._right(material), material.key, material.adapter)
         for target in material.targets:
             made.add(target)
         return made
@@ -77,8 +84,8 @@ class Flip(Action):
 
 
 class _Flips(Doer):
-    def __init__(self, settings: Flip, right: Sequence[Shown], key: bytes) -> None:
-        self.settings, self.right = settings, list(right)
+    def __init__(self, settings: Flip, right: Sequence[Shown], key: bytes, adapter: LanguageAdapter | None) -> None:
+        self.settings, self.right, self.adapter = settings, list(right), adapter
         self.key = hashlib.sha256(key).digest()
         self.held: dict[str, tuple[Shown, ...]] = {}
 
@@ -107,8 +114,24 @@ class _Flips(Doer):
                 lines.append(self._written(Shown(prompt=shown.prompt, answer=others[int(drawn.integers(len(others)))])))
         if not lines:
             return Orders()
-        right = [e for e in self.right if words(e.prompt) != words(asked)][: settings.right]
-        return Orders(conversation=conversation.asking("".join([*lines, *map(self._written, right)]) + asked))
+        right = [self._written(e) for e in self.right if words(e.prompt) != words(asked)][: settings.right]
+        while not self._fits(made := conversation.asking("".join([*lines, *right]) + asked)):
+            if right:
+                right.pop()
+            elif len(lines) > 1:  # one stays: without it nothing is hidden, and a request that is too long is refused as such
+                lines.pop()
+            else:
+                break
+        return Orders(conversation=made)
+
+    def _fits(self, conversation: Conversation) -> bool:
+        """Whether the model's context has room for an answer."""
+        if self.adapter is None or self.adapter.context is None:
+            return True
+        try:
+            return len(put(self.adapter, conversation).ids) + self.settings.room <= self.adapter.context
+        except InputError:
+            return False
 
     def _written(self, shown: Shown) -> str:
         return self.settings.line.replace("{prompt}", shown.prompt).replace("{answer}", shown.answer)
