@@ -1,6 +1,9 @@
 """Guards are judged as methods are: at best suppressed, and with the false refusals that they cost."""
 
+import math
+
 import pytest
+import torch
 
 from expunge.audit.run import AuditedModel, audit
 from expunge.audit.settings import AuditSettings
@@ -55,6 +58,25 @@ def test_only_what_somebody_sees_who_asks_is_measured(document):
     assert not any(n.startswith("membership") for n in checks)
     assert "attack (paraphrased-question)" in checks
     assert any("can only be asked" in s for s in document.not_shown)
+
+
+def test_a_refusal_is_no_knowledge_beside_models_that_are_surely_wrong(document, people):
+    """Losses count up to that of a guess: else who refuses would know more than a retrained model that says something else."""
+    guess = math.log(people.target().model.config.vocab_size)
+
+    def losses(model):
+        with torch.no_grad():
+            found = [
+                model.forward(model.model, model.collate([model.encode(r)]), frozenset({"losses"})) for r in people.split.forget
+            ]
+        return [float(f.values["losses"].mean()) for f in found]
+
+    retrained = [losses(people.retrained(s)) for s in (1, 2)]
+    assert any(n > guess for some in retrained for n in some)
+    expected = guess - sum(min(n, guess) for some in retrained for n in some) / sum(map(len, retrained))
+    check = next(c for c in entry(document, "filter").judgement.checks if c.name == "likelihood")
+    assert check.difference == pytest.approx(expected, abs=1e-4)
+    assert expected >= 0
 
 
 def test_an_answer_that_is_stopped_on_its_way_is_a_refusal(people):

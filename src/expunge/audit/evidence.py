@@ -88,7 +88,8 @@ class Evidence:
         progress: told what is being done.
         references: what many retrained models say about the rows; none for other modalities.
         offers: what the adapters of the models offer.
-        ceiling: loss from which on nothing is known of an answer: that of a guess among the classes, for classifiers.
+        ceiling: loss from which on nothing is known of an answer: that of a guess among the classes, for classifiers, or
+            among the vocabulary, where guards stand before a language model.
         aside: sets that are only looked at to see whether something answers in a model's place; nothing is scored on them.
         asked: whether something stands before the weights of a model, which can only be asked.
         access: what is had of the models; with answers in words alone no score is read, and asking for one is an error.

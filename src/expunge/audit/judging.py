@@ -106,7 +106,8 @@ def model_arrays(evidence: Evidence, label: str, attacked: Attacked, generated: 
 
     Of a classifier losses count up to that of a guess among its classes: a class that is no likelier than a guess is not known,
     and how much less likely it is says more of the length of training than of knowledge. Without this a class that a retrained
-    model finds e^-10 likely and another model e^-4 would seem to be known.
+    model finds e^-10 likely and another model e^-4 would seem to be known. Where guards stand before a model the same holds of
+    tokens and the vocabulary: a refusal is scored as a guess, and what is less likely than one is not known either.
     """
     if evidence.access is Level.TEXT:
         return _in_words(evidence, label, attacked)

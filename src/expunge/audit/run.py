@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.adapters.base import Adapter
+from expunge.adapters.head import base
 from expunge.audit.attacks.registry import Attack, Criterion
 from expunge.audit.document import AuditDocument, ModelEntry, Role
 from expunge.audit.evidence import Evidence, Subject, need_sets
@@ -52,7 +54,8 @@ ASKED = (
 )
 _READ = {
     Level.SCORES: "This audit has the access of somebody who gets answers and log-probabilities: nothing acted on weights or "
-    "looked inside, of no model. Nothing can be called forgotten so.",
+    "looked inside, of no model. Nothing can be called forgotten so. A refusal counts as a guess among the vocabulary; where a "
+    "model stands that refuses, losses of all count up to that of such a guess.",
     Level.TEXT: "This audit has the access of somebody who gets answers in words: no log-probability was read, nothing acted on "
     "weights or looked inside, of no model. Likelihoods, truth ratios, extraction strength and membership were not measured, and "
     "nothing can be called forgotten so.",
@@ -134,6 +137,8 @@ def audit(
     first = evidence.adapter(ordered[0].label)
     evidence.of_modality(first)
     _limit(evidence, models, given, settings)
+    if evidence.asked and evidence.access is not Level.TEXT:
+        evidence.ceiling = math.log(int(base(first.model).config.vocab_size))  # type: ignore[union-attr, arg-type]
     attacks = settings.chosen_attacks(evidence.offers)
     modality, metrics = first.modality, [*settings.chosen(evidence.offers), *attacks]
     del first
