@@ -130,32 +130,57 @@ def gaps(course: Course, held: Mapping[str, AuditDocument], failed: Mapping[str,
     first = next(iter(held.values()))
     controls = [e for e in first.models if e.role != "unlearned"]
     return {
-        "sets": ", ".join(f"{d['records']} records in the {n} set" for n, d in first.data.items()),
-        "guards": table(ordered(guards)), "recipes": table(ordered(recipes)), "controls": table(controls),
+        "sets": ", ".join(f"{d['records']} records in the {n.replace('_', ' ')} set" for n, d in first.data.items()),
+        "guards": table(ordered(guards)), "refused": refused(ordered(guards)),
+        "recipes": table(ordered(recipes)), "controls": table(controls),
         "failed": "\n".join(f"- `{m}`: {why}" for m, why in failed.items()) or "Nothing failed.",
         "left_out": "\n".join(f"- `{n}`: {why}" for n, why in NEEDS_MORE.items() if n in GUARDS.names()) or "Nothing.",
     }  # fmt: skip
 
 
-COLUMNS = (  # title, number
+SAID = (  # title, number
     ("forget ROUGE-L", "forget.rouge-l-recall"), ("forget probability", "forget.probability"),
-    ("paraphrased", "forget.paraphrased-question"),
-    ("retain ROUGE-L", "retain.rouge-l-recall"), ("refused: forget", "forget.refused"), ("retain", "retain.refused"),
-    ("holdout", "holdout.refused"), ("world facts", "world_facts.refused"), ("general", "general.refused"),
+    ("paraphrased", "forget.paraphrased-question"), ("in pieces", "forget.cut-short"), ("best of samples", "forget.leak-at-k"),
+    ("retain ROUGE-L", "retain.rouge-l-recall"),
 )  # fmt: skip
+REFUSED = tuple((n, f"{n}.refused") for n in ("forget", "retain", "holdout", "real_authors", "world_facts", "general"))
+_TAKEN_APART = "attack (taken-apart)"
 
 
 def table(entries: Sequence[ModelEntry]) -> str:
-    """A row per model."""
-    names = [title for title, _ in COLUMNS]
+    """A row per model: verdict, what it says, how the ways of asking came out, and the check that carries the verdict."""
     lines = [
-        f"| model | verdict | {' | '.join(names)} | weakest link |",
-        f"| --- | --- | {' | '.join('---:' for _ in names)} | --- |",
+        f"| model | verdict | {' | '.join(title for title, _ in SAID)} | asked otherwise | weakest link |",
+        f"| --- | --- | {' | '.join('---:' for _ in SAID)} | --- | --- |",
     ]
     for entry in entries:
-        cells = " | ".join(between(entry, key) for _, key in COLUMNS)
+        cells = " | ".join(between(entry, key) for _, key in SAID)
         verdict, said = (entry.judgement.verdict.value, link(entry.judgement)) if entry.judgement else (DASH, DASH)
-        lines.append(f"| {entry.label} | {verdict} | {cells} | {said} |")
+        lines.append(f"| {entry.label} | {verdict} | {cells} | {asked_otherwise(entry)} | {said} |")
+    return "\n".join(lines)
+
+
+def asked_otherwise(entry: ModelEntry) -> str:
+    """How the ways of asking came out that tell something: ``equivalent 1/2, knows more 1/2 (leak-at-k)``."""
+    checks = entry.judgement.checks if entry.judgement else []
+    tried = [
+        c for c in checks if c.name.startswith("attack (") and c.name != _TAKEN_APART and c.outcome not in ("not run", "shown")
+    ]
+    out = []
+    for outcome in dict.fromkeys(c.outcome for c in tried):
+        names = [c.name.removeprefix("attack (").rstrip(")") for c in tried if c.outcome == outcome]
+        told = f" ({', '.join(names)})" if outcome not in ("equivalent", "knows less") else ""
+        out.append(f"{outcome} {len(names)}/{len(tried)}{told}")
+    return ", ".join(out) or DASH
+
+
+def refused(entries: Sequence[ModelEntry]) -> str:
+    """A row per model: the share of prompts of each set that a guard answers in its place."""
+    lines = [
+        f"| model | {' | '.join(n.replace('_', ' ') for n, _ in REFUSED)} |",
+        f"| --- | {' | '.join('---:' for _ in REFUSED)} |",
+    ]
+    lines += [f"| {e.label} | {' | '.join(between(e, key) for _, key in REFUSED)} |" for e in entries]
     return "\n".join(lines)
 
 
