@@ -33,6 +33,7 @@ from experiments.tofu_small import say, told, train_once
 from expunge.adapters.language import LanguageAdapter
 from expunge.audit.run import AuditedModel
 from expunge.audit.settings import AuditSettings
+from expunge.core.access import Level
 from expunge.core.files import write_json, write_text
 from expunge.core.runs import Run
 from expunge.data.people import world
@@ -375,7 +376,7 @@ def judged(ground: Ground, kind: str, seed: int) -> None:
     own = ground.sets()
     sets = {"forget": own["hidden"], "retain": own["kept"], "facts": own["facts"]}
     settings = audit_settings()
-    settings = settings.as_asked() if kind == "guards" else settings
+    settings = settings.within(Level.SCORES) if kind == "guards" else settings
     audit_stage(held, [*models, *runs], sets, settings, progress=told(out.name), title=f"{ground.case.name}, {kind}, seed {seed}")
 
 
