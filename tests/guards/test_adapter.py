@@ -1,6 +1,7 @@
 """A guarded model under an audit's questions: what guards leave alone is as the model says it, to the last bit."""
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from expunge.adapters.generation import Draws
 from expunge.audit.scores import score
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
+from expunge.guards.actions.instruct import Instruct
 from expunge.guards.adapter import WITHOUT_GUARDS, GuardedAdapter
 from expunge.guards.conversation import Conversation
 from expunge.guards.parts import Detector, Hit, Hook, Reading, Watcher
@@ -162,3 +164,17 @@ def test_an_audit_shows_each_prompt_to_detectors_once(guarded, target_adapter, p
         adapter.guarded.add({"id": "new", "entities": ["Somebody Else"]})
         adapter.generate(adapter.model, examples, 8)
         assert len(Counted.shown) == 4 * len(records)  # with another target, another answer
+
+
+def test_what_does_not_fit_with_the_words_of_a_guard_has_no_answer(guarded, target_adapter, people):
+    """As a server has none: an audit goes on with the other prompts, and counts this one as refused."""
+    short, long_ = people.split.retain[0], people.split.retain[1]
+    filling = "word " * ((target_adapter.context - 150) // 5)
+    asked = [short, replace(long_, prompt=f"{filling}{long_.prompt}")]
+    action = Instruct(text="You know nothing about {targets}. " + "Say nothing of them. " * 12)
+    made = GuardedAdapter(guarded([Row(detector="always", action=action)]))
+    examples = [made.encode(r) for r in asked]
+    found = made.generate(made.model, examples, 8)
+    assert [g.refused for g in found] == [False, True]
+    assert found[1].text == SORRY
+    assert losses(made, asked).nll()[1] == pytest.approx(math.log(made.model.config.vocab_size))

@@ -6,6 +6,7 @@ An audit reads log-probabilities of answers. What a served model says with its g
   the whole vocabulary (loss ``log V``). So a guard that refuses stands out against a retrained model, which answers as well as it
   can; that is how it is, and an audit says so.
 - Where an answer would be stopped, the tokens that are never sent are scored like that; so is a token that cannot be chosen.
+- What no longer fits the model's context with what a guard puts before it has no answer, and counts as refused.
 - Where guards change embeddings of the prompt, states or scores, the answer is scored under what they make of them. Embeddings of
   the *answer* are left alone (published evaluations of ECO corrupt those too, which overstates what it hides).
 """
@@ -96,7 +97,12 @@ class GuardedAdapter(LanguageAdapter):
             seen.own = seen.own or described(self.tokenizer, held, [m.content for m in seen.cleaned.messages])
             return plan, seen.own
         if seen.other is None or seen.other[0] != plan.conversation:
-            seen.other = (plan.conversation, put(self, plan.conversation))
+            try:
+                seen.other = (plan.conversation, put(self, plan.conversation))
+            except InputError:  # with what a guard adds it does not fit the context: a server has no answer to it
+                plan.give_up("prompt", "NoRoom")
+                seen.own = seen.own or described(self.tokenizer, held, [m.content for m in seen.cleaned.messages])
+                return plan, seen.own
         return plan, seen.other[1]
 
     # ---- log-probabilities

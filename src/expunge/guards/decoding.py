@@ -203,7 +203,7 @@ class _Choose(LogitsProcessor):
         for at, changed in zip(going, scored(asked), strict=True):
             row = self.rows[at]
             if not bool(torch.isfinite(changed).any()):
-                row.ask.plan.stuck()
+                row.ask.plan.give_up("scores", "NothingLeft")
                 continue
             chosen[at] = drawn(changed, row.ask.sampling, row.number())
             if row.ask.scores:

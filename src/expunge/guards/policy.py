@@ -360,9 +360,14 @@ class Plan:
 
         self._each(Hook.HIDDEN, seen)
 
-    def stuck(self) -> None:
-        """Refuse, since guards on scores leave no token that could be said."""
-        self.failed.append(("scores", "NothingLeft"))
+    def give_up(self, where: str, why: str) -> None:
+        """Refuse, since what guards do leaves nothing that could be said.
+
+        Args:
+            where: what they have done it to.
+            why: the kind of the failure.
+        """
+        self.failed.append((where, why))
         self.say = SORRY if self.say is None else self.say
 
     @property
