@@ -19,6 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import expunge
+from expunge.adapters.endpoint import Endpoint
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.supervised import ClassifierAdapter
 from expunge.audit.settings import AuditSettings
@@ -156,7 +157,10 @@ def test_commands_in_documents_exist(document: str, words: list[str]) -> None:
         assert name == "custom" or serves(name, offers)[0], f"{document}: {name} does not run on such a model"
         EDITS.get(name)(**overrides) if name in EDITS.names() else build(name, overrides)
     if words[0] == "audit":
-        AuditSettings(**parse_overrides(parts))
+        overrides = parse_overrides(parts)
+        if "--served" in given:
+            Endpoint(url=given["--served"], model="NAME", **overrides.pop("served", {}))
+        AuditSettings(**overrides)
 
 
 def test_options_in_prose_exist() -> None:

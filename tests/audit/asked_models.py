@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from expunge.adapters.base import Example, Generation
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Example
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.presets import build as preset
 from expunge.adapters.words import word_tokenizer

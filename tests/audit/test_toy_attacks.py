@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -148,8 +149,9 @@ def test_turns_become_a_chat_or_a_text(base):
     expected = "Be kind.\n\nQuestion: Who?\nAnswer: Ben.\n\nQuestion: Which tree has Ada Lum?\nAnswer:"
     assert prompt_of(base, shots) == expected
     assert encoded(base, Ask(shots)).data.ids.tolist()[-9:] == base.encode(ADA[1]).data.ids.tolist()[-9:]
-    chat = LanguageAdapter(base.model, base.tokenizer)
-    chat.tokenizer = type("Chatty", (), {"chat_template": "x"})()
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chat = LanguageAdapter(base.model, tokenizer)
     assert fitted(chat, shots) is shots
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expunge.adapters.base import Example, Generation
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Example
 from expunge.adapters.language import LanguageAdapter
 from expunge.audit.attacks.form_bias import forgetting, form_dependent_bias
 from expunge.audit.evidence import Evidence, Protocol, Subject

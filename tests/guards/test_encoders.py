@@ -84,7 +84,7 @@ def test_likeness_and_forbidden_terms_go_by_it(sentences, target_adapter, people
     targets = targets_of(people.split.forget, people.split.retain)
     row = Row(detector="always", action={"name": "bar", "encoder": str(sentences), "alpha": 5.0, "delta": 0.0, "candidates": 8})
     made = guard_model(target_adapter, guards=[row], targets=targets, key=KEY)
-    edit = made.policy.open(Conversation.of(people.split.forget[0].prompt)).scores[0].args[1]
+    edit = made.policy.open(Conversation.of(people.split.forget[0].prompt)).scores[0].edit
     assert edit.encoder._whole is not None
     terms = np.concatenate([a.terms.toarray() for a in made.policy._rows[0].doer._held.answers if a.label in edit.labels])
     assert terms.shape[1] == 48

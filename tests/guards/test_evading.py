@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from expunge.adapters.base import Listener, Taken
+from expunge.adapters.answers import Listener, Taken
 from expunge.audit.asking import fitted
 from expunge.audit.attacks.registry import ATTACKS
 from expunge.audit.disguises import DISGUISES

@@ -13,7 +13,7 @@ import torch
 from synthetic import step
 from tests.imports_world import QUIET, THINGS, VALID, VERBS, ImportsWorld
 
-from expunge.adapters.base import Generation
+from expunge.adapters.answers import Generation
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.presets import build as preset
 from expunge.adapters.words import word_tokenizer

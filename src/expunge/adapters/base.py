@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from expunge.adapters.answers import Generation, Listener, Taken
 from expunge.adapters.generation import Draws
 from expunge.core.access import Offer
 from expunge.core.errors import InputError
 
 Targets = Literal["all", "marked", "favoured", "unmarked"]
-"""Which targets: all, those in marked spans of their record, those in spans of the other kind, which are to be said, or the
-others, which are in none."""
+"""Which targets: all, those in marked spans of their record, those in spans of the other kind (to be said), or in no span."""
 
 _BY_TOKEN = ("features:", "values:", "received:")  #: values of which there is one for every real input token
 
@@ -70,45 +70,6 @@ class Example:
             return replace(self, n_targets=self.n_favoured, size=self.n_favoured, n_marked=0)
         spans = self.n_marked + self.n_favoured
         return replace(self, n_targets=self.n_targets - spans, size=self.size - spans, n_marked=0, n_favoured=0)
-
-
-@dataclass(frozen=True)
-class Listener:
-    """How a client takes one answer: as it comes, and not always to its end.
-
-    Attributes:
-        max_new_tokens: that it asks for at most.
-        stops: texts at which it lets the answer end; they are not part of it.
-        leaves: characters with which it hangs up, at the end of the piece that brings them; 0: it stays.
-    """
-
-    max_new_tokens: int
-    stops: tuple[str, ...] = ()
-    leaves: int = 0
-
-    def taken(self, pieces: Sequence[str], ended: bool) -> Taken:
-        """What it has of an answer of which nothing is kept back, and which comes in pieces."""
-        got = ""
-        for piece in pieces:
-            got += piece
-            if (at := min((p for s in self.stops if (p := got.find(s)) >= 0), default=-1)) >= 0:
-                return Taken(got[:at], "stop")
-            if 0 < self.leaves <= len(got):
-                return Taken(got, "left")
-        return Taken(got, "stop" if ended else "length")
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What a client has got of an answer.
-
-    Attributes:
-        text: all that came, with the white space at its ends.
-        finish: why no more comes: an end or a stop text, its length, the client has hung up, or a guard has stopped it.
-    """
-
-    text: str
-    finish: Literal["stop", "length", "left", "guard"]
 
 
 @dataclass(frozen=True)
@@ -266,8 +227,7 @@ class Outputs:
     def only(self, which: Targets) -> Outputs:
         """The view on some of the targets, counted anew within their examples; all examples stay, if only with no target.
 
-        Of the tokens ``marked`` and ``favoured`` keep those that are such targets, ``unmarked`` all that are no target in a span,
-        those of the prompt among them.
+        Of the tokens ``marked`` and ``favoured`` keep such targets, ``unmarked`` all but targets in spans (the prompt's, too).
         """
         if which == "all":
             return self
@@ -282,25 +242,6 @@ class Outputs:
             self.batch_ids, self.targets[kept], owner, position, tuple(counts.tolist()),
             token_owner, self.token_supervised[tokens], tuple(token_counts.tolist()), cut, self.marked[kept], self.favoured[kept],
         )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """A continuation.
-
-    Attributes:
-        id: id of the example that was continued.
-        tokens: generated ids without the end token.
-        text: decoded without special tokens, leading and trailing white space stripped.
-        ended: whether the end token came before the limit.
-        refused: whether something that stands before the model has answered in its place, at once or on the way.
-    """
-
-    id: str
-    tokens: tuple[int, ...]
-    text: str
-    ended: bool
-    refused: bool = False
 
 
 class Adapter(abc.ABC):

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge.adapters import identity
-from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Adapter, Batch, Example, Outputs
 from expunge.adapters.extra import need
 from expunge.adapters.head import base
 from expunge.adapters.registry import adapter

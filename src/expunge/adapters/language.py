@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expunge.adapters import apart, generation, identity, storage
+from expunge.adapters.answers import Generation
 from expunge.adapters.attending import KINDS
-from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
+from expunge.adapters.base import Adapter, Batch, Example, Outputs
 from expunge.adapters.head import bare, base
 from expunge.adapters.passes import Runner, evaluating
 from expunge.adapters.registry import adapter

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from expunge.adapters import generation, storage
-from expunge.adapters.base import Batch, Example, Generation
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Batch, Example
 from expunge.adapters.head import bare, base
 from expunge.adapters.language import LanguageAdapter
 from expunge.adapters.passes import Runner, evaluating

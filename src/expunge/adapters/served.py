@@ -12,7 +12,8 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 from torch import Tensor, nn
 
-from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Adapter, Batch, Example, Outputs
 from expunge.adapters.endpoint import CHAT, TEXT, Asker, Reply
 from expunge.adapters.generation import Draws
 from expunge.adapters.language import LanguageAdapter

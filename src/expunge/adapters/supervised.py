@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expunge.adapters import identity
-from expunge.adapters.base import Adapter, Batch, Example, Generation, Outputs
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Adapter, Batch, Example, Outputs
 from expunge.adapters.registry import adapter
 from expunge.core.access import Offer
 from expunge.core.errors import InputError, nearest

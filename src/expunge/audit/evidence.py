@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from expunge.adapters.base import Adapter, Example, Generation
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Adapter, Example
 from expunge.audit.document import Role
 from expunge.audit.generations import generate
 from expunge.audit.gradients import gradient_norms

@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from expunge.adapters.base import Adapter, Example, Generation, Listener, Taken
+from expunge.adapters.answers import Generation, Listener, Taken
+from expunge.adapters.base import Adapter, Example
 from expunge.adapters.generation import Draws
 from expunge.adapters.passes import evaluating
 from expunge.audit.scores import Progress

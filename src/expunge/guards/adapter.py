@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from expunge.adapters.base import Adapter, Batch, Example, Generation, Listener, Outputs, Taken
+from expunge.adapters.answers import Generation, Listener, Taken
+from expunge.adapters.base import Adapter, Batch, Example, Outputs
 from expunge.adapters.generation import Draws
 from expunge.adapters.head import base
 from expunge.adapters.language import LanguageAdapter

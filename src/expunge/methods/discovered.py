@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from expunge.adapters.base import Adapter, Example, Generation
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Adapter, Example
 from expunge.adapters.tokenise import Tokens
 from expunge.core.errors import InputError
 from expunge.core.intervals import wilson

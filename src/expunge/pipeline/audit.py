@@ -175,7 +175,7 @@ def plan(folder: Path, config: AuditConfig) -> AuditPlan:
 
 
 def of_served(settings: AuditSettings) -> AuditSettings:
-    """The settings for a guard, and for what is only served: ``served-v1``, unless attacks or a protocol were named."""
+    """The settings with which a guard is audited: under ``served-v1``, unless a protocol or attacks were named."""
     if settings.protocol is not None or settings.attacks:
         return settings
     return AuditSettings.under(SERVED, **{name: getattr(settings, name) for name in settings.model_fields_set - {"attacks"}})

@@ -22,7 +22,7 @@ from expunge.core.runs import Run
 from expunge.core.settings import Settings
 from expunge.data.records import RecordSet
 from expunge.engine.outcome import Progress
-from expunge.pipeline.audit import AuditConfig, audit_stage, of_served, read, retrained_models, sets_of, target_model
+from expunge.pipeline.audit import AuditConfig, audit_stage, read, retrained_models, sets_of, target_model
 from expunge.pipeline.config import TextConfig, UnlearnConfig
 from expunge.pipeline.models import check_source, describe_data, resolve, text_of
 from expunge.pipeline.train import retraining_of
@@ -172,7 +172,7 @@ def audit_served(
 
 
 def _measured(settings: AuditSettings) -> AuditSettings:
-    return of_served(settings.model_copy(update={"access": Level.TEXT})).within(Level.TEXT)
+    return settings.within(Level.TEXT)
 
 
 def _served(config: ServedConfig, asker: Asker) -> AuditedModel:

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from expunge.adapters.base import Adapter, Example, Listener, Taken
+from expunge.adapters.answers import Listener, Taken
+from expunge.adapters.base import Adapter, Example
 from expunge.audit.asking import STOPS, Ask, after, asking, encoded
 from expunge.audit.attacks.prompting import PromptAttack, most, part_numbers
 from expunge.audit.attacks.registry import attack

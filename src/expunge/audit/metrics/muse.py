@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from expunge.adapters.base import Adapter, Example, Generation
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Adapter, Example
 from expunge.audit.evidence import Evidence, Values
 from expunge.audit.generations import shorten
 from expunge.audit.metrics.papers import MUSE

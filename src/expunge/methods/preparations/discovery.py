@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from expunge.adapters.base import Adapter, Generation
+from expunge.adapters.answers import Generation
+from expunge.adapters.base import Adapter
 from expunge.core.access import Offer, Stream
 from expunge.core.errors import InputError
 from expunge.core.files import digest_json, write_json
