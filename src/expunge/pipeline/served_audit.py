@@ -103,7 +103,7 @@ def plan(config: ServedConfig, out: Path, *, resume: bool = False) -> ServedPlan
     asked, settings = config.request(), config.audit.settings
     if settings.access not in (None, Level.TEXT):
         raise InputError(f"A served model gives no access to {settings.access}.", "Leave --access out: it is asked in words.")
-    settings = _measured(settings)
+    settings = settings.within(Level.TEXT)
     check_out(out, resume)
     local = [m for m in (config.target, *config.audit.retrained) if m is not None]
     if not local:
@@ -158,7 +158,7 @@ def audit_served(
             run,
             models,
             made.sets,
-            _measured(config.audit.settings),
+            config.audit.settings.model_copy(update={"access": Level.TEXT}),
             progress=progress,
             title=title,
             notes=[_NOTE],
@@ -169,10 +169,6 @@ def audit_served(
     if not fresh:
         say("audit: from an earlier run, nothing has changed since")
     return read(made.out)
-
-
-def _measured(settings: AuditSettings) -> AuditSettings:
-    return settings.within(Level.TEXT)
 
 
 def _served(config: ServedConfig, asker: Asker) -> AuditedModel:
