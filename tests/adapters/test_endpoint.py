@@ -185,6 +185,25 @@ def test_a_failure_keeps_what_was_answered(tmp_path):
     assert asked.count("a") == asked.count("b") == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, {"message": "This model's maximum context length is 512 tokens."}), (413, {"message": "Too large."}),
+        (400, {"message": "no", "code": "context_length_exceeded"}),
+    ],
+)  # fmt: skip
+def test_a_question_that_is_too_long_has_no_answer_and_the_others_are_asked(status, error, tmp_path):
+    kept = tmp_path / "answers.jsonl"
+    with asking(Script(None, lambda: JSONResponse({"error": error}, status)), kept, parallel=1) as asker:
+        found = asker.ask(questions("a", "b", "c"), 5)
+        assert [r.text for r in found] == ["so: a", "", "so: c"]
+        assert [(r.short, r.refused) for r in found] == [(True, False), (False, False), (True, False)]
+        assert asker.too_long == 1
+        again = Asker(asker.endpoint, kept)
+        assert again.too_long == 1
+        again.close()
+
+
 def test_a_model_that_changes_is_noticed():
     with asking(Script(), parallel=1) as asker:
         asker.ask(questions("a", "b", "c", "d"), 5)

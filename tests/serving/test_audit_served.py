@@ -96,6 +96,17 @@ def test_the_bare_target_is_found_out_though_nothing_but_its_words_is_had(serve,
     assert both[0] == both[1]
 
 
+def test_a_way_of_asking_that_does_not_fit_the_server_is_said_and_the_audit_goes_on(serve, place, tmp_path):
+    with serve(targets=[]) as client:
+        held = config(place, client)
+        settings = AuditSettings(**{**LIGHT, "attacks": ("many-people",)})
+        held = held.model_copy(update={"audit": held.audit.model_copy(update={"settings": settings})})
+        document = served_audit.audit_served(served_audit.plan(held, tmp_path / "run"))
+    assert any("longer than the server takes" in s for s in document.not_shown)
+    assert judged(document).verdict is Verdict.NOT_FORGOTTEN
+    assert document.entry("served").numbers["forget.many-people"].value == 0
+
+
 def test_a_filter_that_tells_no_client_is_known_by_its_words(serve, place, names, tmp_path):
     with serve(targets=names, tell=False) as client:
         blind = audited(place, client, tmp_path / "blind")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import secrets
 import threading
 import time
@@ -32,6 +33,7 @@ CHAT, TEXT = "chat/completions", "completions"
 KEY = "EXPUNGE_SERVED_KEY"  #: environment variable that holds the key
 _AGAIN = frozenset({408, 409, 425, 429, 529})  #: answered otherwise a little later, as is everything from 500 on
 _LONGEST = 120.0  #: seconds that are waited between two attempts at most
+_LONG = re.compile(r"context|too long", re.IGNORECASE)  #: how servers say that a request has too many tokens
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _QUOTED = 200  #: characters of a server's own words in a message
 
@@ -89,11 +91,13 @@ class Reply:
         ended: whether it ended by itself, before the limit.
         refused: whether something answered in the model's place, or stopped it: the server says so, or the text is one of those
             that are known.
+        short: whether the question was short enough for the server; it has no answer to one that was not.
     """
 
     text: str
     ended: bool
     refused: bool
+    short: bool = True
 
 
 class Asker:
@@ -224,6 +228,12 @@ class Asker:
         chosen = asked[:: max(1, len(asked) // count)][:count] if asked else []
         return len(chosen), sum(self._put(route, body) != self._known[key] for key, route, body in chosen)
 
+    @property
+    def too_long(self) -> int:
+        """Questions that were longer than the server takes."""
+        with self._lock:
+            return sum(not r.short for r in self._known.values())
+
     def _body(self, said: Mapping[str, Any], limit: int) -> dict[str, Any]:
         return {"model": self.endpoint.model, "max_tokens": limit, "temperature": 0, "seed": 0, "stream": False, **said}
 
@@ -239,6 +249,7 @@ class Asker:
             self._asked[key] = route, body
             if self._file is not None:
                 line = {"key": key, "text": reply.text, "ended": reply.ended, "refused": reply.refused}
+                line |= {} if reply.short else {"short": False}
                 self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 self._file.flush()
         return reply
@@ -323,12 +334,18 @@ class Asker:
 
     @staticmethod
     def _filtered(answer: Any) -> Reply | None:
-        """An error that says that a filter has refused the request: an answer in the model's place, without words."""
-        try:
-            code = answer.json()["error"]["code"]
-        except (ValueError, KeyError, TypeError):
+        """An error that is an answer without words: a filter has refused the request, or it does not fit the model's context."""
+        if answer.status_code not in (400, 413, 422):
             return None
-        return Reply("", True, True) if answer.status_code == 400 and code == "content_filter" else None
+        try:
+            error = answer.json()["error"]
+            code, said = error.get("code"), str(error.get("message"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            code, said = None, ""
+        if code == "content_filter":
+            return Reply("", True, True)
+        long_ = answer.status_code == 413 or code == "context_length_exceeded" or _LONG.search(said)
+        return Reply("", True, False, short=False) if long_ else None
 
     def _refuse(self, answer: Any, kind: type[ExpungeError], route: str = "") -> NoReturn:
         """Say why a server does not take a request.
@@ -385,7 +402,9 @@ def _read(path: Path | None, endpoint: Endpoint) -> tuple[str, dict[str, Reply]]
             continue
     if not lines or lines[0].get("url") != endpoint.url or lines[0].get("model") != endpoint.model:
         raise InputError(f"The file {str(path)!r} is not of the model {endpoint.model!r} at {endpoint.url}.", "Remove it.")
-    return str(lines[0]["run"]), {d["key"]: Reply(d["text"], d["ended"], d["refused"]) for d in lines[1:] if "key" in d}
+    return str(lines[0]["run"]), {
+        d["key"]: Reply(d["text"], d["ended"], d["refused"], d.get("short", True)) for d in lines[1:] if "key" in d
+    }
 
 
 def _opened(path: Path | None, endpoint: Endpoint, run: str) -> Any:

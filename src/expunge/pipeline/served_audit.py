@@ -182,6 +182,8 @@ def _served(config: ServedConfig, asker: Asker) -> AuditedModel:
 def _changed(asker: Asker) -> list[str]:
     """What speaks for it that the served model was not one and the same all the time."""
     out = []
+    if asker.too_long:
+        out.append(f"{asker.too_long} questions were longer than the server takes: they count as answered without a word.")
     try:
         count, other = asker.again(_TWICE)
     except Unanswered:
