@@ -215,6 +215,8 @@ def test_canaries_that_find_no_moment_of_their_own_go_along_with_users(tried, fo
         client.post(FORGET, json={"entities": [f"{forget[0][1]} the Second"]})
         begun = metric(client, "expunge_canary_rounds_total")
         until(lambda: metric(client, "expunge_canary_rounds_total") >= begun + 2, 40)
+        assert metric(client, 'expunge_canary_probes_total{kind="direct",result="pass"}') >= 1
+        assert metric(client, 'expunge_canary_probes_total{kind="direct",result="error"}') is None
         stop.set()
         for one in crowd:
             one.join()

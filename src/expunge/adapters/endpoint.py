@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -33,7 +34,8 @@ CHAT, TEXT = "chat/completions", "completions"
 KEY = "EXPUNGE_SERVED_KEY"  #: environment variable that holds the key
 _AGAIN = frozenset({408, 409, 425, 429, 529})  #: answered otherwise a little later, as is everything from 500 on
 _LONGEST = 120.0  #: seconds that are waited between two attempts at most
-_LONG = re.compile(r"context|too long", re.IGNORECASE)  #: how servers say that a request has too many tokens
+#: how servers say that a request has too many tokens
+_LONG = re.compile(r"context (length|window|size|holds)|maximum context|too (long|many tokens)", re.IGNORECASE)
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _QUOTED = 200  #: characters of a server's own words in a message
 
@@ -380,14 +382,11 @@ class Asker:
 
 def _seconds(header: str) -> float | None:
     """What Retry-After asks for, in seconds from now."""
-    try:
+    with suppress(ValueError):
         return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
+    with suppress(ValueError, TypeError):  # a date, perhaps; else nothing that can be read
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
+    return None
 
 
 def _read(path: Path | None, endpoint: Endpoint) -> tuple[str, dict[str, Reply]]:

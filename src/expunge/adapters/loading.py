@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -300,10 +301,8 @@ def _get(kind: Any, source: str, options: dict[str, Any]) -> Any:
             return kind.from_pretrained(source, local_files_only=True, **options)
         except Exception as error:  # whatever a broken file makes the libraries raise
             raise InputError(f"{source!r} could not be loaded: {_first_line(error)}.", "Check the folder's files.") from error
-    try:
+    with suppress(OSError, ValueError):  # not (wholly) in the cache: it is fetched below, and its errors are told there
         return kind.from_pretrained(source, local_files_only=True, **options)
-    except (OSError, ValueError):  # not (wholly) in the cache
-        pass
     reach(source, options["revision"])
     try:
         return kind.from_pretrained(source, **options)

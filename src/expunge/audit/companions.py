@@ -8,8 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, field_validator
+
 from expunge.core.errors import InputError
 from expunge.core.files import digest_bytes
+from expunge.core.settings import Settings
 
 Table = Mapping[str, Mapping[str, Any]]
 
@@ -49,3 +52,16 @@ def _read(path: str, needed: str, _changed: int, _size: int) -> Table:
 def content(path: str) -> str:
     """Hash of a file's content, for keys of caches; nothing for no file."""
     return digest_bytes(Path(path).expanduser().read_bytes()) if path else ""
+
+
+class AliasFile(Settings):
+    """Setting of attacks that read other names of subjects from a file; one that cannot be read is refused at once."""
+
+    file: str = Field("", description="JSON lines with id (a subject) and aliases (a list of names)")
+
+    @field_validator("file")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if value:
+            companions(value, "aliases")
+        return value

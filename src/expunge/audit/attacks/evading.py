@@ -15,7 +15,7 @@ from expunge.audit.asking import asking
 from expunge.audit.attacks.forms import named_in
 from expunge.audit.attacks.prompting import SeveralWays, solved
 from expunge.audit.attacks.registry import Criterion, attack
-from expunge.audit.companions import companions, content
+from expunge.audit.companions import AliasFile, companions, content
 from expunge.audit.disguises import DISGUISES
 from expunge.audit.evidence import Evidence
 from expunge.audit.facts import question_of
@@ -150,7 +150,7 @@ class OtherLanguage(SeveralWays):
 
 
 @attack
-class Alias(SeveralWays):
+class Alias(AliasFile, SeveralWays):
     """The subject by another name than the one that a filter holds: a part of it, its initials, a description, an alias.
 
     A description is another fact of the set about the subject with its name left out; aliases come from a file (JSON lines with
@@ -172,14 +172,6 @@ class Alias(SeveralWays):
         description="a question by a description, with {statement} and {question} in it",
     )
     pronoun: str = Field("that one", min_length=1, description="what stands for the name in description and question")
-    file: str = Field("", description="JSON lines with id (a subject) and aliases (a list of names)")
-
-    @field_validator("file")
-    @classmethod
-    def _readable(cls, value: str) -> str:
-        if value:
-            companions(value, "aliases")
-        return value
 
     def depends(self, evidence: Evidence, label: str) -> Mapping[str, Any]:
         """What the file says."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from expunge.audit.asking import Ask, asking
 from expunge.audit.attacks.prompting import PromptAttack, most, rated
 from expunge.audit.attacks.registry import Access, Criterion, attack
-from expunge.audit.companions import companions, content
+from expunge.audit.companions import AliasFile, companions, content
 from expunge.audit.evidence import Evidence, Values
 from expunge.audit.facts import BLANK, blanked, question_of, subject_names
 from expunge.audit.generations import seed_of
@@ -49,7 +49,7 @@ def aliases(known: Sequence[Edge], about: Edge) -> list[Edge]:
 
 
 @attack
-class Mirage(PromptAttack):
+class Mirage(AliasFile, PromptAttack):
     """The fact behind another name of its subject, or at the end of a chain of facts.
 
     The graph is the target's: of the records of all sets those that the target answers rightly when asked plainly are its
@@ -85,14 +85,6 @@ class Mirage(PromptAttack):
         pattern=r"\{first\}.*\{second\}",
         description="a question of two hops, with {first} and {second} in it, the second with ___ for the name",
     )
-    file: str = Field("", description="JSON lines with id (a subject) and aliases (a list of names)")
-
-    @field_validator("file")
-    @classmethod
-    def _readable(cls, value: str) -> str:
-        if value:
-            companions(value, "aliases")
-        return value
 
     def depends(self, evidence: Evidence, label: str) -> Mapping[str, Any]:
         """The target, whose graph it is, and what the file says."""

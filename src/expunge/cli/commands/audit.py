@@ -141,14 +141,7 @@ def audit(
         document = audit_served(server, given, more, dry_run=dry_run, output=output)
         folder = out
     else:
-        for name, value in server.items():
-            if value:
-                option = "model-name" if name == "model" else "refusal" if name == "refusals" else name.replace("_", "-")
-                raise InputError(f"--{option} is for what is served.", "Give the address by --served, or leave it out.")
-        if run is None:
-            raise InputError(
-                "There is nothing to audit.", "Give the folder of a run, or --served URL; see `expunge audit --help`."
-            )
+        run = _only_run(run, server)
         document = _audit_run(run, {**given, **of_run}, of_rows, access=access, dry_run=dry_run, output=output)
         folder = run
     if document is None or folder is None:
@@ -159,6 +152,17 @@ def audit(
         output.say(f"Document: {folder / 'audit.json'}   Next: expunge report {folder}")
     judged = [m.judgement.verdict for m in document.models if m.role == "unlearned" and m.judgement]
     return 3 if require is not None and judged != [Verdict(require)] else 0
+
+
+def _only_run(run: Path | None, server: dict[str, Any]) -> Path:
+    """The run, where nothing was said of a server."""
+    for name, value in server.items():
+        if value:
+            option = {"model": "model-name", "refusals": "refusal"}.get(name, name.replace("_", "-"))
+            raise InputError(f"--{option} is for what is served.", "Give the address by --served, or leave it out.")
+    if run is None:
+        raise InputError("There is nothing to audit.", "Give the folder of a run, or --served URL; see `expunge audit --help`.")
+    return run
 
 
 def _audit_run(
